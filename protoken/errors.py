@@ -124,3 +124,7 @@ class StaleSnapshot(LedgerError, ValueError):
 
 class TraceFormatError(ProtokenError, ValueError):
     """A saved trace is damaged or was written by a newer version."""
+
+
+class MissingDependencyError(ProtokenError, ImportError):
+    """An optional package is not installed; the message says how to get it."""
