@@ -1,0 +1,98 @@
+"""The small records a `Trace` is made of and gives out. See results.py."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from protoken.errors import ArgumentError
+from protoken.results_checks import finite, plain, utf8
+
+Objective = Literal["log_prob", "logit"]
+UNITS: dict[str, str] = {"log_prob": "nats", "logit": "logit units"}
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token. ``text`` keeps its whitespace; it may be "" when a character spans tokens."""
+
+    id: int
+    text: str
+    special: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", operator.index(self.id))
+        utf8("token text", self.text)
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """How the scores came to be.
+
+    method              "protoken", "paper", ...
+    way                 "local", "reverse", "forward" or the oracle's own name
+    objective           "log_prob" (scores in nats) or "logit" (scores in logit units)
+    layers, rounds      traced module names; ledger rounds, 1-based
+    backend             which implementation did the projection
+    seconds_generate    wall seconds of plain generation
+    seconds_trace       wall seconds of the whole trace, generation included
+    generate_arguments  as given to ``generate``, in JSON's types
+    created             ISO 8601 with time zone
+    """
+
+    method: str
+    way: str
+    objective: Objective
+    layers: tuple[str, ...]
+    rounds: tuple[int, ...]
+    backend: str = ""
+    model: str = ""
+    ledger: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    seconds_generate: float = 0.0
+    seconds_trace: float = 0.0
+    generate_arguments: dict[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def __post_init__(self) -> None:
+        if self.objective not in UNITS:
+            raise ArgumentError("objective", expected=" or ".join(UNITS), got=self.objective)
+        clean: dict[str, Any] = {
+            name: utf8(name, getattr(self, name))
+            for name in ("method", "way", "backend", "model", "ledger", "created")
+        }
+        clean["layers"] = tuple(utf8("layers", layer) for layer in self.layers)
+        clean["rounds"] = tuple(operator.index(number) for number in self.rounds)
+        clean["versions"] = {utf8("versions", k): utf8("versions", v) for k, v in self.versions.items()}
+        clean["seed"] = None if self.seed is None else operator.index(self.seed)
+        clean["generate_arguments"] = plain(self.generate_arguments)
+        for name in ("seconds_generate", "seconds_trace"):
+            clean[name] = finite(name, getattr(self, name))
+        for name, value in clean.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class ClientScore:
+    """One client's raw ``score`` (objective's unit), softmax ``share``, ``rank`` from 1, and ``weight``."""
+
+    client: str
+    score: float
+    share: float
+    rank: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """One token: its ``objective`` value under the model, its score per client, the highest scorer."""
+
+    index: int
+    id: int
+    text: str
+    objective: float
+    scores: dict[str, float] | None
+    top: str | None
