@@ -1,0 +1,24 @@
+"""The ops at the heart of the package: one file each with contract, validation and pure-torch reference."""
+
+from protoken.ops.banks import DenseBank, LowRankBank
+from protoken.ops.client_scores import client_scores, client_scores_grouped, client_scores_reference
+from protoken.ops.client_scores_lowrank import (
+    client_scores_lowrank,
+    client_scores_lowrank_grouped,
+    client_scores_lowrank_reference,
+)
+from protoken.ops.client_totals import client_totals, client_totals_grouped, client_totals_reference
+
+__all__ = [
+    "DenseBank",
+    "LowRankBank",
+    "client_scores",
+    "client_scores_grouped",
+    "client_scores_lowrank",
+    "client_scores_lowrank_grouped",
+    "client_scores_lowrank_reference",
+    "client_scores_reference",
+    "client_totals",
+    "client_totals_grouped",
+    "client_totals_reference",
+]

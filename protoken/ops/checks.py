@@ -1,0 +1,112 @@
+"""Checks shared by the ops: each raises one typed error that names the argument, and returns nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protoken.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BANK_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+LARGEST = 2**63 - 1
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ArgumentError(name, expected="a torch.Tensor", got=type(value).__name__)
+    if value.layout != torch.strided:
+        raise ArgumentError(
+            name, expected="a strided tensor", got=str(value.layout), remedy="Call .to_dense()."
+        )
+    if value.device.type == "meta":
+        raise DeviceError(
+            name, expected="a tensor with storage", got="device meta", remedy="Load the weights first."
+        )
+
+
+def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
+    if dtype not in allowed:
+        raise DtypeError(name, expected=" or ".join(short(d) for d in allowed), got=short(dtype))
+
+
+def check_device(name: str, got: torch.device, expected: torch.device, anchor: str) -> None:
+    if got != expected:
+        raise DeviceError(
+            name,
+            expected=f"{expected}, where {anchor} is",
+            got=str(got),
+            remedy=f"Move it: {name}.to({str(expected)!r}).",
+        )
+
+
+def check_matrix(
+    name: str, value: Tensor, shape: str, rows: int | None = None, columns: int | None = None
+) -> None:
+    """A 2-D tensor; ``shape`` is how the message calls it, ``rows``/``columns`` what they must be where
+    given."""
+    check_tensor(name, value)
+    fits = value.dim() == 2 and rows in (None, value.shape[0]) and columns in (None, value.shape[1])
+    if not fits:
+        raise ShapeError(name, expected=shape, got=tuple(value.shape))
+
+
+def check_size(name: str, *factors: int) -> None:
+    """The product of the factors (a size in bytes) must fit into 64 bits."""
+    size = 1
+    for factor in factors:
+        size *= max(factor, 1)
+    if size > LARGEST:
+        raise ShapeError(
+            name, expected=f"at most {LARGEST} bytes", got=f"{size} bytes", remedy="Split the call."
+        )
+
+
+def check_aligned(name: str, address: int, itemsize: int) -> None:
+    if address % itemsize:
+        raise ArgumentError(
+            name,
+            expected=f"data aligned to {itemsize} bytes",
+            got=f"address {address:#x}",
+            remedy="Clone the tensor.",
+        )
+
+
+def check_inputs(
+    xs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device | None,
+) -> None:
+    """x [T, I_l] and grad [T, O_l] of every layer fit the banks' (O_l, I_l), and all layers share T."""
+    tokens: int | None = None
+    for layer, (x, grad, (rows, columns)) in enumerate(zip(xs, grads, shapes, strict=True)):
+        where = f"[{layer}]" if len(xs) > 1 else ""
+        check_matrix(f"x{where}", x, f"[T, {columns}] to match the bank", tokens, columns)
+        tokens = x.shape[0]
+        check_matrix(f"grad{where}", grad, f"[{tokens}, {rows}] to match x and the bank", tokens, rows)
+        for name, value in ((f"x{where}", x), (f"grad{where}", grad)):
+            check_dtype(name, value.dtype, FLOATS)
+            check_device(name, value.device, device if device is not None else x.device, "the bank")
+
+
+def narrow(value: Tensor) -> Tensor:
+    """float64 becomes fp32, in which every op computes; all else stays as it is. No autograd graph is
+    kept."""
+    value = value.detach()
+    return value.float() if value.dtype == torch.float64 else value
+
+
+def spread(values: Tensor, layers: list[int], count: int) -> Tensor:
+    """Results of the layers that hold something among ``count``; a sum over nothing is 0."""
+    out = values.new_zeros(count, *values.shape[1:])
+    out[torch.tensor(layers, device=values.device)] = values
+    return out
