@@ -1,0 +1,17 @@
+"""protoken: which client taught the federated language model what it just said?
+
+>>> import protoken
+>>> protoken.attach(model, "federation.ledger", tokenizer)
+>>> trace = protoken.trace(model, "How is a fever treated?")
+>>> trace.show()
+"""
+
+from .attachment import attach, detach
+from .ledger import ClientUpdate, Ledger
+from .results import Trace
+from .trace import trace
+from .versions import version_of
+
+__version__ = version_of("protoken") or "0"
+
+__all__ = ["ClientUpdate", "Ledger", "Trace", "attach", "detach", "trace"]

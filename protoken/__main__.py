@@ -1,0 +1,5 @@
+"""`python -m protoken`."""
+
+from .cli import main
+
+main()

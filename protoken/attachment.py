@@ -1,0 +1,134 @@
+"""Which ledger and tokenizer belong to a model. Kept beside the model, keyed weakly: nothing is written onto it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from .architectures import Architecture, architecture_of
+from .bank import Bank, build_bank
+from .errors import LayerError, LedgerMismatchError, ModelError
+from .ledger import Ledger, tensor_digest
+
+
+@dataclass
+class Attachment:
+    """A model's ledger, tokenizer and structure, and the banks and weight checks already made for it."""
+
+    ledger: Ledger
+    tokenizer: Any
+    architecture: Architecture
+    round: int
+    verify: bool
+    checked: set[str] = field(default_factory=set)
+    banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
+
+    def bank(self, model: nn.Module, layers: Sequence[str], rounds: Sequence[int]) -> Bank:
+        """The bank of these layers and rounds, after checking once that the model's weights are the ledger's."""
+        if self.verify:
+            self._check_weights(model, [layer for layer in layers if layer not in self.checked])
+        key = (tuple(layers), tuple(rounds))
+        if key not in self.banks:
+            # One bank at a time: alternating between many selections must not pile up memory.
+            self.banks.clear()
+            self.banks[key] = build_bank(self.ledger, model, layers, rounds)
+        return self.banks[key]
+
+    def _check_weights(self, model: nn.Module, layers: Sequence[str]) -> None:
+        recorded = self.ledger.round(self.round).aggregate_digest
+        for layer in layers:
+            name = f"{layer}.weight"
+            if name not in recorded:
+                raise LayerError(
+                    "layers",
+                    expected=f"layers that round {self.round} of the ledger records",
+                    got=layer,
+                    remedy=f"Recorded are {', '.join(sorted(recorded)[:8])}",
+                )
+            digest = tensor_digest(model.get_parameter(name).detach())
+            if digest != recorded[name]:
+                raise LedgerMismatchError(
+                    "ledger",
+                    expected=f"{name} with the model's digest {digest[:12]}",
+                    got=f"{recorded[name][:12]} after round {self.round}",
+                    remedy=self._remedy(name, digest),
+                )
+            self.checked.add(layer)
+
+    def _remedy(self, name: str, digest: str) -> str:
+        for number in self.ledger.rounds:
+            if self.ledger.round(number).aggregate_digest.get(name) == digest:
+                return f"These are the weights after round {number}: attach(..., at_round={number})"
+        return (
+            "Pass the global model this ledger was written for, in the dtype it was recorded in, "
+            "or verify=False if the weights differ on purpose (quantised, merged)"
+        )
+
+
+_attachments: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    ledger: Ledger | str | PathLike[str],
+    tokenizer: Any = None,
+    *,
+    at_round: int | None = None,
+    verify: bool = True,
+) -> None:
+    """Tell protoken which ledger (and tokenizer) belong to a model, so that `trace(model, prompt)` needs no more.
+
+    Args:
+        model: the global model, a transformers causal language model.
+        ledger: an open ledger or its path.
+        tokenizer: for prompts that are text and for showing tokens.
+        at_round: the round whose aggregate these weights are; the ledger's last one if None.
+        verify: compare the weights of every traced layer with the ledger's digests, once, at the first trace.
+
+    Raises:
+        ModelError: not a causal language model, or of an unknown structure.
+        UnknownRoundError: `at_round` is not in the ledger, or it has no round yet.
+        LedgerMismatchError: (at the first trace) the ledger was written for other weights.
+    """
+    _attachments[model] = make_attachment(model, ledger, tokenizer, at_round=at_round, verify=verify)
+
+
+def detach(model: nn.Module) -> None:
+    """Forget the model's ledger; no error if none was attached."""
+    _attachments.pop(model, None)
+
+
+def make_attachment(
+    model: nn.Module,
+    ledger: Ledger | str | PathLike[str],
+    tokenizer: Any = None,
+    *,
+    at_round: int | None = None,
+    verify: bool = True,
+) -> Attachment:
+    """What `attach` stores, for one call that brings its own ledger."""
+    opened = ledger if isinstance(ledger, Ledger) else Ledger.open(ledger)
+    number = opened.round("last" if at_round is None else at_round).number
+    return Attachment(opened, tokenizer, architecture_of(model), number, verify)
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The attachment of a model.
+
+    Raises:
+        ModelError: none was made.
+    """
+    found = _attachments.get(model)
+    if found is None:
+        raise ModelError(
+            "model",
+            expected="a model with a ledger",
+            got=f"{type(model).__name__} without one",
+            remedy="Call protoken.attach(model, ledger, tokenizer) once, or pass ledger=",
+        )
+    return found

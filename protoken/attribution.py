@@ -1,0 +1,182 @@
+"""From a captured generation to a `Trace`: which way, relevance, projection, and the record of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import Architecture
+from .bank import Bank
+from .dispatch import choose
+from .errors import ArgumentError
+from .generation import Generated
+from .methods.paper import client_weights, paper_scores
+from .projection import Scores, project_local, project_reverse
+from .relevance import Objective, Response, local_relevance, reverse_relevance
+from .results import Trace, TraceInfo
+from .text import tokens_of
+from .versions import versions
+
+Way = Literal["auto", "local", "reverse"]
+Method = Literal["protoken", "paper"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every choice of one trace, resolved: nothing in it is "auto" but the backend."""
+
+    layers: tuple[str, ...]
+    first_block: int
+    way: str
+    objective: Objective
+    method: Method
+    backend: str
+
+
+def make_plan(
+    architecture: Architecture,
+    blocks: int,
+    layers: list[str] | None,
+    way: Way,
+    objective: Objective | None,
+    method: Method,
+    backend: str,
+) -> Plan:
+    """Resolve the caller's choices.
+
+    Raises:
+        ArgumentError: an unknown word, or a way that is not exact for these layers.
+        LayerError: a layer pattern that names nothing.
+    """
+    _check_word("method", method, get_args(Method))
+    _check_word("way", way, get_args(Way))
+    objective = objective or ("logit" if method == "paper" else "log_prob")
+    _check_word("objective", objective, get_args(Objective))
+    names = architecture.traced_layers(blocks, layers)
+    return Plan(
+        layers=names,
+        first_block=min(architecture.block_of(name) for name in names),
+        way="paper" if method == "paper" else _choose_way(architecture, names, way),
+        objective=objective,
+        method=method,
+        backend=backend,
+    )
+
+
+def _choose_way(architecture: Architecture, names: tuple[str, ...], way: Way) -> str:
+    """Local where it is exact: layers whose output no later position of a traced block reads."""
+    last = len(architecture.blocks) - 1
+    local = {architecture.layer_name(last, n) for n in (architecture.out_projection, architecture.mlp_final)}
+    if way == "auto":
+        return "local" if set(names) <= local else "reverse"
+    if way == "local" and not set(names) <= local:
+        raise ArgumentError(
+            "way",
+            expected=f'"reverse" for these layers; "local" is exact only for {sorted(local)}',
+            got="local",
+            remedy='Use blocks=1 with the default layers, or way="reverse"',
+        )
+    return way
+
+
+def attribute(
+    model: nn.Module, architecture: Architecture, generated: Generated, bank: Bank, plan: Plan
+) -> Scores:
+    """Scores of the response under the plan; a response without tokens has none."""
+    capture, response = generated.capture, generated.response
+    if response.new_tokens == 0:
+        return Scores.empty(len(plan.layers), len(bank.clients))
+    if plan.method == "paper":
+        return _paper(model, response, bank, plan)
+    if plan.way == "local":
+        local = local_relevance(model, architecture, capture, response, plan.layers, plan.objective)
+        return project_local(local, bank, plan.layers, plan.backend)
+    reverse = reverse_relevance(model, architecture, capture, response, plan.layers, plan.objective)
+    return project_reverse(reverse, bank, plan.layers, plan.backend)
+
+
+def _paper(model: nn.Module, response: Response, bank: Bank, plan: Plan) -> Scores:
+    """Full client weights, no aggregation weight; the deltas ride along for the conservation check only."""
+    count = len(bank.clients)
+    matrices: dict[str, list[Tensor]] = {
+        name: [
+            *client_weights(model, name, bank.change[name], bank.deltas[name]),
+            *bank.deltas[name],
+            bank.change[name],
+        ]
+        for name in plan.layers
+    }
+    scores, objective = paper_scores(model, response.ids, response.prompt_length, matrices, plan.objective)
+    deltas, changed = scores[..., count : 2 * count] @ bank.weights, scores[..., -1]
+    return Scores(
+        tokens=scores[..., :count].sum(0),
+        layer_totals=scores[..., :count].sum(1),
+        change_tokens=changed.sum(0),
+        change=float(changed.sum()),
+        objective=objective,
+        residual_tokens=(changed - deltas).sum(0),
+        residual=float((changed - deltas).sum()),
+    )
+
+
+def assemble(
+    tokenizer: Any,
+    response: Response,
+    bank: Bank,
+    scores: Scores,
+    plan: Plan,
+    *,
+    generate_arguments: Mapping[str, Any],
+    **measured: Any,
+) -> Trace:
+    """The trace object: numbers as float64 arrays, tokens with their text, and how it all came about."""
+    ids = response.ids[0].tolist()
+    prompt_ids, new_ids = ids[: response.prompt_length], ids[response.prompt_length :]
+    tokens = tokens_of(tokenizer, prompt_ids, new_ids)
+    info = TraceInfo(
+        method=plan.method,
+        way=plan.way,
+        objective=plan.objective,
+        layers=plan.layers,
+        rounds=bank.rounds,
+        backend=_picked(plan, response.ids.device),
+        versions=versions(),
+        generate_arguments={name: _printable(value) for name, value in generate_arguments.items()},
+        **measured,
+    )
+    return Trace(
+        prompt=tokenizer.decode(prompt_ids) if tokenizer is not None else "",
+        prompt_ids=tuple(prompt_ids),
+        response="".join(token.text for token in tokens),
+        token_list=tokens,
+        client_ids=bank.clients,
+        weights=bank.weights.numpy(),
+        token_scores=None if scores.tokens is None else scores.tokens.numpy(),
+        totals=scores.totals.numpy(),
+        objective_values=scores.objective.numpy(),
+        token_residual=None if scores.residual_tokens is None else scores.residual_tokens.numpy(),
+        residual=scores.residual,
+        change=scores.change,
+        layer_totals=scores.layer_totals.numpy(),
+        info=info,
+    )
+
+
+def _picked(plan: Plan, device: torch.device) -> str:
+    if plan.method == "paper":
+        return "torch"
+    op = "client_scores" if plan.way == "local" else "client_totals"
+    return choose(op, plan.backend, device).name
+
+
+def _check_word(argument: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(argument, expected=f"one of {', '.join(known)}", got=value)
+
+
+def _printable(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)[:200]

@@ -1,0 +1,120 @@
+"""What tracing keeps while the model generates: hidden states entering the traced blocks, and little else.
+
+Positions are counted over the whole sequence, prompt first. Token t of T generated ones is chosen by the logits at
+position P - 1 + t, where P is the prompt's (padded) length; the last generated token never enters the model, so
+P - 1 + T positions are seen. Left padding keeps this true for every row of a batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .patching import hooks
+
+
+@dataclass
+class Capture:
+    """Recorded tensors of one generation; the lists hold one entry per forward pass.
+
+    Attributes:
+        whole: every position is kept, [B, s, .] per pass; otherwise only the pass's last one, [B, 1, .].
+        steps: (B, s) of every forward pass.
+        hidden: inputs of the first traced block.
+        projection_inputs, projections: inputs and outputs of the last block's out-projection, if asked for.
+        outputs: outputs of the last block: what a replay must reproduce.
+        returns_tuples: whether the family's blocks return (hidden, ...) or the hidden states alone.
+    """
+
+    whole: bool
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    projection_inputs: list[Tensor] = field(default_factory=list)
+    projections: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    returns_tuples: bool = False
+
+    def is_plain_decoding(self, prompt_length: int, new_tokens: int, batch: int = 1) -> bool:
+        """Whether the forward passes were one prefill of the prompt and then one token at a time.
+
+        Anything else (beams, drafts, chunked prefill, guidance) must be recorded again by teacher forcing. One pass
+        past the last token is allowed: with its stop check deferred, transformers runs one that it throws away.
+        """
+        expected = [(batch, prompt_length)] + [(batch, 1)] * (new_tokens - 1)
+        return self.steps in (expected, [*expected, (batch, 1)])
+
+    def deciding(self, kept: list[Tensor], prompt_length: int, new_tokens: int) -> Tensor:
+        """Rows of the positions that chose the new tokens, [B, T, .], out of one of the lists above."""
+        first = prompt_length - 1 if self.whole else 0
+        return torch.cat(kept, dim=1)[:, first : first + new_tokens]
+
+    def sequence(self, length: int) -> Tensor:
+        """Hidden states entering the first traced block at the first `length` positions, [B, length, d]."""
+        return torch.cat(self.hidden, dim=1)[:, :length]
+
+
+@contextmanager
+def capturing(
+    first_block: nn.Module, last_block: nn.Module, out_projection: nn.Module | None, *, whole: bool
+) -> Iterator[Capture]:
+    """Record every forward pass inside the `with`.
+
+    Args:
+        first_block: the first traced block; its input is kept.
+        last_block: the last block of the model; its output is kept for the replay's self-check.
+        out_projection: the last block's attention out-projection, or None not to record it (way "reverse").
+        whole: keep all positions, or only the last of each pass (enough for the local way while decoding).
+    """
+    kept = Capture(whole)
+
+    def rows(tensor: Tensor) -> Tensor:
+        # A clone, so that the prefill's activations are freed and in-place adds further on cannot reach us.
+        return (tensor if whole else tensor[:, -1:]).detach().clone()
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kept.steps.append((hidden.shape[0], hidden.shape[1]))
+        kept.hidden.append(rows(hidden))
+
+    def project(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # OPT hands its layers [B * s, d]; what entered the block says what s is.
+        batch, length = kept.steps[-1]
+        kept.projection_inputs.append(rows(args[0].reshape(batch, length, -1)))
+        kept.projections.append(rows(output.reshape(batch, length, -1)))
+
+    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        kept.returns_tuples = isinstance(output, tuple)
+        kept.outputs.append(rows(output[0] if kept.returns_tuples else output))
+
+    handles = [
+        first_block.register_forward_pre_hook(enter, with_kwargs=True),
+        last_block.register_forward_hook(leave),
+    ]
+    if out_projection is not None:
+        handles.append(out_projection.register_forward_hook(project))
+    with hooks(*handles):
+        yield kept
+
+
+def run_whole(model: nn.Module, ids: Tensor, attention_mask: Tensor | None = None, **extra: Any) -> Any:
+    """One uncached pass over ids [B, S], with the position ids that decoding uses under left padding.
+
+    Leaving the position ids out is wrong by more than half in relative terms for models with absolute positions.
+    """
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False, **extra}
+    if attention_mask is not None and not bool(attention_mask.all()):
+        arguments["attention_mask"] = attention_mask
+        if _takes_position_ids(model):
+            arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return model(**arguments)
+
+
+def _takes_position_ids(model: nn.Module) -> bool:
+    """Bloom's ALiBi takes none and refuses the argument."""
+    return "position_ids" in inspect.signature(model.forward).parameters

@@ -1,0 +1,146 @@
+"""The `protoken` command: each command reads its arguments, calls one function and prints what it returns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import ProtokenError
+
+app = typer.Typer(
+    name="protoken",
+    help="Which client taught the federated language model what it just said?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench = typer.Typer(help="Measure on this machine; every figure comes with its spread.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the federation, pages and traces.")] = Path("out/demo"),
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of another base model.", show_default=False)
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Train a small real federation, two of six clients poisoned, and trace what the global model says."""
+    from .demo import run_demo
+
+    run_demo(out, json_path=json, model=model, console=Console())
+
+
+@app.command()
+def trace(
+    prompt: Annotated[str, typer.Argument(help="What to ask the model.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id of the global model.")],
+    ledger: Annotated[Path, typer.Option(help="The federation's ledger.")],
+    rounds: Annotated[str, typer.Option(help='"last", "all" or round numbers like 1,2,5.')] = "last",
+    blocks: Annotated[int, typer.Option(help="Trace this many of the last blocks.")] = 1,
+    objective: Annotated[str | None, typer.Option(help="log_prob or logit.")] = None,
+    method: Annotated[str, typer.Option(help="protoken or paper.")] = "protoken",
+    backend: Annotated[str, typer.Option(help="auto, cuda, triton, cpp or torch.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    raw: Annotated[bool, typer.Option(help="Do not wrap the prompt in the chat template.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Generate a response and show which client taught each token."""
+    import protoken
+
+    from .evaluation.base_model import load_model
+
+    loaded, tokenizer = load_model(model)
+    result = protoken.trace(
+        loaded,
+        prompt,
+        ledger=ledger,
+        tokenizer=tokenizer,
+        rounds=_rounds(rounds),
+        blocks=blocks,
+        objective=objective,  # type: ignore[arg-type]
+        method=method,  # type: ignore[arg-type]
+        backend=backend,
+        chat=False if raw else None,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+    )
+    result.show()
+    if html is not None:
+        result.to_html(html)
+    if json is not None:
+        result.save(json)
+
+
+@app.command()
+def env() -> None:
+    """Versions, native modules, and which backend would serve each op here, with the reason."""
+    from .environment import show_environment
+
+    show_environment(Console())
+
+
+@bench.command("overhead")
+def bench_overhead(
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; the demo's base model if left out.")] = None,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
+    new_tokens: Annotated[list[int] | None, typer.Option(help="Numbers of new tokens.")] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="Numbers of clients.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    oracle: Annotated[bool, typer.Option(help="Time the published algorithm, too.")] = True,
+    json: JsonFile = None,
+) -> None:
+    """Seconds of plain generation, of tracing, and of the published algorithm, interleaved in one run."""
+    from .benchmarks.overhead import run_overhead
+
+    run_overhead(
+        Console(),
+        model=model,
+        prompt_tokens=prompt_tokens or [64],
+        new_tokens=new_tokens or [32],
+        clients=clients or [6],
+        repeats=repeats,
+        oracle=oracle,
+        json_path=json,
+    )
+
+
+@bench.command("kernels")
+def bench_kernels(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: JsonFile = None,
+) -> None:
+    """Every backend of the ops against torch, as shares of this machine's copy bandwidth."""
+    from .benchmarks.kernels import run_kernels
+
+    run_kernels(device, json)
+
+
+def _rounds(text: str) -> Any:
+    if text in ("last", "all"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter('"last", "all" or numbers like 1,2,5', param_hint="--rounds") from None
+
+
+def main() -> None:
+    """Entry point: our own errors are one line, everything else is a bug and keeps its traceback."""
+    try:
+        app()
+    except ProtokenError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        sys.exit(2)

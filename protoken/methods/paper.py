@@ -1,0 +1,96 @@
+"""The published algorithm (arXiv 2601.19672), as plainly as it can be written: the oracle of the test suite.
+
+For each generated token t: a forward pass over the whole context without cache, a backward pass from the token's
+objective, and for every traced layer l
+
+    s[k, t] = sum_l sum_{pos <= t} < W_k^l x^l[pos], g_t^l[pos] >
+
+With the paper's own choices W_k are the clients' full weights, the objective is the raw logit and aggregation weights
+are left out. With deltas for W_k and the log-probability it is what the fast ways must equal.
+
+Cost: T forward and backward passes over up to P + T positions, 13 to 20 times plain generation. No limit on layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..patching import hooks
+
+
+def paper_scores(
+    model: nn.Module,
+    ids: Tensor,
+    prompt_length: int,
+    weights: Mapping[str, Sequence[Tensor]],
+    objective: str = "logit",
+) -> tuple[Tensor, Tensor]:
+    """Scores of every generated token, layer and client.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        ids: prompt and generated tokens, [1, P + T].
+        prompt_length: P.
+        weights: per layer name, K matrices [O, I]: full client weights (the paper) or deltas.
+        objective: "logit" or "log_prob".
+
+    Returns:
+        Scores [L, T, K] and objective values [T], both fp64.
+    """
+    scores, values = [], []
+    for end in range(prompt_length, ids.shape[1]):
+        value, taps = _objective_and_taps(model, ids[:, :end], int(ids[0, end]), list(weights), objective)
+        grads = torch.autograd.grad(value, [taps[name][1] for name in weights])
+        scores.append(
+            [
+                [_inner(weight, taps[name][0], grad) for weight in weights[name]]
+                for name, grad in zip(weights, grads, strict=True)
+            ]
+        )
+        values.append(value.item())
+    shape = (len(scores), len(weights), len(next(iter(weights.values()))))
+    return torch.tensor(scores, dtype=torch.float64).reshape(shape).transpose(0, 1), torch.tensor(
+        values, dtype=torch.float64
+    )
+
+
+def client_weights(model: nn.Module, layer: str, change: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """W_k = G - (G - G_prev) + delta_k in fp32, [O, I] each: the clients' full weights of a layer."""
+    module = model.get_submodule(layer)
+    current = module.weight.detach().float()
+    sent = (current.T if isinstance(module, Conv1D) else current) - change.float()
+    return [sent + delta.float() for delta in deltas]
+
+
+def _objective_and_taps(
+    model: nn.Module, context: Tensor, token: int, layers: list[str], objective: str
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    taps: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def tap(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # Frozen models carry no gradient: adding a zero that wants one starts the graph here.
+            output = output + torch.zeros_like(output).requires_grad_()
+            taps[name] = (args[0].detach(), output)
+            return output.clone()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(tap(name)) for name in layers]
+    with hooks(*handles), torch.enable_grad():
+        logits = model(input_ids=context, use_cache=False).logits[0, -1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        value = logits[token] if objective == "logit" else logits.log_softmax(-1)[token]
+    return value, taps
+
+
+def _inner(weight: Tensor, x: Tensor, grad: Tensor) -> float:
+    """sum over positions of <W x[pos], g[pos]>."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, grad = x.flatten(0, -2).to(wide), grad.flatten(0, -2).to(wide)
+    return float(((x @ weight.to(wide).T) * grad).sum(dtype=torch.float64))

@@ -1,0 +1,72 @@
+"""Reversible changes to somebody else's model: every one undone in `finally`, none leaving an attribute behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one module instance another `forward`; hooks on it still run. Restores what was there, instance or class."""
+    had_own = "forward" in module.__dict__
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = own  # type: ignore[assignment]
+        else:
+            del module.__dict__["forward"]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off for the duration; each module's own training flag is put back, also where they were mixed."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def hooks(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Remove the handles whatever happens."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def refuse_inference_mode(model: nn.Module) -> None:
+    """Relevance is a gradient: inference mode, and parameters created in it, cannot take part in one.
+
+    Raises:
+        ModelError: inference mode is on, or a parameter was created in it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "model",
+            expected="a call outside torch.inference_mode()",
+            got="inference mode, which forbids gradients",
+            remedy="Use torch.no_grad() around your own code instead; protoken turns gradients on only where it needs them",
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ModelError(
+                "model",
+                expected="parameters created outside torch.inference_mode()",
+                got=f"inference tensor {name}",
+                remedy="Load the model outside torch.inference_mode()",
+            )

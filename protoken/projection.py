@@ -1,0 +1,116 @@
+"""From relevance to scores: one op call projects every client's update of every traced layer.
+
+Scores are rho_k <g_t, delta_k x_t> (local way) or rho_k <M, delta_k> (reverse way), summed over layers; what the
+round changed, <g_t, (G - G_prev) x_t>, is projected the same way, and the difference is the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bank import Bank
+from .ops import (
+    client_scores_grouped,
+    client_scores_reference,
+    client_totals_grouped,
+    client_totals_reference,
+)
+from .relevance import LocalRelevance, ReverseRelevance
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attribution of one response; fp64, on the CPU.
+
+    Attributes:
+        tokens: [T, K], or None for totals only.
+        layer_totals: [L, K].
+        change_tokens: <(G - G_prev) x_t, g_t>, [T], or None.
+        change: its sum over tokens and layers.
+        objective: f_t, [T].
+        residual_tokens, residual: what the weighted updates leave of the change.
+    """
+
+    tokens: Tensor | None
+    layer_totals: Tensor
+    change_tokens: Tensor | None
+    change: float
+    objective: Tensor
+    residual_tokens: Tensor | None
+    residual: float
+
+    @property
+    def totals(self) -> Tensor:
+        """[K], summed over layers and tokens."""
+        return self.layer_totals.sum(0)
+
+    @staticmethod
+    def of_weighted_deltas(
+        tokens: Tensor | None,
+        layer_totals: Tensor,
+        change_tokens: Tensor | None,
+        change: float,
+        objective: Tensor,
+    ) -> Scores:
+        """Scores that are contributions rho_k <delta_k x, g>, so that the residual is what they leave of the change."""
+        per_token = None
+        if tokens is not None and change_tokens is not None:
+            per_token = change_tokens - tokens.sum(1)
+        residual = change - float(layer_totals.sum())
+        return Scores(tokens, layer_totals, change_tokens, change, objective, per_token, residual)
+
+    @staticmethod
+    def empty(layers: int, clients: int) -> Scores:
+        """Of a response without tokens."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        zeros = torch.zeros(layers, clients, dtype=torch.float64)
+        return Scores(nothing.reshape(0, clients), zeros, nothing, 0.0, nothing, nothing, 0.0)
+
+
+def project_local(relevance: LocalRelevance, bank: Bank, layers: Sequence[str], backend: str) -> Scores:
+    """Scores of every token and client, from x [T, I] and g [T, O] per layer."""
+    xs = [relevance.x[name] for name in layers]
+    grads = [relevance.grad[name] for name in layers]
+
+    def scores(banks: list[list[Tensor]]) -> Tensor:
+        if xs[0].dtype == torch.float64:
+            # The kernels compute in fp32; a double-precision model is answered in double precision.
+            return torch.stack(
+                [client_scores_reference(x, g, torch.stack(b)) for x, g, b in zip(xs, grads, banks, strict=True)]
+            )
+        return client_scores_grouped(xs, grads, banks, backend=backend)
+
+    by_client = scores([bank.deltas[name] for name in layers]).double().cpu() * bank.weights[:, None]
+    changed = scores([[bank.change[name]] for name in layers]).double().cpu()[:, 0].sum(0)
+    return Scores.of_weighted_deltas(
+        tokens=by_client.sum(0).T.contiguous(),
+        layer_totals=by_client.sum(2),
+        change_tokens=changed,
+        change=float(changed.sum()),
+        objective=relevance.objective.double().cpu(),
+    )
+
+
+def project_reverse(relevance: ReverseRelevance, bank: Bank, layers: Sequence[str], backend: str) -> Scores:
+    """Totals of every client over the response, from M = sum_t g_t x_t^T per layer."""
+    matrices = [relevance.gradient_matrix[name] for name in layers]
+
+    def totals(banks: list[list[Tensor]]) -> Tensor:
+        if matrices[0].dtype == torch.float64:
+            return torch.stack(
+                [client_totals_reference(m, torch.stack(b)) for m, b in zip(matrices, banks, strict=True)]
+            )
+        return client_totals_grouped(matrices, banks, backend=backend)
+
+    by_client = totals([bank.deltas[name] for name in layers]).double().cpu() * bank.weights
+    return Scores.of_weighted_deltas(
+        tokens=None,
+        layer_totals=by_client,
+        change_tokens=None,
+        change=float(totals([[bank.change[name]] for name in layers]).double().sum()),
+        objective=relevance.objective.double().cpu(),
+    )

@@ -1,0 +1,203 @@
+"""The objective f_t of each generated token and its gradient at the traced layers' outputs.
+
+Two of the three exact ways that do not repeat the generation:
+
+local    one traced block. After the last attention no position talks to another, so d f_t / d y is zero at every
+         position but the deciding one: all tokens' relevances come from one backward pass over T rows.
+reverse  any number of blocks, totals over the sequence. One backward pass gives per layer M = sum_t g_t x_t^T [O, I],
+         and a client's total is <M, delta_k>.
+
+Source: arXiv 2601.19672 section 3 (gradient relevance); the exactness of both ways is tested against methods/paper.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import Architecture
+from .capture import Capture
+from .errors import GenerationError
+from .replay import Replayed, replay
+
+Objective = Literal["log_prob", "logit"]
+
+# A replay that differs by more than this from what generation computed is another computation, not rounding.
+REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class Response:
+    """One finished sequence: ids [1, P + T], prompt length P, number of generated tokens T."""
+
+    ids: Tensor
+    prompt_length: int
+
+    @property
+    def new_tokens(self) -> int:
+        return int(self.ids.shape[1]) - self.prompt_length
+
+    @property
+    def tokens(self) -> Tensor:
+        """The generated token ids [T]."""
+        return self.ids[0, self.prompt_length :]
+
+    @property
+    def seen(self) -> Tensor:
+        """The ids that entered the model, [1, P - 1 + T]: all but the last generated one."""
+        return self.ids[:, :-1]
+
+
+@dataclass
+class LocalRelevance:
+    """Per layer x [T, I] and g = d f_t / d y [T, O]; objective values f_t [T]."""
+
+    x: dict[str, Tensor]
+    grad: dict[str, Tensor]
+    objective: Tensor
+    replay_error: float
+
+
+@dataclass
+class ReverseRelevance:
+    """Per layer M = sum over positions of g x^T, fp32 [O, I]; objective values f_t [T]."""
+
+    gradient_matrix: dict[str, Tensor]
+    objective: Tensor
+    replay_error: float
+
+
+def objective_values(logits: Tensor, tokens: Tensor, objective: Objective) -> Tensor:
+    """f_t for logits [T, V] and tokens [T]: the token's log-probability in nats, or its raw logit; fp32 or fp64 [T]."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(-1, tokens[:, None])[:, 0]
+    return chosen if objective == "logit" else chosen - logits.logsumexp(-1)
+
+
+def local_relevance(
+    model: nn.Module,
+    architecture: Architecture,
+    capture: Capture,
+    response: Response,
+    layers: tuple[str, ...],
+    objective: Objective,
+) -> LocalRelevance:
+    """Relevance of every generated token at the last block's out-projection and MLP-final layer.
+
+    The attention is not repeated: the recorded outputs of the out-projection stand in for it, and the T deciding rows
+    run through the rest of the block as if they were a sequence of T positions.
+    """
+    prompt, count = response.prompt_length, response.new_tokens
+    last = len(architecture.blocks) - 1
+    projection = architecture.layer_name(last, architecture.out_projection)
+    replayed = replay(
+        model,
+        architecture,
+        first_block=last,
+        hidden=capture.deciding(capture.hidden, prompt, count),
+        ids=response.seen[:, prompt - 1 :],
+        layers=tuple(dict.fromkeys((projection, *layers))),
+        blocks_return_tuples=capture.returns_tuples,
+        given_outputs={projection: capture.deciding(capture.projections, prompt, count)},
+        head=_gathered_head(architecture.head, response.tokens) if objective == "logit" else None,
+    )
+    error = replay_error(replayed.output, capture.deciding(capture.outputs, prompt, count))
+    values, grads = _backward(replayed, response.tokens, layers, objective)
+    x = {name: replayed.taps[name].x[0] for name in layers}
+    if projection in x:
+        # What the stand-in attention fed to the projection is meaningless; generation's own input was recorded.
+        x[projection] = capture.deciding(capture.projection_inputs, prompt, count)[0]
+    return LocalRelevance(x, {n: g[0] for n, g in grads.items()}, values, error)
+
+
+def reverse_relevance(
+    model: nn.Module,
+    architecture: Architecture,
+    capture: Capture,
+    response: Response,
+    layers: tuple[str, ...],
+    objective: Objective,
+) -> ReverseRelevance:
+    """Gradient matrices of sum_t f_t for layers of any depth: one backward pass through the traced blocks."""
+    prompt, count = response.prompt_length, response.new_tokens
+    length = prompt - 1 + count
+    rows = torch.arange(prompt - 1, length, device=response.ids.device)
+    replayed = replay(
+        model,
+        architecture,
+        first_block=min(architecture.block_of(name) for name in layers),
+        hidden=capture.sequence(length),
+        ids=response.seen,
+        layers=layers,
+        blocks_return_tuples=capture.returns_tuples,
+        logits_rows=rows,
+        head=_gathered_head(architecture.head, response.tokens) if objective == "logit" else None,
+    )
+    recorded = capture.deciding(capture.outputs, prompt, count)
+    error = replay_error(replayed.output[:, prompt - 1 : length], recorded)
+    values, grads = _backward(replayed, response.tokens, layers, objective)
+    matrices = {
+        name: _accumulated(grads[name].flatten(0, 1), replayed.taps[name].x.flatten(0, 1)) for name in layers
+    }
+    return ReverseRelevance(matrices, values, error)
+
+
+def replay_error(replayed: Tensor, recorded: Tensor) -> float:
+    """Relative RMS difference between what the replay and the generation computed for the same rows.
+
+    Raises:
+        GenerationError: it is beyond rounding, so the replay was of another computation.
+    """
+    difference = (replayed.double() - recorded.double()).norm()
+    error = float(difference / recorded.double().norm().clamp(min=1e-300))
+    limit = REPLAY_TOLERANCE.get(recorded.dtype, 1e-1)
+    if not error <= limit:
+        raise GenerationError(
+            "model",
+            expected=f"a replay of the traced blocks within {limit:g} of the generation",
+            got=f"a relative difference of {error:.3g}",
+            remedy="Something in this model depends on more than its hidden states; nothing was attributed",
+        )
+    return error
+
+
+def _backward(
+    replayed: Replayed, tokens: Tensor, layers: tuple[str, ...], objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = replayed.logits[0]
+    # A head that gathered rows returns a vocabulary of one.
+    chosen = torch.zeros_like(tokens) if logits.shape[-1] == 1 else tokens
+    values = objective_values(logits, chosen, objective)
+    outputs = [replayed.taps[name].y for name in layers]
+    grads = torch.autograd.grad(values.sum(), outputs)
+    return values.detach(), dict(zip(layers, grads, strict=True))
+
+
+def _accumulated(grad: Tensor, x: Tensor) -> Tensor:
+    """sum over rows of g x^T in fp32 or better: rows [n, O] and [n, I] give [O, I]."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.to(wide).T @ x.to(wide)
+
+
+def _gathered_head(head: nn.Module, tokens: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """A head of one output per row, z_t = <w[token_t], h_t> + b[token_t], in place of the whole vocabulary.
+
+    What families apply to the logits afterwards (soft-caps, scalings) is elementwise, so it still applies. Only for
+    plain linear heads; others run as they are.
+    """
+    if type(head) is not nn.Linear:
+        return None
+    # [T, d] rows, widened: a half-precision dot product over d would round more than the whole head's matmul.
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
+    weight = head.weight.detach()[tokens].to(wide)
+    bias = None if head.bias is None else head.bias.detach()[tokens].to(wide)
+
+    def forward(hidden: Tensor) -> Tensor:
+        logits = (hidden.to(wide) * weight).sum(-1, keepdim=True)
+        return logits if bias is None else logits + bias[:, None]
+
+    return forward

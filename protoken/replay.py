@@ -1,0 +1,140 @@
+"""Run the traced blocks once more on recorded hidden states, through the model's own code.
+
+The model's own `forward` is called; the blocks below the traced ones are passed through, and the first traced block
+is handed the recorded hidden states. Masks, rotary embeddings, sliding windows, norms, soft-caps and scalings are
+therefore the model's own in every family, and the cost is that of the traced blocks, the final norm and the head on
+the rows asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import Architecture
+from .capture import run_whole
+from .errors import GenerationError
+from .patching import hooks, replaced_forward
+
+
+@dataclass
+class Tap:
+    """Input and output of one traced layer during a replay: x [B, s, I], y [B, s, O] with y in the gradient's graph."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class Replayed:
+    """What a replay yields: logits of the deciding rows, the layers' taps, the last block's output [B, s, d]."""
+
+    logits: Tensor
+    taps: dict[str, Tap]
+    output: Tensor
+
+
+def replay(
+    model: nn.Module,
+    architecture: Architecture,
+    *,
+    first_block: int,
+    hidden: Tensor,
+    ids: Tensor,
+    layers: Sequence[str],
+    blocks_return_tuples: bool,
+    attention_mask: Tensor | None = None,
+    logits_rows: Tensor | None = None,
+    given_outputs: dict[str, Tensor] | None = None,
+    head: Callable[[Tensor], Tensor] | None = None,
+) -> Replayed:
+    """Replay blocks `first_block`.. on `hidden`, with gradients enabled from there on.
+
+    Args:
+        model, architecture: the model, left as it was found.
+        first_block: number of the first block that computes.
+        hidden: [B, s, d] hidden states entering it.
+        ids: [B, s] token ids of those positions; they only feed the embedding that is then replaced.
+        layers: full names of the layers to tap.
+        blocks_return_tuples: how this family's blocks return their hidden states, as seen while capturing.
+        attention_mask: [B, s] for left-padded batches.
+        logits_rows: positions (a 1-d index) at which logits are wanted; all if None.
+        given_outputs: outputs to put in place of a tapped layer's own, [B, s, O] per name: they become leaves.
+        head: called instead of the output head on its [B, rows, d] input.
+
+    Raises:
+        GenerationError: a traced layer never ran.
+    """
+    taps: dict[str, Tap] = {}
+    output: list[Tensor] = []
+
+    def enter(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaf = hidden.detach().requires_grad_()
+        return ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": leaf})
+
+    def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+        output.append((result[0] if isinstance(result, tuple) else result).detach())
+
+    handles = [
+        architecture.blocks[first_block].register_forward_pre_hook(enter, with_kwargs=True),
+        architecture.blocks[-1].register_forward_hook(leave),
+        *(
+            model.get_submodule(name).register_forward_hook(
+                _tap(taps, name, hidden.shape[:2], (given_outputs or {}).get(name))
+            )
+            for name in layers
+        ),
+    ]
+    rows: dict[str, Any] = {} if logits_rows is None else {"logits_to_keep": logits_rows}
+    with hooks(*handles), ExitStack() as stack, torch.enable_grad():
+        stack.enter_context(_passed_through(architecture, first_block, blocks_return_tuples))
+        if head is not None:
+            stack.enter_context(replaced_forward(architecture.head, head))
+        logits = run_whole(model, ids, attention_mask, **rows).logits
+    missing = [name for name in layers if name not in taps]
+    if missing:
+        raise GenerationError(
+            "layers",
+            expected="layers that run in the model's forward pass",
+            got=f"{missing}, which did not",
+            remedy="Trace other layers",
+        )
+    return Replayed(logits, taps, output[-1])
+
+
+def _tap(
+    taps: dict[str, Tap], name: str, shape: Sequence[int], given: Tensor | None
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        y = output
+        if given is not None:
+            y = given.detach().reshape(output.shape).requires_grad_()
+        elif not y.requires_grad:
+            # Nothing upstream carries a gradient: the output itself becomes the leaf.
+            y = y.detach().requires_grad_()
+        taps[name] = Tap(args[0].detach().reshape(*shape, -1), y)
+        # The clone keeps an in-place add of the residual (Falcon) away from the leaf.
+        return y.clone()
+
+    return hook
+
+
+@contextmanager
+def _passed_through(architecture: Architecture, count: int, as_tuple: bool) -> Iterator[None]:
+    """The first `count` blocks return what they are given, in the form in which this family's blocks return it."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, None) if as_tuple else hidden
+
+    with ExitStack() as stack:
+        for block in architecture.blocks[:count]:
+            stack.enter_context(replaced_forward(block, forward))
+        yield

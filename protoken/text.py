@@ -1,0 +1,145 @@
+"""From a prompt to token ids, and from generated ids back to pieces of text that add up to the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PromptError
+from .results import Token
+
+# Tokens decoded along before a new one, so that tokenizers which strip a leading space see that it does not lead.
+_CONTEXT = 8
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        tokenizer: needed unless the prompt is a sequence of ids.
+        prompt: text; a conversation [{"role": ..., "content": ...}, ...]; or token ids, taken as they are.
+        chat: wrap text as one user turn of the tokenizer's chat template. None: if it has a template.
+
+    Raises:
+        PromptError: empty, of another type, or a chat template is needed and the tokenizer has none.
+    """
+    if isinstance(prompt, Tensor):
+        prompt = prompt.flatten().tolist()
+    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+        return _not_empty([int(token) for token in prompt])  # type: ignore[arg-type]
+    if tokenizer is None:
+        raise PromptError(
+            "tokenizer",
+            expected="a tokenizer, since the prompt is text",
+            got=None,
+            remedy="Pass tokenizer=, attach one, or give the prompt as token ids",
+        )
+    if isinstance(prompt, str):
+        if not prompt:
+            return _not_empty([])
+        if chat is False or (chat is None and not getattr(tokenizer, "chat_template", None)):
+            return _not_empty(tokenizer(prompt)["input_ids"])
+        prompt = [{"role": "user", "content": prompt}]
+    return _not_empty(_encode_conversation(tokenizer, prompt))
+
+
+def _encode_conversation(tokenizer: Any, conversation: Any) -> list[int]:
+    if not all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in conversation):
+        raise PromptError(
+            "prompt",
+            expected='text, token ids, or turns like {"role": "user", "content": "..."}',
+            got=f"a {type(conversation).__name__} of {type(conversation[0]).__name__}",
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            "prompt",
+            expected="a tokenizer with a chat template, to render a conversation",
+            got=f"{type(tokenizer).__name__} without one",
+            remedy="Set tokenizer.chat_template, or pass the prompt as text with chat=False",
+        )
+    encoded = tokenizer.apply_chat_template(
+        [dict(turn) for turn in conversation], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def _not_empty(ids: list[int]) -> list[int]:
+    if not ids:
+        raise PromptError("prompt", expected="at least one token", got="an empty prompt")
+    return ids
+
+
+def check_window(model: nn.Module, prompt_length: int, new_tokens: int) -> None:
+    """Refuse what the model's window cannot hold, before any work is done.
+
+    Raises:
+        PromptError: prompt and new tokens are more than `max_position_embeddings`.
+    """
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and prompt_length + new_tokens > window:
+        raise PromptError(
+            "prompt",
+            expected=f"prompt and new tokens within the model's window of {window}",
+            got=f"{prompt_length} + {new_tokens} tokens",
+            remedy="Shorten the prompt or lower max_new_tokens",
+        )
+
+
+def check_ids(model: nn.Module, ids: Sequence[int]) -> None:
+    """Refuse ids outside the embedding table, which would be an index error deep inside the model.
+
+    Raises:
+        PromptError: an id is negative or beyond the vocabulary.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    bad = [token for token in ids if not 0 <= token < size]
+    if bad:
+        raise PromptError(
+            "prompt",
+            expected=f"token ids below the model's vocabulary size {size}",
+            got=bad[0],
+            remedy="Encode the prompt with this model's own tokenizer",
+        )
+
+
+def tokens_of(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> tuple[Token, ...]:
+    """Each generated token with the text it adds; the texts joined are the response, whitespace and all.
+
+    A character spread over several tokens belongs to the one that completes it. The prompt's end is decoded along, so
+    that a leading space survives tokenizers that strip it at the start of a text.
+    """
+    if tokenizer is None:
+        return tuple(Token(token, f"⟨{token}⟩") for token in new_ids)
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    pending = list(prompt_ids[-_CONTEXT:])
+    before = after = _decode(tokenizer, pending)
+    tokens: list[Token] = []
+    for token in new_ids:
+        pending.append(token)
+        after = _decode(tokenizer, pending)
+        whole = not after.endswith("\N{REPLACEMENT CHARACTER}")
+        tokens.append(Token(token, after[len(before) :] if whole else "", token in special))
+        if whole:
+            # Decoding from a recent clean boundary keeps this linear in the response's length.
+            pending = pending[-_CONTEXT:]
+            before = after = _decode(tokenizer, pending)
+    if after != before:
+        # The response was cut inside a character: what there is of it belongs to the last token.
+        tokens[-1] = Token(tokens[-1].id, after[len(before) :], tokens[-1].special)
+    return tuple(tokens)
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+
+
+def as_row(ids: Sequence[int], device: torch.device) -> Tensor:
+    """Ids as a batch of one, [1, n]."""
+    return torch.tensor([list(ids)], dtype=torch.long, device=device)

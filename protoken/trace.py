@@ -1,0 +1,110 @@
+"""`trace(model, prompt)`: generate once, then say which client taught which token. Read this file first.
+
+    prompt ─▶ generate, capturing the traced blocks' inputs ─▶ relevance ─▶ projection onto the clients' deltas ─▶ Trace
+
+Scores are s[k, t] = rho_k * sum_layers <g_t, delta_k x_t>, in the unit of the objective (nats for the
+log-probability). They are first order at the global model G: the contribution of client k's weighted update to the
+objective of token t. Over all clients they add up to <(G - G_prev) x, g> but for the residual, which every trace reports.
+"""
+
+from __future__ import annotations
+
+import time
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from .attachment import attachment_of, make_attachment
+from .attribution import Method, Way, assemble, attribute, make_plan
+from .bank import Rounds, select_rounds
+from .generation import check_arguments, complete_arguments, generate
+from .ledger import Ledger
+from .patching import evaluation_mode, refuse_inference_mode
+from .relevance import Objective
+from .results import Trace
+from .text import Prompt, as_row, check_ids, encode_prompt
+
+
+def trace(
+    model: nn.Module,
+    prompt: Prompt,
+    *,
+    ledger: Ledger | str | PathLike[str] | None = None,
+    tokenizer: Any = None,
+    rounds: Rounds = "last",
+    blocks: int = 1,
+    layers: list[str] | None = None,
+    way: Way = "auto",
+    objective: Objective | None = None,
+    method: Method = "protoken",
+    backend: str = "auto",
+    chat: bool | None = None,
+    seed: int | None = None,
+    **generate_arguments: Any,
+) -> Trace:
+    """Generate a response and attribute every token of it to the federation's clients.
+
+    Args:
+        model: the global model; left exactly as it was found, also after an error.
+        prompt: text, a conversation ([{"role": "user", "content": ...}]), or token ids.
+        ledger: the federation's ledger or its path, unless one was attached with `protoken.attach`.
+        tokenizer: likewise.
+        rounds: "last", "all" (each client's weighted deltas summed: its lineage), a number, or several.
+        blocks: trace the last `blocks` blocks: attention out-projection and MLP-final layer of each.
+        layers: names or shell patterns of linear layers to trace in those blocks instead.
+        way: "local" gives scores per token for one block, "reverse" totals of the whole response for any number of
+            blocks; "auto" takes the local way when it is exact (one block, its two default layers).
+        objective: "log_prob" (default) or "logit" (the paper's, and the default of method "paper").
+        method: "protoken", or "paper": the published algorithm as it stands, slow, for comparison.
+        backend: who computes the projection: "auto", "cuda", "triton", "cpp" or "torch".
+        chat: wrap text in the tokenizer's chat template; None: if it has one.
+        seed: seed of this generation alone.
+        **generate_arguments: for the model's own `generate`. Without a length, 64 new tokens at most.
+
+    Returns:
+        A `Trace` with scores [T, K] (way "local", method "paper") or totals [K] only (way "reverse").
+
+    Raises:
+        ModelError: no ledger attached, not a causal language model, or inference mode.
+        PromptError: empty, too long for the model's window, out of its vocabulary, or no chat template.
+        ArgumentError, LayerError, UnknownRoundError, BackendError: a choice that is not there.
+        LedgerMismatchError: the ledger was written for other weights.
+        GenerationError: this way of generating cannot be traced.
+    """
+    refuse_inference_mode(model)
+    check_arguments(generate_arguments)
+    own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
+    tokenizer = own.tokenizer if tokenizer is None else tokenizer
+    plan = make_plan(own.architecture, blocks, layers, way, objective, method, backend)
+    bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
+    ids = encode_prompt(tokenizer, prompt, chat)
+    check_ids(model, ids)
+    arguments = complete_arguments(model, generate_arguments, len(ids))
+
+    began = time.perf_counter()
+    with evaluation_mode(model):
+        generated = generate(
+            model,
+            own.architecture,
+            as_row(ids, model.get_input_embeddings().weight.device),
+            arguments,
+            first_block=plan.first_block,
+            local=plan.way == "local",
+            seed=seed,
+        )
+        generated_at = time.perf_counter()
+        scores = attribute(model, own.architecture, generated, bank, plan)
+    return assemble(
+        tokenizer,
+        generated.response,
+        bank,
+        scores,
+        plan,
+        model=str(getattr(model.config, "name_or_path", "") or type(model).__name__),
+        ledger=own.ledger.run,
+        seed=seed,
+        seconds_generate=generated_at - began,
+        seconds_trace=time.perf_counter() - began,
+        generate_arguments=generate_arguments,
+    )
