@@ -1,0 +1,426 @@
+"""The ledger: a folder of rounds that only grows.
+
+>>> ledger = Ledger.create("ledger", model="my-model")
+>>> ledger.commit_round(before, after, [ClientUpdate("alice", 0.6, state=alice), ClientUpdate("bob", 0.4,
+state=bob)])
+>>> ledger.round("last").delta("alice", "model.layers.29.self_attn.o_proj.weight")
+
+An open ledger is a snapshot: it shows the rounds that were committed when it was opened, whatever a writer
+does beside it. Any number of readers may stand beside one writer; a second writer gets CommitConflict.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from protoken.errors import (
+    ArgumentError,
+    CommitConflict,
+    LedgerFormatError,
+    SignatureError,
+    StaleSnapshot,
+    UnknownRoundError,
+)
+from protoken.ledger import manifest as m
+from protoken.ledger import names, strictjson
+from protoken.ledger.files import FileLayer
+from protoken.ledger.rounds import Round, ShardCache, folder
+from protoken.ledger.updates import ClientUpdate, Value
+from protoken.ledger.writer import KeepResidual, RoundWriter
+
+if TYPE_CHECKING:
+    from protoken.ledger.signatures import SigningKey
+
+ROUND_CACHE = 64
+RoundChoice = int | Literal["last", "all"] | slice | Iterable[int]
+
+
+class Ledger:
+    """A ledger on disk. Use Ledger.create or Ledger.open."""
+
+    def __init__(
+        self,
+        files: FileLayer,
+        genesis: m.Genesis,
+        genesis_hash: str,
+        head: m.Head,
+        *,
+        check: bool,
+        key: object,
+    ) -> None:
+        self._files, self._genesis, self._genesis_hash, self._head = files, genesis, genesis_hash, head
+        self._key = key
+        self._cache = ShardCache(files, check=check)
+        self._hashes: dict[int, str] = {head.round: head.sha256}
+        self._clients: dict[int, tuple[str, ...]] = {}
+        self._load = lru_cache(maxsize=ROUND_CACHE)(self._read_manifest)
+        self._pruned = read_pruned(files)
+
+    # ---- opening -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: str = "",
+        run: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+        signing_key: SigningKey | None = None,
+        files: FileLayer | None = None,
+    ) -> Ledger:
+        """An empty ledger in a new or empty folder.
+
+        ``run`` names the federation (random when left out). With ``signing_key`` every round is signed by the
+        server, and its public key is written into the ledger. ArgumentError when something is there already.
+        """
+        files = files or FileLayer(path)
+        files.make_root()
+        rest = [
+            name
+            for name in files.names("")
+            if name not in ("ledger.json", "rounds", "staging", "lock", "HEAD.new")
+        ]
+        if rest:
+            raise ArgumentError(
+                "path",
+                expected="a new or empty folder",
+                got=f"one with {rest[0]!a} in it",
+                remedy="Use Ledger.open.",
+            )
+        genesis = m.Genesis(
+            run=names.check_run(run if run is not None else secrets.token_hex(16)),
+            model=m.check_model(model),
+            metadata=strictjson.check_metadata(metadata),
+            server_key=_public(signing_key),
+            created=int(time.time()),
+        )
+        lock = files.lock("lock")
+        try:
+            if files.exists("HEAD"):
+                raise CommitConflict(
+                    "path", expected="nobody else to create it", got="a ledger that is there now"
+                )
+            for name in ("ledger.json", "rounds", "staging"):  # what a crashed create left
+                files.remove(name)
+            data = genesis.dump()
+            files.write_file("ledger.json", data)
+            files.make_folder("rounds")
+            files.make_folder("staging")
+            files.sync_folder("")
+            head = m.Head(genesis.run, 0, m.sha256(data))
+            files.replace_file("HEAD", head.dump())
+            files.sync_above()
+        finally:
+            os.close(lock)
+        return cls(files, genesis, m.sha256(data), head, check=True, key=signing_key)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        pinned: str | m.Head | None = None,
+        server_key: bytes | str | None = None,
+        signing_key: SigningKey | None = None,
+        check: bool = True,
+        files: FileLayer | None = None,
+    ) -> Ledger:
+        """Open for reading, and for writing when the folder allows it. Reads two small files; the rest is
+        lazy.
+
+        ``pinned`` is a head noted earlier (str(ledger.head)): StaleSnapshot when the ledger does not contain
+        it. ``server_key`` is the server's public key from a trusted place: SignatureError when the ledger is
+        not signed by it. ``check=False`` skips the hash of each tensor read.
+        """
+        files = files or FileLayer(path)
+        data = files.read("ledger.json", m.GENESIS_LIMIT)
+        genesis, head = m.parse_genesis(data), m.parse_head(files.read("HEAD", m.HEAD_LIMIT))
+        if head.run != genesis.run or (head.round == 0 and head.sha256 != m.sha256(data)):
+            raise LedgerFormatError(
+                "HEAD", expected=f"the head of run {genesis.run}", got=f"one of {head.run}"
+            )
+        ledger = cls(files, genesis, m.sha256(data), head, check=check, key=signing_key)
+        if signing_key is not None and _public(signing_key) != genesis.server_key:
+            raise SignatureError(
+                "signing_key", expected=f"the key of {genesis.server_key}", got=_public(signing_key)
+            )
+        if pinned is not None:
+            ledger.require_pinned(pinned)
+        if server_key is not None:
+            from protoken.ledger.signatures import require_server
+
+            require_server(ledger, server_key)
+        return ledger
+
+    def refresh(self) -> Ledger:
+        """A new snapshot of the same ledger, pinned to this one: StaleSnapshot if the ledger went back."""
+        return Ledger.open(self.path, pinned=self._head, check=self._cache.check, files=self._files)
+
+    # ---- what is there -------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.path)!r}, run={self.run!r}, rounds={self._head.round})"
+
+    @property
+    def path(self) -> os.PathLike[str]:
+        return self._files.root
+
+    @property
+    def files(self) -> FileLayer:
+        """The file layer below this ledger."""
+        return self._files
+
+    @property
+    def run(self) -> str:
+        return self._genesis.run
+
+    @property
+    def model(self) -> str:
+        """What create() was told; the digests of the rounds are what counts."""
+        return self._genesis.model
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        return self._genesis.metadata
+
+    @property
+    def genesis(self) -> m.Genesis:
+        return self._genesis
+
+    @property
+    def head(self) -> m.Head:
+        """Number and hash of the last round; note str(head) elsewhere to notice a ledger that was rolled
+        back.
+        """
+        return self._head
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """1-based, ascending."""
+        return tuple(range(1, self._head.round + 1))
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """All ids over all rounds, sorted. Reads every manifest once."""
+        return tuple(sorted({client for number in self.rounds for client in self._clients_of(number)}))
+
+    def round(self, number: int | Literal["last"]) -> Round:
+        """One round. UnknownRoundError when there is none of this number."""
+        if number == "last":
+            number = self._head.round
+        if type(number) is not int or not 1 <= number <= self._head.round:
+            raise UnknownRoundError(
+                "round", expected=f"'last' or a number from 1 to {self._head.round}", got=ascii(number)[:40]
+            )
+        return Round(self._manifest(number), self._cache, pruned=number in self._pruned)
+
+    def select(self, rounds: RoundChoice = "last") -> tuple[Round, ...]:
+        """Rounds by "last", "all", a number, a slice of the tuple of rounds, or an iterable of numbers;
+        ascending.
+        """
+        if isinstance(rounds, int) or rounds == "last":
+            return (self.round(rounds),)
+        if isinstance(rounds, slice):
+            chosen: Iterable[int] = self.rounds[rounds]
+        elif isinstance(rounds, str):
+            if rounds != "all":
+                raise UnknownRoundError(
+                    "rounds", expected="'last', 'all', a slice or numbers", got=ascii(rounds)[:40]
+                )
+            chosen = self.rounds
+        else:
+            chosen = sorted(set(rounds))
+        found = tuple(self.round(number) for number in chosen)
+        if not found:
+            raise UnknownRoundError(
+                "rounds", expected="at least one round", got=f"none of {self._head.round}"
+            )
+        return found
+
+    def require_pinned(self, pinned: str | m.Head) -> None:
+        """StaleSnapshot unless the pinned head is this ledger's or an ancestor of it."""
+        number, _, sha256 = str(pinned).partition(":")
+        if not number.isdecimal() or len(number) > 8 or len(sha256) != 64:
+            raise ArgumentError(
+                "pinned", expected='"<round>:<hash>", as str(ledger.head) gives it', got=ascii(pinned)[:90]
+            )
+        if int(number) > self._head.round:
+            raise StaleSnapshot(
+                "ledger", expected=f"round {number}, which was pinned", got=f"{self._head.round} rounds"
+            )
+        found = self.hash_of(int(number))
+        if found != sha256:
+            raise StaleSnapshot("ledger", expected=f"round {number} with hash {sha256}", got=found)
+
+    def hash_of(self, number: int) -> str:
+        """Hash of a round's manifest (0: of ledger.json), as the chain below the head fixes it."""
+        if number == 0:
+            if self._head.round:
+                self._manifest(1)
+            return self._genesis_hash
+        known = min(n for n in self._hashes if n >= number)
+        for later in range(known, number, -1):
+            self._manifest_of_known(later)
+        return self._hashes[number]
+
+    # ---- writing -------------------------------------------------------------------------------------------
+
+    def commit_round(
+        self,
+        base: Mapping[str, Value],
+        aggregate: Mapping[str, Value],
+        updates: Sequence[ClientUpdate],
+        *,
+        rule: str = "fedavg",
+        metadata: Mapping[str, object] | None = None,
+        max_relative_residual: float | None = None,
+        codec: str = "fp32",
+        allow_gap: bool = False,
+        keep_residual: KeepResidual = "auto",
+        on_bad: Literal["raise", "quarantine"] = "raise",
+    ) -> Round:
+        """Record one round whole or not at all: base = G_{r-1} as sent to the clients, aggregate = G_r.
+
+        The keys of ``base`` choose the parameters on record. See RoundWriter.add and RoundWriter.commit.
+        """
+        with self.begin_round(
+            base, rule=rule, metadata=metadata, codec=codec, allow_gap=allow_gap, keep_residual=keep_residual
+        ) as writer:
+            for update in updates:
+                writer.add(update, on_bad=on_bad)
+            return writer.commit(aggregate, max_relative_residual=max_relative_residual)
+
+    def begin_round(
+        self,
+        base: Mapping[str, Value],
+        *,
+        rule: str = "fedavg",
+        metadata: Mapping[str, object] | None = None,
+        codec: str = "fp32",
+        allow_gap: bool = False,
+        keep_residual: KeepResidual = "auto",
+    ) -> RoundWriter:
+        """A context manager that takes clients one at a time and holds the ledger for writing meanwhile.
+
+        CommitConflict when another writer holds it or has committed since this snapshot. LedgerMismatchError
+        when the base is not what the last round ended with, unless ``allow_gap``.
+        """
+        if self._genesis.server_key is not None and self._key is None:
+            raise SignatureError(
+                "signing_key", expected="the server's key", got="none", remedy="Ledger.open(signing_key=...)"
+            )
+        lock = self._files.lock("lock")
+        try:
+            self._require_current()
+            self._clear_leftovers()
+            return RoundWriter(
+                self._files,
+                self._head,
+                base,
+                lock=lock,
+                rule=rule,
+                codec=codec,
+                metadata=metadata,
+                gap=allow_gap,
+                last=self._manifest(self._head.round) if self._head.round else None,
+                known_clients={names.fold(client): client for client in self.clients},
+                keep_residual=keep_residual,
+                sign=self._signer(),
+                done=self._advance,
+            )
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def _advance(self, manifest: m.Manifest, head: m.Head) -> Round:
+        self._head = head
+        self._hashes[head.round] = head.sha256
+        self._clients[head.round] = tuple(record.client for record in manifest.clients)
+        return Round(manifest, self._cache)
+
+    def _require_current(self) -> None:
+        found = m.parse_head(self._files.read("HEAD", m.HEAD_LIMIT))
+        if found != self._head:
+            raise CommitConflict(
+                "ledger",
+                expected=f"head {str(self._head)[:20]}..., which this snapshot shows",
+                got=f"{str(found)[:20]}... on disk",
+                remedy="Use ledger.refresh() and write on top of that.",
+            )
+
+    def _clear_leftovers(self) -> None:
+        """Remove what crashed writers left: everything staged, and rounds beyond the head."""
+        for name in self._files.names("staging"):
+            self._files.remove(f"staging/{name}")
+        known = {folder(number).partition("/")[2] for number in self.rounds}
+        for name in self._files.names("rounds"):
+            if name not in known:
+                self._files.remove(f"rounds/{name}")
+
+    def _signer(self) -> Callable[[m.Head], bytes] | None:
+        if self._key is None:
+            return None
+        from protoken.ledger.signatures import server_signer
+
+        return server_signer(self._key)
+
+    # ---- the chain -----------------------------------------------------------------------------------------
+
+    def _manifest(self, number: int) -> m.Manifest:
+        self.hash_of(number)
+        return self._manifest_of_known(number)
+
+    def _manifest_of_known(self, number: int) -> m.Manifest:
+        """A manifest whose hash is known; notes the hash of the one before it."""
+        found = self._load(number)
+        self._hashes[number - 1] = found.previous
+        self._clients[number] = tuple(record.client for record in found.clients)
+        return found
+
+    def _read_manifest(self, number: int) -> m.Manifest:
+        what = f"{folder(number)}/manifest.json"
+        data = self._files.read(what, m.MANIFEST_LIMIT)
+        if m.sha256(data) != self._hashes[number]:
+            raise LedgerFormatError(
+                what, expected=f"a manifest with hash {self._hashes[number]}", got=m.sha256(data)
+            )
+        found = m.parse_manifest(data, what)
+        if found.run != self.run or found.round != number:
+            raise LedgerFormatError(
+                what,
+                expected=f"round {number} of run {self.run}",
+                got=f"round {found.round} of run {found.run}",
+            )
+        if number == 1 and found.previous != self._genesis_hash:
+            raise LedgerFormatError("ledger.json", expected=f"hash {found.previous}", got=self._genesis_hash)
+        return found
+
+    def _clients_of(self, number: int) -> tuple[str, ...]:
+        if number not in self._clients:
+            self._manifest(number)
+        return self._clients[number]
+
+
+def read_pruned(files: FileLayer) -> frozenset[int]:
+    """Numbers of the rounds whose shards were removed by prune()."""
+    if not files.exists("PRUNED"):
+        return frozenset()
+    value = strictjson.load(files.read("PRUNED", m.GENESIS_LIMIT), limit=m.GENESIS_LIMIT, what="PRUNED")
+    good = isinstance(value, dict) and set(value) == {"rounds"} and isinstance(value["rounds"], list)
+    if not good or not all(type(n) is int and 1 <= n <= m.MAX_ROUND for n in value["rounds"]):
+        raise LedgerFormatError("PRUNED", expected='{"rounds": [numbers]}', got="something else")
+    return frozenset(value["rounds"])
+
+
+def _public(signing_key: SigningKey | None) -> str | None:
+    if signing_key is None:
+        return None
+    from protoken.ledger.signatures import public_hex
+
+    return public_hex(signing_key)

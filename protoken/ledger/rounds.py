@@ -1,0 +1,311 @@
+"""One committed round, read lazily: nothing but the manifest is loaded until a tensor is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from protoken.errors import (
+    DtypeError,
+    LayerError,
+    LedgerError,
+    LedgerFormatError,
+    NonFiniteError,
+    UnknownClientError,
+)
+from protoken.ledger import codecs
+from protoken.ledger.files import FileLayer
+from protoken.ledger.manifest import ClientRecord, Manifest, ParameterSpec, base_hash
+from protoken.ledger.shards import ShardIndex, ShardRef, read_index, read_tensor
+from protoken.ledger.tensors import LowRank, is_finite
+
+INDEX_CACHE = 1024
+
+
+class ShardCache:
+    """Headers of the shards read last, shared by the rounds of a ledger; bounded, however many clients."""
+
+    def __init__(self, files: FileLayer, *, check: bool = True) -> None:
+        self.files, self.check = files, check
+        self.index = lru_cache(maxsize=INDEX_CACHE)(self._index)
+
+    def _index(self, ref: ShardRef) -> ShardIndex:
+        return read_index(self.files, ref)
+
+    def tensor(self, index: ShardIndex, name: str) -> Tensor:
+        return read_tensor(self.files, index, name, check=self.check)
+
+
+class Round:
+    """A committed round. Tensors are read and checked (hash, shape, finite) at each call and never kept."""
+
+    def __init__(self, manifest: Manifest, cache: ShardCache, *, pruned: bool = False) -> None:
+        self._manifest, self._cache, self.pruned = manifest, cache, pruned
+        self._records = {record.client: record for record in manifest.clients}
+
+    def __repr__(self) -> str:
+        counts = f"clients={len(self.clients)}, parameters={len(self.parameters)}"
+        return f"Round({self.number}, rule={self.rule!r}, {counts})"
+
+    # ---- what the manifest says ----------------------------------------------------------------------------
+
+    @property
+    def number(self) -> int:
+        """1-based."""
+        return self._manifest.round
+
+    @property
+    def clients(self) -> tuple[ClientRecord, ...]:
+        """All participants in the order they were added, quarantined ones included."""
+        return self._manifest.clients
+
+    @property
+    def parameters(self) -> dict[str, ParameterSpec]:
+        return self._manifest.parameters
+
+    @property
+    def rule(self) -> str:
+        """The server's rule, e.g. fedavg."""
+        return self._manifest.rule
+
+    @property
+    def codec(self) -> str:
+        return self._manifest.codec
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        return self._manifest.metadata
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def base_digest(self) -> dict[str, str]:
+        """Digest of each parameter of G_{r-1}."""
+        return {name: spec.base for name, spec in self.parameters.items()}
+
+    @property
+    def aggregate_digest(self) -> dict[str, str]:
+        """Digest of each parameter of G_r."""
+        return {name: spec.aggregate for name, spec in self.parameters.items()}
+
+    @property
+    def residual_norm(self) -> dict[str, float]:
+        """|| change - sum_k rho_k delta_k || per parameter, for the deltas as stored."""
+        return {name: spec.residual_norm for name, spec in self.parameters.items()}
+
+    @property
+    def relative_residual(self) -> dict[str, float]:
+        """residual_norm over the norm of the change; 0 when both are 0, infinite when only the change is."""
+        return {
+            name: relative(spec.residual_norm, spec.change_norm) for name, spec in self.parameters.items()
+        }
+
+    def client(self, client: str) -> ClientRecord:
+        """One participant's record; UnknownClientError if it took no part."""
+        if client not in self._records:
+            raise UnknownClientError(
+                "client",
+                expected=f"one of the {len(self._records)} clients of round {self.number}",
+                got=ascii(client)[:80],
+                remedy=f"The first are {', '.join(list(self._records)[:5])}.",
+            )
+        return self._records[client]
+
+    # ---- tensors -------------------------------------------------------------------------------------------
+
+    def delta(self, client: str, parameter: str) -> Tensor:
+        """delta_k of one parameter: dtype as stored; fp32, materialised, for int8, fp8 and low-rank."""
+        layout, parts = self._stored(client, parameter)
+        return codecs.decode(layout, parts)
+
+    def layout(self, client: str, parameter: str) -> str:
+        """fp32, bf16, fp16, int8, fp8, lowrank or lora; reads the header only."""
+        return str(self._index(self._usable(client).shard, client).info["layout"][self._spec(parameter)[0]])
+
+    def factors(self, client: str, parameter: str) -> tuple[Tensor, Tensor, float]:
+        """(A [r, I], B [O, r], scale) with delta = scale B A. DtypeError when the update is stored dense."""
+        layout, parts = self._stored(client, parameter)
+        if layout not in ("lora", "lowrank"):
+            raise DtypeError(
+                f"{client}: {parameter}", expected="lora or lowrank", got=layout, remedy="Use delta()."
+            )
+        found = codecs.factors(parts)
+        return found.a, found.b, found.scale
+
+    def quantised(self, client: str, parameter: str) -> tuple[Tensor, Tensor]:
+        """(values int8 or fp8 [O, I], scale fp32 [O]) with delta = values * scale. DtypeError for other
+        layouts.
+        """
+        layout, parts = self._stored(client, parameter)
+        if layout not in ("int8", "fp8"):
+            raise DtypeError(
+                f"{client}: {parameter}", expected="int8 or fp8", got=layout, remedy="Use delta()."
+            )
+        return parts[codecs.VALUES], parts[codecs.SCALE]
+
+    def error_bound(self, client: str, parameter: str) -> float:
+        """Frobenius norm of what the codec lost of this update, as measured when it was written."""
+        index = self._index(self._usable(client).shard, client)
+        return float(index.info["bound"].get(self._spec(parameter)[0], 0.0))
+
+    def deltas(self, client: str, parameters: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(parameter, delta) one after the other; reads each header once."""
+        for parameter in self.parameters if parameters is None else parameters:
+            yield parameter, self.delta(client, parameter)
+
+    def change(self, parameter: str) -> Tensor:
+        """G_r - G_{r-1}, fp32."""
+        return self._whole(self._manifest.change, parameter)
+
+    def change_factors(self, parameter: str) -> LowRank:
+        """The change of a parameter recorded as factors. DtypeError for a dense one."""
+        layout, parts = self._read(self._manifest.change, parameter, None)
+        if layout != "lora":
+            raise DtypeError(parameter, expected="a parameter recorded as factors", got=layout)
+        return codecs.factors(parts)
+
+    def residual(self, parameter: str) -> Tensor:
+        """change - sum_k rho_k delta_k, fp32: what the server did beyond the weighted mean, owed to nobody.
+
+        From its own shard if the round has one for this parameter, else computed from all clients' deltas.
+        """
+        self._spec(parameter)
+        reference = self._manifest.residual
+        if reference is not None and parameter in self._index(reference, None).info["layout"]:
+            return self._whole(reference, parameter)
+        rest = self.change(parameter)
+        for record in self.clients:
+            if record.quarantined is None:
+                layout, parts = self._read(record.shard, parameter, record.client)
+                subtract_weighted(rest, layout, parts, record.weight)
+        return rest
+
+    def quarantined_tensor(self, client: str, parameter: str) -> Tensor:
+        """What a quarantined client sent for one parameter, unchecked: it may hold NaN or have a shape of its
+        own.
+        """
+        record = self.client(client)
+        index = self._index(record.shard, client)
+        if record.quarantined is None or parameter not in index.entries:
+            raise LayerError(
+                "parameter", expected="one kept from a quarantined update", got=ascii(parameter)[:80]
+            )
+        return self._cache.tensor(index, parameter)
+
+    # ---- checks --------------------------------------------------------------------------------------------
+
+    def _spec(self, parameter: str) -> tuple[str, ParameterSpec]:
+        spec = self.parameters.get(parameter)
+        if spec is None:
+            raise LayerError(
+                "parameter",
+                expected=f"one of the {len(self.parameters)} parameters of round {self.number}",
+                got=ascii(parameter)[:80],
+                remedy=f"The first are {', '.join(list(self.parameters)[:3])}.",
+            )
+        return parameter, spec
+
+    def _usable(self, client: str) -> ClientRecord:
+        record = self.client(client)
+        if record.quarantined is not None:
+            raise NonFiniteError(
+                f"client {client}",
+                expected="a usable update",
+                got=f"one quarantined in round {self.number}: {ascii(record.quarantined)[:160]}",
+                remedy="Leave it out; its effect is in the residual.",
+            )
+        return record
+
+    def _index(self, ref: ShardRef, client: str | None) -> ShardIndex:
+        if self.pruned:
+            raise LedgerError(
+                f"round {self.number}", expected="its shards", got="a pruned round", remedy="Use a full copy."
+            )
+        index = self._cache.index(replace(ref, file=f"{folder(self.number)}/{ref.file}"))
+        check_binding(index, self._manifest, client)
+        return index
+
+    def _stored(self, client: str, parameter: str) -> tuple[str, dict[str, Tensor]]:
+        return self._read(self._usable(client).shard, parameter, client)
+
+    def _whole(self, ref: ShardRef, parameter: str) -> Tensor:
+        layout, parts = self._read(ref, parameter, None)
+        return codecs.decode(layout, parts).float()
+
+    def _read(self, ref: ShardRef, parameter: str, client: str | None) -> tuple[str, dict[str, Tensor]]:
+        """The parts of one parameter, of the dtypes and shapes that its layout demands, all finite."""
+        _, spec = self._spec(parameter)
+        index = self._index(ref, client)
+        layout = check_layout(index, parameter, spec)
+        parts = {
+            suffix: self._cache.tensor(index, parameter + suffix)
+            for suffix in codecs.expected_parts(layout, spec.shape, index.file)
+        }
+        if not all(is_finite(part) for part in parts.values()):
+            raise LedgerFormatError(
+                index.file, expected=f"finite numbers in {parameter}", got="NaN or infinity"
+            )
+        return layout, parts
+
+
+def check_binding(index: ShardIndex, manifest: Manifest, client: str | None) -> None:
+    """LedgerFormatError when a shard's header names another run, round, base or client."""
+    base = base_hash({name: spec.base for name, spec in manifest.parameters.items()})
+    wanted = {"run": manifest.run, "round": manifest.round, "base": base, "client": client}
+    found = {key: index.info.get(key) for key in wanted}
+    if found != wanted:
+        raise LedgerFormatError(index.file, expected=f"a shard of {wanted}", got=ascii(found)[:300])
+
+
+def check_layout(index: ShardIndex, parameter: str, spec: ParameterSpec) -> str:
+    """The layout of a parameter in a shard, once its parts are known to have the dtypes and shapes it
+    demands.
+    """
+    try:
+        layout = index.info["layout"][parameter]
+        wanted = codecs.expected_parts(layout, spec.shape, index.file)
+        found = {suffix: index.entries[parameter + suffix] for suffix in wanted}
+    except (KeyError, TypeError) as error:
+        raise LedgerFormatError(index.file, expected=f"{parameter} in the shard", got="none") from error
+    ranks: set[int] = set()
+    for suffix, (dtypes, shape) in wanted.items():
+        entry = found[suffix]
+        same = len(entry.shape) == len(shape) and all(
+            w in (-1, n) for w, n in zip(shape, entry.shape, strict=True)
+        )
+        if entry.dtype not in dtypes or not same:
+            raise LedgerFormatError(
+                index.file,
+                expected=f"{' or '.join(dtypes)} {shape} for {parameter}{suffix}",
+                got=f"{entry.dtype} {entry.shape}",
+            )
+        ranks.update(n for w, n in zip(shape, entry.shape, strict=True) if w == -1)
+    if len(ranks) > 1:
+        raise LedgerFormatError(index.file, expected=f"one rank for {parameter}", got=sorted(ranks))
+    return str(layout)
+
+
+def subtract_weighted(rest: Tensor, layout: str, parts: dict[str, Tensor], weight: float) -> None:
+    """rest -= weight * delta, in place, without making a low-rank delta dense."""
+    if layout in ("lora", "lowrank"):
+        found = codecs.factors(parts)
+        rest.addmm_(found.b.float(), found.a.float(), alpha=-weight * found.scale)
+    else:
+        rest.sub_(codecs.decode(layout, parts).float(), alpha=weight)
+
+
+def relative(part: float, whole: float) -> float:
+    """part / whole; 0 when both are 0."""
+    if whole > 0:
+        return part / whole
+    return 0.0 if part == 0 else float("inf")
+
+
+def folder(number: int) -> str:
+    """Folder of a round inside the ledger."""
+    return f"rounds/{number:08d}"

@@ -1,0 +1,133 @@
+"""Tensors as bytes: names of dtypes, memory views, and the digest that names a parameter's value."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protoken.errors import DtypeError, LedgerError, NonFiniteError, ShapeError
+
+# The names of the safetensors format.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ITEM_SIZES = {name: torch.empty((), dtype=dtype).element_size() for name, dtype in DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix kept as two factors: scale * b @ a, with a [r, I] and b [O, r].
+
+    LoRA as PEFT stores it: a = lora_A.weight, b = lora_B.weight, scale = alpha / r. Stands wherever the
+    ledger takes a tensor: in an update (the client's delta), and in ``base`` and ``aggregate`` (the adapter's
+    own value; the frozen weight below it cancels in every difference).
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ShapeError(
+                "LowRank",
+                expected="a [r, I] and b [O, r]",
+                got=f"{tuple(self.a.shape)} and {tuple(self.b.shape)}",
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def dense(self) -> Tensor:
+        """scale * b @ a, fp32 [O, I]."""
+        return (self.b.float() @ self.a.float()).mul_(self.scale)
+
+    def minus(self, other: LowRank) -> LowRank:
+        """The exact difference, of rank r + r': [s b, -s' b'] @ [a; a']."""
+        return concatenate([(1.0, self), (-1.0, other)])
+
+    def finite(self) -> bool:
+        return is_finite(self.a) and is_finite(self.b) and abs(self.scale) < float("inf")
+
+
+def concatenate(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
+    """sum_i w_i L_i as one LowRank whose rank is the sum of the ranks; exact, nothing is multiplied out."""
+    a = torch.cat([term.a.float() for _, term in terms])
+    b = torch.cat([term.b.float() * (weight * term.scale) for weight, term in terms], dim=1)
+    return LowRank(a, b, 1.0)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity; fp8 and integers through their fp32 values."""
+    if tensor.dtype == torch.int8:
+        return True
+    if tensor.dtype == torch.float8_e4m3fn:
+        tensor = tensor.to(torch.float32)
+    return bool(torch.isfinite(tensor).all())
+
+
+def norm(tensor: Tensor) -> float:
+    """Frobenius norm, accumulated in fp64."""
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+
+
+def dtype_name(tensor: Tensor, argument: str = "tensor") -> str:
+    """The safetensors name of a tensor's dtype; DtypeError when the ledger does not keep it."""
+    name = DTYPE_NAMES.get(tensor.dtype)
+    if name is None:
+        raise DtypeError(argument, expected=f"one of {', '.join(map(str, DTYPE_NAMES))}", got=tensor.dtype)
+    return name
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The tensor's little-endian, row-major bytes, without a copy when it is already so on the CPU."""
+    if sys.byteorder != "little":
+        raise LedgerError("platform", expected="a little-endian machine", got=sys.byteorder)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and values: sha256("BF16 [4,3]\\n" + little-endian bytes), in hex.
+
+    The dtype is the parameter's own, by its safetensors name. Equal tensors have equal digests on every
+    machine. DtypeError for dtypes that the ledger does not keep.
+    """
+    head = f"{dtype_name(tensor)} [{','.join(map(str, tensor.shape))}]\n"
+    state = hashlib.sha256(head.encode("ascii"))
+    state.update(byte_view(tensor))
+    return state.hexdigest()
+
+
+def parameter_digest(value: Tensor | LowRank) -> str:
+    """tensor_digest of a tensor; of a LowRank, sha256("lowrank <digest of a> <of b> <scale in hex>\\n")."""
+    if isinstance(value, Tensor):
+        return tensor_digest(value)
+    text = f"lowrank {tensor_digest(value.a)} {tensor_digest(value.b)} {float(value.scale).hex()}\n"
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def require_finite(argument: str, value: Tensor | LowRank, remedy: str | None = None) -> None:
+    """NonFiniteError when the value holds NaN or infinity."""
+    finite = is_finite(value) if isinstance(value, Tensor) else value.finite()
+    if not finite:
+        raise NonFiniteError(argument, expected="finite numbers", got="NaN or infinity", remedy=remedy)
