@@ -1,25 +1,22 @@
 // Element types of a bank and their exact conversion to float, one element at a time.
+// Included by files compiled for newer processors: everything here is constexpr or has internal linkage, so that the
+// linker never picks such a copy for the rest of the module.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
-#include <string>
 
 namespace protoken {
 
 enum DtypeCode : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3, kFloat8E4M3 = 4 };
 
-inline int64_t item_size(int64_t dtype) {
-  switch (dtype) {
-    case kFloat32: return 4;
-    case kBfloat16:
-    case kFloat16: return 2;
-    case kInt8:
-    case kFloat8E4M3: return 1;
-    default: throw std::invalid_argument("unknown dtype code " + std::to_string(dtype));
-  }
+// Bytes of one element, or 0 for a code that does not exist.
+constexpr int64_t item_size(int64_t dtype) {
+  return dtype == kFloat32                            ? 4
+         : dtype == kBfloat16 || dtype == kFloat16    ? 2
+         : dtype == kInt8 || dtype == kFloat8E4M3     ? 1
+                                                      : 0;
 }
 
 static inline float bits_to_float(uint32_t bits) {

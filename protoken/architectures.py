@@ -29,7 +29,21 @@ _O_PROJ_DOWN_PROJ = Family("self_attn.o_proj", "mlp.down_proj")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 smollm3 olmo2 granite cohere stablelm".split(),
+        [
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi3",
+            "smollm3",
+            "olmo2",
+            "granite",
+            "cohere",
+            "stablelm",
+        ],
         _O_PROJ_DOWN_PROJ,
     ),
     "gpt2": Family("attn.c_proj", "mlp.c_proj"),

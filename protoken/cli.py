@@ -26,7 +26,9 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the federation, pages and traces.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the federation, pages and traces.")] = Path(
+        "out/demo"
+    ),
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of another base model.", show_default=False)
     ] = None,
@@ -93,7 +95,9 @@ def env() -> None:
 
 @bench.command("overhead")
 def bench_overhead(
-    model: Annotated[str | None, typer.Option(help="Folder or hub id; the demo's base model if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; the demo's base model if left out.")
+    ] = None,
     prompt_tokens: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
     new_tokens: Annotated[list[int] | None, typer.Option(help="Numbers of new tokens.")] = None,
     clients: Annotated[list[int] | None, typer.Option(help="Numbers of clients.")] = None,

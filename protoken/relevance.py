@@ -168,12 +168,14 @@ def replay_error(replayed: Tensor, recorded: Tensor) -> float:
 def _backward(
     replayed: Replayed, tokens: Tensor, layers: tuple[str, ...], objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    logits = replayed.logits[0]
-    # A head that gathered rows returns a vocabulary of one.
-    chosen = torch.zeros_like(tokens) if logits.shape[-1] == 1 else tokens
-    values = objective_values(logits, chosen, objective)
     outputs = [replayed.taps[name].y for name in layers]
-    grads = torch.autograd.grad(values.sum(), outputs)
+    # The caller may be under no_grad, where even taking row 0 of the logits would cut the graph.
+    with torch.enable_grad():
+        logits = replayed.logits[0]
+        # A head that gathered rows returns a vocabulary of one.
+        chosen = torch.zeros_like(tokens) if logits.shape[-1] == 1 else tokens
+        values = objective_values(logits, chosen, objective)
+        grads = torch.autograd.grad(values.sum(), outputs)
     return values.detach(), dict(zip(layers, grads, strict=True))
 
 

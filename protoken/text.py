@@ -135,9 +135,7 @@ def tokens_of(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int])
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(
-        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def as_row(ids: Sequence[int], device: torch.device) -> Tensor:

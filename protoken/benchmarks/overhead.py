@@ -102,7 +102,8 @@ def random_ledger(path: Path, model: Any, architecture: Architecture, clients: i
     aggregate = {name: model.get_parameter(name).detach() for name in names}
     generator = torch.Generator().manual_seed(0)
     deltas = [
-        {n: torch.randn(p.shape, generator=generator) * 1e-4 for n, p in aggregate.items()} for _ in range(clients)
+        {n: torch.randn(p.shape, generator=generator) * 1e-4 for n, p in aggregate.items()}
+        for _ in range(clients)
     ]
     base = {n: p - sum(delta[n] for delta in deltas) / clients for n, p in aggregate.items()}
     ledger = Ledger.create(path, model="benchmark")
@@ -122,7 +123,9 @@ def _time_one(
     oracle: bool,
     advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        3, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     # The stop token is kept from coming out: every run must produce the same number of tokens.
     arguments: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     timed = cases(len(architecture.blocks))
@@ -201,7 +204,17 @@ def _processor() -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="Seconds, medians; ratio with its quartiles", title_justify="left")
-    for column in ("way", "prompt", "new", "clients", "generate", "trace", "trace / generate", "published", "published / trace"):
+    for column in (
+        "way",
+        "prompt",
+        "new",
+        "clients",
+        "generate",
+        "trace",
+        "trace / generate",
+        "published",
+        "published / trace",
+    ):
         table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
         low, high = row["ratio_trace_to_generate_spread"]

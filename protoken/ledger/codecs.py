@@ -17,17 +17,20 @@ what is stored, so it stands in the round's residual.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from protoken.errors import ArgumentError, LedgerFormatError, NonFiniteError
+from protoken.errors import ArgumentError, LedgerError, LedgerFormatError, NonFiniteError
 from protoken.ledger.tensors import LowRank, is_finite, norm
 
 CODECS = ("fp32", "bf16", "fp16", "int8", "fp8", "lowrank-r")
-_PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "raw": torch.float32}
+_PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PLAIN_NAMES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _LIMITS = {"int8": 127.0, "fp8": 448.0}
 _LOWRANK = re.compile(r"lowrank-([1-9][0-9]{0,4})")
 # Parts of a stored parameter; "::" cannot stand in a parameter's name.
@@ -61,9 +64,7 @@ def encode(codec: str, value: Tensor | LowRank) -> Encoded:
         stored = value.detach().to(_PLAIN[codec])
         if codec == "fp16" and not is_finite(stored):
             raise NonFiniteError("delta", expected="at most 65504 under fp16", got="more", remedy="Use bf16.")
-        return Encoded(
-            codec, {"": stored}, 0.0 if codec in ("fp32", "raw") else norm(stored.float() - value.float())
-        )
+        return Encoded(codec, {"": stored}, 0.0 if codec == "fp32" else norm(stored.float() - value.float()))
     if codec in _LIMITS:
         return _quantise(codec, value.detach().float())
     match = _LOWRANK.fullmatch(codec)
@@ -77,12 +78,28 @@ def decode(layout: str, parts: dict[str, Tensor]) -> Tensor:
         return parts[""]
     if layout in _LIMITS:
         return parts[VALUES].to(torch.float32) * parts[SCALE].unsqueeze(-1)
-    return factors(parts).dense()
+    found = factors(parts)
+    require_memory(found.shape)
+    return found.dense()
 
 
 def factors(parts: dict[str, Tensor]) -> LowRank:
     """The two factors of a lora or lowrank layout."""
     return LowRank(parts[FACTOR_A], parts[FACTOR_B], float(parts[SCALE]))
+
+
+def require_memory(shape: tuple[int, ...]) -> None:
+    """LedgerError when a dense fp32 tensor of this shape cannot fit: two thin factors may claim a huge
+    matrix.
+    """
+    need = 4 * math.prod(shape)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise LedgerError(
+            "parameter",
+            expected=f"a matrix that fits in {have} bytes of memory",
+            got=f"{shape}, {need} bytes",
+        )
 
 
 def expected_parts(
@@ -92,7 +109,7 @@ def expected_parts(
     impossible.
     """
     if layout in _PLAIN:
-        return {"": (({"fp32": "F32", "bf16": "BF16", "fp16": "F16", "raw": "F32"}[str(layout)],), shape)}
+        return {"": ((_PLAIN_NAMES[str(layout)],), shape)}
     if layout in _LIMITS and shape:
         dtype = "I8" if layout == "int8" else "F8_E4M3"
         return {VALUES: ((dtype,), shape), SCALE: (("F32",), shape[:-1])}

@@ -411,11 +411,15 @@ def read_pruned(files: FileLayer) -> frozenset[int]:
     """Numbers of the rounds whose shards were removed by prune()."""
     if not files.exists("PRUNED"):
         return frozenset()
-    value = strictjson.load(files.read("PRUNED", m.GENESIS_LIMIT), limit=m.GENESIS_LIMIT, what="PRUNED")
+    data = files.read("PRUNED", m.GENESIS_LIMIT)
+    value = strictjson.load(data, limit=m.GENESIS_LIMIT, what="PRUNED")
     good = isinstance(value, dict) and set(value) == {"rounds"} and isinstance(value["rounds"], list)
     if not good or not all(type(n) is int and 1 <= n <= m.MAX_ROUND for n in value["rounds"]):
         raise LedgerFormatError("PRUNED", expected='{"rounds": [numbers]}', got="something else")
-    return frozenset(value["rounds"])
+    numbers = frozenset(value["rounds"])
+    if strictjson.dump({"rounds": sorted(numbers)}) != data:
+        raise LedgerFormatError("PRUNED", expected="canonical JSON", got="another spelling")
+    return numbers
 
 
 def _public(signing_key: SigningKey | None) -> str | None:

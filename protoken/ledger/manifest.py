@@ -24,6 +24,7 @@ from protoken.ledger.tensors import DTYPE_NAMES, DTYPES, FLOATS
 
 FORMAT, VERSION = "protoken-ledger", 1
 HEAD_LIMIT, GENESIS_LIMIT, MANIFEST_LIMIT = 4 << 10, 2 << 20, 128 << 20
+MAX_ELEMENTS = 1 << 36
 MAX_CLIENTS, MAX_PARAMETERS, MAX_ROUND = 100_000, 20_000, 10**8 - 1
 WEIGHT_TOLERANCE = 1e-6
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -221,6 +222,10 @@ def _parameters(table: dict[str, Any], what: str) -> dict[str, ParameterSpec]:
             shape = fields.take("shape", list)
             if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
                 raise LedgerFormatError(what, expected=f"a shape for {name}", got=ascii(shape)[:80])
+            if math.prod(shape) > MAX_ELEMENTS:
+                raise LedgerFormatError(
+                    what, expected=f"at most {MAX_ELEMENTS} elements in {name}", got=shape
+                )
             result[name] = ParameterSpec(
                 tuple(shape),
                 DTYPES[fields.choice("dtype", FLOATS)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class Round:
     """A committed round. Tensors are read and checked (hash, shape, finite) at each call and never kept."""
 
     def __init__(self, manifest: Manifest, cache: ShardCache, *, pruned: bool = False) -> None:
-        self._manifest, self._cache, self.pruned = manifest, cache, pruned
+        self._manifest, self.cache, self.pruned = manifest, cache, pruned
         self._records = {record.client: record for record in manifest.clients}
 
     def __repr__(self) -> str:
@@ -83,6 +83,11 @@ class Round:
     def manifest(self) -> Manifest:
         return self._manifest
 
+    @cached_property
+    def base_hash(self) -> str:
+        """One hash over the base's digests."""
+        return base_hash(self.base_digest)
+
     @property
     def base_digest(self) -> dict[str, str]:
         """Digest of each parameter of G_{r-1}."""
@@ -120,12 +125,12 @@ class Round:
 
     def delta(self, client: str, parameter: str) -> Tensor:
         """delta_k of one parameter: dtype as stored; fp32, materialised, for int8, fp8 and low-rank."""
-        layout, parts = self._stored(client, parameter)
-        return codecs.decode(layout, parts)
+        return self._dense(self._usable(client).shard, parameter, client)
 
     def layout(self, client: str, parameter: str) -> str:
         """fp32, bf16, fp16, int8, fp8, lowrank or lora; reads the header only."""
-        return str(self._index(self._usable(client).shard, client).info["layout"][self._spec(parameter)[0]])
+        index = self._index(self._usable(client).shard, client)
+        return check_layout(index, parameter, self._spec(parameter))
 
     def factors(self, client: str, parameter: str) -> tuple[Tensor, Tensor, float]:
         """(A [r, I], B [O, r], scale) with delta = scale B A. DtypeError when the update is stored dense."""
@@ -135,6 +140,7 @@ class Round:
                 f"{client}: {parameter}", expected="lora or lowrank", got=layout, remedy="Use delta()."
             )
         found = codecs.factors(parts)
+        self._require_finite(parameter, found.a, found.b, parts[codecs.SCALE])
         return found.a, found.b, found.scale
 
     def quantised(self, client: str, parameter: str) -> tuple[Tensor, Tensor]:
@@ -146,12 +152,13 @@ class Round:
             raise DtypeError(
                 f"{client}: {parameter}", expected="int8 or fp8", got=layout, remedy="Use delta()."
             )
+        self._require_finite(parameter, parts[codecs.VALUES], parts[codecs.SCALE])
         return parts[codecs.VALUES], parts[codecs.SCALE]
 
     def error_bound(self, client: str, parameter: str) -> float:
         """Frobenius norm of what the codec lost of this update, as measured when it was written."""
-        index = self._index(self._usable(client).shard, client)
-        return float(index.info["bound"].get(self._spec(parameter)[0], 0.0))
+        self._spec(parameter)
+        return float(self._index(self._usable(client).shard, client).info["bound"].get(parameter, 0.0))
 
     def deltas(self, client: str, parameters: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(parameter, delta) one after the other; reads each header once."""
@@ -160,13 +167,14 @@ class Round:
 
     def change(self, parameter: str) -> Tensor:
         """G_r - G_{r-1}, fp32."""
-        return self._whole(self._manifest.change, parameter)
+        return self._dense(self._manifest.change, parameter, None).float()
 
     def change_factors(self, parameter: str) -> LowRank:
         """The change of a parameter recorded as factors. DtypeError for a dense one."""
         layout, parts = self._read(self._manifest.change, parameter, None)
         if layout != "lora":
             raise DtypeError(parameter, expected="a parameter recorded as factors", got=layout)
+        self._require_finite(parameter, *parts.values())
         return codecs.factors(parts)
 
     def residual(self, parameter: str) -> Tensor:
@@ -177,12 +185,17 @@ class Round:
         self._spec(parameter)
         reference = self._manifest.residual
         if reference is not None and parameter in self._index(reference, None).info["layout"]:
-            return self._whole(reference, parameter)
+            return self._dense(reference, parameter, None).float()
+        return self.computed_residual(parameter)
+
+    def computed_residual(self, parameter: str) -> Tensor:
+        """The same, added up from the stored change and deltas even where a shard holds it."""
         rest = self.change(parameter)
         for record in self.clients:
             if record.quarantined is None:
                 layout, parts = self._read(record.shard, parameter, record.client)
                 subtract_weighted(rest, layout, parts, record.weight)
+        self._require_finite(parameter, rest)
         return rest
 
     def quarantined_tensor(self, client: str, parameter: str) -> Tensor:
@@ -195,11 +208,11 @@ class Round:
             raise LayerError(
                 "parameter", expected="one kept from a quarantined update", got=ascii(parameter)[:80]
             )
-        return self._cache.tensor(index, parameter)
+        return self.cache.tensor(index, parameter)
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _spec(self, parameter: str) -> tuple[str, ParameterSpec]:
+    def _spec(self, parameter: str) -> ParameterSpec:
         spec = self.parameters.get(parameter)
         if spec is None:
             raise LayerError(
@@ -208,7 +221,7 @@ class Round:
                 got=ascii(parameter)[:80],
                 remedy=f"The first are {', '.join(list(self.parameters)[:3])}.",
             )
-        return parameter, spec
+        return spec
 
     def _usable(self, client: str) -> ClientRecord:
         record = self.client(client)
@@ -226,36 +239,39 @@ class Round:
             raise LedgerError(
                 f"round {self.number}", expected="its shards", got="a pruned round", remedy="Use a full copy."
             )
-        index = self._cache.index(replace(ref, file=f"{folder(self.number)}/{ref.file}"))
-        check_binding(index, self._manifest, client)
+        index = self.cache.index(replace(ref, file=f"{folder(self.number)}/{ref.file}"))
+        check_binding(index, self._manifest, self.base_hash, client)
         return index
 
     def _stored(self, client: str, parameter: str) -> tuple[str, dict[str, Tensor]]:
         return self._read(self._usable(client).shard, parameter, client)
 
-    def _whole(self, ref: ShardRef, parameter: str) -> Tensor:
-        layout, parts = self._read(ref, parameter, None)
-        return codecs.decode(layout, parts).float()
+    def _dense(self, ref: ShardRef, parameter: str, client: str | None) -> Tensor:
+        layout, parts = self._read(ref, parameter, client)
+        dense = codecs.decode(layout, parts)
+        self._require_finite(parameter, dense)
+        return dense
+
+    def _require_finite(self, parameter: str, *tensors: Tensor) -> None:
+        if not all(is_finite(tensor) for tensor in tensors):
+            raise LedgerFormatError(
+                f"round {self.number}", expected=f"finite numbers in {parameter}", got="NaN or infinity"
+            )
 
     def _read(self, ref: ShardRef, parameter: str, client: str | None) -> tuple[str, dict[str, Tensor]]:
-        """The parts of one parameter, of the dtypes and shapes that its layout demands, all finite."""
-        _, spec = self._spec(parameter)
+        """The parts of one parameter, of the dtypes and shapes that its layout demands."""
+        spec = self._spec(parameter)
         index = self._index(ref, client)
         layout = check_layout(index, parameter, spec)
         parts = {
-            suffix: self._cache.tensor(index, parameter + suffix)
+            suffix: self.cache.tensor(index, parameter + suffix)
             for suffix in codecs.expected_parts(layout, spec.shape, index.file)
         }
-        if not all(is_finite(part) for part in parts.values()):
-            raise LedgerFormatError(
-                index.file, expected=f"finite numbers in {parameter}", got="NaN or infinity"
-            )
         return layout, parts
 
 
-def check_binding(index: ShardIndex, manifest: Manifest, client: str | None) -> None:
+def check_binding(index: ShardIndex, manifest: Manifest, base: str, client: str | None) -> None:
     """LedgerFormatError when a shard's header names another run, round, base or client."""
-    base = base_hash({name: spec.base for name, spec in manifest.parameters.items()})
     wanted = {"run": manifest.run, "round": manifest.round, "base": base, "client": client}
     found = {key: index.info.get(key) for key in wanted}
     if found != wanted:

@@ -127,6 +127,11 @@ def parse_header(body: bytes, ref: ShardRef) -> ShardIndex:
         entries = {name: _entry(ref, name, header[name], start, hashes[name]) for name in header}
         if len(hashes) != len(entries):
             raise LedgerFormatError(ref.file, expected="one hash per tensor", got=f"{len(hashes)} hashes")
+        good = all(isinstance(layout, str) for layout in info["layout"].values())
+        if not good or not all(isinstance(bound, float) for bound in info["bound"].values()):
+            raise LedgerFormatError(
+                ref.file, expected="names of layouts and numbers for bounds", got="others"
+            )
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise LedgerFormatError(ref.file, expected="a shard of a ledger", got=f"no {str(error)!a}") from error
     end = start
@@ -145,6 +150,16 @@ def parse_header(body: bytes, ref: ShardRef) -> ShardIndex:
 
 def read_tensor(files: FileLayer, index: ShardIndex, name: str, *, check: bool = True) -> Tensor:
     """One tensor by pread; its hash is checked unless told otherwise."""
+    handle = files.open_read(index.file)
+    try:
+        _check_size(files, handle, index)
+        return read_open(files, handle, index, name, check=check)
+    finally:
+        os.close(handle)
+
+
+def read_open(files: FileLayer, handle: int, index: ShardIndex, name: str, *, check: bool = True) -> Tensor:
+    """The same from a shard that is open already."""
     entry = index.entries[name]
     try:
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -153,12 +168,7 @@ def read_tensor(files: FileLayer, index: ShardIndex, name: str, *, check: bool =
             index.file, expected="a tensor that fits in memory", got=entry.shape
         ) from error
     view = byte_view(tensor)
-    handle = files.open_read(index.file)
-    try:
-        _check_size(files, handle, index)
-        files.read_into(handle, view, entry.begin, index.file)
-    finally:
-        os.close(handle)
+    files.read_into(handle, view, entry.begin, index.file)
     if check and hashlib.sha256(view).hexdigest() != entry.sha256:
         raise LedgerFormatError(
             index.file,
