@@ -110,9 +110,7 @@ class Architecture:
             relative = [
                 name
                 for name in self.linear_layers(number)
-                if any(
-                    fnmatchcase(name, p) or fnmatchcase(self.layer_name(number, name), p) for p in patterns
-                )
+                if any(fnmatchcase(name, p) or fnmatchcase(self.layer_name(number, name), p) for p in patterns)
             ]
         return [self.layer_name(number, name) for name in relative]
 
@@ -129,7 +127,7 @@ class Architecture:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module computes x W^T (+ b): nn.Linear and its subclasses, GPT-2's Conv1D, a LoRA layer on top of one."""
+    """Whether the module computes x W^T (+ b): nn.Linear and its subclasses, GPT-2's Conv1D, a LoRA layer on one."""
     if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
         return is_linear(module.base_layer)
     return isinstance(module, nn.Linear | Conv1D)

@@ -83,9 +83,7 @@ def _choose_way(architecture: Architecture, names: tuple[str, ...], way: Way) ->
     return way
 
 
-def attribute(
-    model: nn.Module, architecture: Architecture, generated: Generated, bank: Bank, plan: Plan
-) -> Scores:
+def attribute(model: nn.Module, architecture: Architecture, generated: Generated, bank: Bank, plan: Plan) -> Scores:
     """Scores of the response under the plan; a response without tokens has none."""
     capture, response = generated.capture, generated.response
     if response.new_tokens == 0:

@@ -103,9 +103,7 @@ def _summed_rounds(records: Sequence[Round], model: nn.Module, layers: Sequence[
         total = [torch.zeros(records[0].parameters[name].shape) for _ in clients]
         for record in records:
             for client in record.clients:
-                total[clients.index(client.client)].add_(
-                    record.delta(client.client, name).float(), alpha=client.weight
-                )
+                total[clients.index(client.client)].add_(record.delta(client.client, name).float(), alpha=client.weight)
         deltas[layer] = [_as_matrix(model, layer, delta) for delta in total]
         change[layer] = _as_matrix(
             model, layer, torch.stack([record.change(name).float() for record in records]).sum(0)

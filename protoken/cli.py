@@ -26,9 +26,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the federation, pages and traces.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the federation, pages and traces.")] = Path("out/demo"),
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of another base model.", show_default=False)
     ] = None,
@@ -60,14 +58,14 @@ def trace(
     """Generate a response and show which client taught each token."""
     import protoken
 
-    from .evaluation.base_model import load_model
+    from .evaluation.base_model import load_base
 
-    loaded, tokenizer = load_model(model)
+    base = load_base(model)
     result = protoken.trace(
-        loaded,
+        base.model,
         prompt,
         ledger=ledger,
-        tokenizer=tokenizer,
+        tokenizer=base.tokenizer,
         rounds=_rounds(rounds),
         blocks=blocks,
         objective=objective,  # type: ignore[arg-type]
@@ -95,9 +93,7 @@ def env() -> None:
 
 @bench.command("overhead")
 def bench_overhead(
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub id; the demo's base model if left out.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; the demo's base model if left out.")] = None,
     prompt_tokens: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
     new_tokens: Annotated[list[int] | None, typer.Option(help="Numbers of new tokens.")] = None,
     clients: Annotated[list[int] | None, typer.Option(help="Numbers of clients.")] = None,

@@ -38,9 +38,7 @@ def _versions() -> Table:
     table = Table(title="Versions", title_justify="left", show_header=False)
     for name, version in versions().items():
         table.add_row(name, version)
-    table.add_row(
-        "platform", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} torch threads"
-    )
+    table.add_row("platform", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} torch threads")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     table.add_row("CUDA device", gpu)
     table.add_row("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "not set"))
@@ -61,8 +59,6 @@ def _backends(device: str) -> Table:
             picked = choose(op, "auto", torch.device(device)).name
         except BackendError as error:
             picked = str(error)
-        others = [
-            f"{b.name}: {b.reason or 'available'}" for b in backends_for(op, device) if b.name != picked
-        ]
+        others = [f"{b.name}: {b.reason or 'available'}" for b in backends_for(op, device) if b.name != picked]
         table.add_row(op, picked, "\n".join(others))
     return table

@@ -60,7 +60,7 @@ def refuse_inference_mode(model: nn.Module) -> None:
             "model",
             expected="a call outside torch.inference_mode()",
             got="inference mode, which forbids gradients",
-            remedy="Use torch.no_grad() around your own code instead; protoken turns gradients on only where it needs them",
+            remedy="Use torch.no_grad() around your own code; gradients are turned on only where they are needed",
         )
     for name, parameter in model.named_parameters():
         if parameter.is_inference():

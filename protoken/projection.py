@@ -80,10 +80,7 @@ def project_local(relevance: LocalRelevance, bank: Bank, layers: Sequence[str], 
         if xs[0].dtype == torch.float64:
             # The kernels compute in fp32; a double-precision model is answered in double precision.
             return torch.stack(
-                [
-                    client_scores_reference(x, g, torch.stack(b))
-                    for x, g, b in zip(xs, grads, banks, strict=True)
-                ]
+                [client_scores_reference(x, g, torch.stack(b)) for x, g, b in zip(xs, grads, banks, strict=True)]
             )
         return client_scores_grouped(xs, grads, banks, backend=backend)
 

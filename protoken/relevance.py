@@ -140,9 +140,7 @@ def reverse_relevance(
     recorded = capture.deciding(capture.outputs, prompt, count)
     error = replay_error(replayed.output[:, prompt - 1 : length], recorded)
     values, grads = _backward(replayed, response.tokens, layers, objective)
-    matrices = {
-        name: _accumulated(grads[name].flatten(0, 1), replayed.taps[name].x.flatten(0, 1)) for name in layers
-    }
+    matrices = {name: _accumulated(grads[name].flatten(0, 1), replayed.taps[name].x.flatten(0, 1)) for name in layers}
     return ReverseRelevance(matrices, values, error)
 
 

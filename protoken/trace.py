@@ -4,7 +4,7 @@
 
 Scores are s[k, t] = rho_k * sum_layers <g_t, delta_k x_t>, in the unit of the objective (nats for the
 log-probability). They are first order at the global model G: the contribution of client k's weighted update to the
-objective of token t. Over all clients they add up to <(G - G_prev) x, g> but for the residual, which every trace reports.
+objective of token t. Over all clients they add up to <(G - G_prev) x, g> but for the residual, which is reported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`trace` end to end against the published algorithm written plainly (methods/paper.py), and the laws its scores obey."""
+"""`trace` end to end against the published algorithm (methods/paper.py), and the laws its scores obey."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def oracle(federation: TinyFederation, trace: protoken.Trace) -> torch.Tensor:
 @pytest.mark.parametrize("objective", ["log_prob", "logit"])
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_local_way_equals_the_oracle(
-    federation: TinyFederation, objective: str, sampled: bool, backend: str
-) -> None:
+def test_local_way_equals_the_oracle(federation: TinyFederation, objective: str, sampled: bool, backend: str) -> None:
     trace = run(federation, objective=objective, do_sample=sampled, seed=4, backend=backend)
     assert trace.info.way == "local"
     assert trace.info.backend == backend
@@ -131,9 +129,7 @@ def test_client_order_does_not_change_scores(tmp_path) -> None:
     aggregate = {n: model.get_parameter(n).detach() for n in parameters}
     base = {n: aggregate[n] - record.change(n) for n in parameters}
     updates = [
-        protoken.ClientUpdate(
-            names[c.client], c.weight, delta={n: record.delta(c.client, n) for n in parameters}
-        )
+        protoken.ClientUpdate(names[c.client], c.weight, delta={n: record.delta(c.client, n) for n in parameters})
         for c in reversed(record.clients)
     ]
     ledger = protoken.Ledger.create(tmp_path / "b")

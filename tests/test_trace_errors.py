@@ -91,9 +91,7 @@ def test_bad_call_raises_a_typed_error_and_leaves_the_model_alone(
 ) -> None:
     before = fingerprint(federation.model)
     with pytest.raises(expected) as caught:
-        protoken.trace(
-            federation.model, prompt, **{"ledger": federation.path, "max_new_tokens": 4, **arguments}
-        )
+        protoken.trace(federation.model, prompt, **{"ledger": federation.path, "max_new_tokens": 4, **arguments})
     assert type(caught.value) is expected
     assert caught.value.argument
     assert caught.value.got is not None or caught.value.expected is not None
@@ -139,14 +137,10 @@ def test_layer_that_the_ledger_does_not_hold(tmp_path, federation: TinyFederatio
     name = "model.layers.3.mlp.down_proj.weight"
     ledger = protoken.Ledger.create(tmp_path / "ledger")
     base = {name: model.get_parameter(name).detach()}
-    ledger.commit_round(
-        base, base, [protoken.ClientUpdate("a", 1.0, delta={name: torch.zeros_like(base[name])})]
-    )
+    ledger.commit_round(base, base, [protoken.ClientUpdate("a", 1.0, delta={name: torch.zeros_like(base[name])})])
     with pytest.raises(errors.LayerError, match="o_proj"):
         protoken.trace(model, PROMPT, ledger=tmp_path / "ledger", max_new_tokens=3)
-    only = protoken.trace(
-        model, PROMPT, ledger=tmp_path / "ledger", layers=["mlp.down_proj"], max_new_tokens=3
-    )
+    only = protoken.trace(model, PROMPT, ledger=tmp_path / "ledger", layers=["mlp.down_proj"], max_new_tokens=3)
     assert only.totals.tolist() == [0.0]
 
 
@@ -212,9 +206,7 @@ def test_dropout_is_off_while_tracing(tmp_path) -> None:
     for block in federation.model.model.layers:
         block.self_attn.attention_dropout = 0.5
     federation.model.train()
-    traces = [
-        protoken.trace(federation.model, PROMPT, ledger=federation.path, max_new_tokens=5) for _ in range(2)
-    ]
+    traces = [protoken.trace(federation.model, PROMPT, ledger=federation.path, max_new_tokens=5) for _ in range(2)]
     assert (traces[0].token_scores == traces[1].token_scores).all()
 
 

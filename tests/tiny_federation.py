@@ -39,11 +39,10 @@ def tiny_federation(
     scale: float = 0.02,
     seed: int = 0,
 ) -> TinyFederation:
-    """Commit `rounds` rounds of FedAvg over all linear layers of all blocks; updates are random, the average is real."""
+    """Commit `rounds` rounds of FedAvg over all linear layers of all blocks; random updates, a real average."""
     model = tiny_model(family, dtype=dtype, seed=seed)
     names = [
-        f"{layer}.weight"
-        for layer in architecture_of(model).traced_layers(len(architecture_of(model).blocks), ["*"])
+        f"{layer}.weight" for layer in architecture_of(model).traced_layers(len(architecture_of(model).blocks), ["*"])
     ]
     generator = torch.Generator().manual_seed(seed + 1)
     path = folder / f"{family}-ledger"
@@ -62,7 +61,5 @@ def tiny_federation(
             for name, start in base.items():
                 change = sum(update.weight * update.delta[name] for update in updates)  # type: ignore[index]
                 model.get_parameter(name).copy_(start + change)
-        ledger.commit_round(
-            base, {name: model.get_parameter(name).detach().clone() for name in names}, updates
-        )
+        ledger.commit_round(base, {name: model.get_parameter(name).detach().clone() for name in names}, updates)
     return TinyFederation(model, path)

@@ -1,7 +1,7 @@
 """The one tolerance table: relative RMS and maximum error, by the dtype the computation was done in.
 
 rms = ||got - reference|| / ||reference||,   max = max|got - reference| / max|reference|, both against a reference in
-higher precision. The bounds are what rounding of that dtype's inputs and fp32 accumulation allow, not what was observed.
+higher precision. The bounds are what rounding of that dtype's inputs and fp32 accumulation allows, not what was seen.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from ..architectures import Architecture, architecture_of
 from ..attachment import attach, detach
-from ..evaluation.base_model import load_model
+from ..evaluation.base_model import load_base
 from ..ledger import ClientUpdate, Ledger
 from ..trace import trace
 from ..versions import versions
@@ -61,7 +61,7 @@ def run_overhead(
     json_path: Path | None,
 ) -> list[dict[str, Any]]:
     """Time every combination, print a table, write JSON {"rows": [...], ...} if asked; returns the rows."""
-    loaded, _ = load_model(model)
+    loaded = load_base(model).model
     name = model or "SmolLM2-135M-Instruct"
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
@@ -102,8 +102,7 @@ def random_ledger(path: Path, model: Any, architecture: Architecture, clients: i
     aggregate = {name: model.get_parameter(name).detach() for name in names}
     generator = torch.Generator().manual_seed(0)
     deltas = [
-        {n: torch.randn(p.shape, generator=generator) * 1e-4 for n, p in aggregate.items()}
-        for _ in range(clients)
+        {n: torch.randn(p.shape, generator=generator) * 1e-4 for n, p in aggregate.items()} for _ in range(clients)
     ]
     base = {n: p - sum(delta[n] for delta in deltas) / clients for n, p in aggregate.items()}
     ledger = Ledger.create(path, model="benchmark")
@@ -123,9 +122,7 @@ def _time_one(
     oracle: bool,
     advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    ids = torch.randint(
-        3, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)
-    ).tolist()
+    ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     # The stop token is kept from coming out: every run must produce the same number of tokens.
     arguments: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     timed = cases(len(architecture.blocks))
