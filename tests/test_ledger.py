@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
+from ledger_cases import NAMES, SHAPES, WEIGHTS, contents, federation, parameters, updates
 from safetensors.torch import load_file
 
 from protoken.errors import (
@@ -25,43 +25,10 @@ from protoken.errors import (
 )
 from protoken.ledger import ClientUpdate, Ledger, tensor_digest
 
-NAMES = ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.bias")
-SHAPES = ((6, 5), (4,))
-WEIGHTS = {"alice": 0.5, "bob": 0.3, "carol": 0.2}
-
-
-def parameters(seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        n: (torch.randn(s, generator=generator) * scale).to(dtype) for n, s in zip(NAMES, SHAPES, strict=True)
-    }
-
-
-def federation(base: dict[str, torch.Tensor], seed: int = 1):
-    """Clients' states and their weighted mean, in the dtype of the base."""
-    states = {
-        client: {n: base[n] + parameters(seed + i, 0.1)[n].to(base[n].dtype) for n in NAMES}
-        for i, client in enumerate(WEIGHTS)
-    }
-    mean = {n: sum(WEIGHTS[c] * states[c][n] for c in WEIGHTS) for n in NAMES}
-    return states, mean
-
-
-def updates(states) -> list[ClientUpdate]:
-    return [ClientUpdate(client, WEIGHTS[client], state=states[client], examples=7) for client in states]
-
 
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger.create(tmp_path / "ledger", model="tiny", run="run-1", metadata={"purpose": "test"})
-
-
-def contents(path) -> dict[str, bytes]:
-    return {
-        os.path.relpath(os.path.join(folder, name), path): open(os.path.join(folder, name), "rb").read()
-        for folder, _, files in os.walk(path)
-        for name in files
-    }
 
 
 def test_deltas_change_and_records_read_back_as_written(ledger):
@@ -125,9 +92,7 @@ def test_residual_above_the_limit_refuses_the_round_and_leaves_nothing(ledger):
 def test_delta_and_state_give_the_same_record(tmp_path):
     base = parameters(0)
     states, mean = federation(base)
-    deltas = [
-        ClientUpdate(c, w, delta={n: states[c][n] - base[n] for n in NAMES}) for c, w in WEIGHTS.items()
-    ]
+    deltas = [ClientUpdate(c, w, delta={n: states[c][n] - base[n] for n in NAMES}) for c, w in WEIGHTS.items()]
     one = Ledger.create(tmp_path / "one", run="r").commit_round(base, mean, updates(states))
     two = Ledger.create(tmp_path / "two", run="r").commit_round(base, mean, deltas)
     assert [c.shard for c in one.clients] == [c.shard for c in two.clients]
@@ -241,9 +206,7 @@ def bad_inputs():
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"), [pytest.param(*c[1:], id=c[0]) for c in bad_inputs()]
-)
+@pytest.mark.parametrize(("arguments", "error", "message"), [pytest.param(*c[1:], id=c[0]) for c in bad_inputs()])
 def test_bad_round_is_a_typed_error_and_leaves_nothing(ledger, arguments, error, message):
     base = parameters(7)
     states, mean = federation(base)
@@ -299,9 +262,7 @@ def test_shards_are_plain_safetensors(ledger):
     states, mean = federation(base)
     ledger.commit_round(base, mean, updates(states))
     loaded = load_file(ledger.path / "rounds/00000001/clients/000001.safetensors")
-    assert {n: t.tolist() for n, t in loaded.items()} == {
-        n: (states["bob"][n] - base[n]).tolist() for n in NAMES
-    }
+    assert {n: t.tolist() for n, t in loaded.items()} == {n: (states["bob"][n] - base[n]).tolist() for n in NAMES}
     assert set(load_file(ledger.path / "rounds/00000001/change.safetensors")) == set(NAMES)
 
 
@@ -315,8 +276,7 @@ def test_digest_covers_dtype_shape_and_bytes_and_ignores_layout():
     import struct
 
     assert (
-        tensor_digest(torch.tensor([1.0, 2.0]))
-        == hashlib.sha256(b"F32 [2]\n" + struct.pack("<2f", 1, 2)).hexdigest()
+        tensor_digest(torch.tensor([1.0, 2.0])) == hashlib.sha256(b"F32 [2]\n" + struct.pack("<2f", 1, 2)).hexdigest()
     )
     with pytest.raises(DtypeError, match=r"torch\.int64"):
         tensor_digest(torch.zeros(2, dtype=torch.int64))

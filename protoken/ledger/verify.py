@@ -1,0 +1,256 @@
+"""Verification: does every byte of a ledger still say what was committed?
+
+From HEAD down the chain: manifests (hash, place, content), continuity of digests from round to round, every
+shard (size, header, binding to run, round, base and client, layout, hash and finiteness of every tensor),
+signatures. Shards are read by a pool of threads: hashing and pread release the interpreter lock, so this runs
+at the speed of the disk or of SHA-256.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from protoken.errors import LedgerError, LedgerFormatError, ProtokenError
+from protoken.ledger import codecs
+from protoken.ledger import manifest as m
+from protoken.ledger.ledger import Ledger
+from protoken.ledger.rounds import Round, check_binding, check_layout, folder, relative
+from protoken.ledger.shards import ShardIndex, ShardRef, read_index, read_open
+from protoken.ledger.tensors import is_finite, norm
+
+# Recomputed residuals differ from recorded ones by the rounding of fp32 sums in another order.
+RESIDUAL_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it was committed: where, and the typed error that reading it would raise."""
+
+    where: str
+    error: ProtokenError
+
+    def __str__(self) -> str:
+        return f"{self.where}: {type(self.error).__name__}: {self.error}"
+
+
+@dataclass
+class VerifyReport:
+    """What verify() found. ``leftovers`` are files of unfinished writers: harmless, gone with the next
+    commit.
+    """
+
+    path: str
+    head: m.Head | None = None
+    rounds: int = 0
+    shards: int = 0
+    bytes: int = 0
+    signed: int = 0
+    pruned: int = 0
+    seconds: float = 0.0
+    problems: list[Problem] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    pinned: str | m.Head | None = None,
+    server_key: bytes | str | None = None,
+    client_keys: Mapping[str, bytes | str] | None = None,
+    conservation: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check a whole ledger; finds problems instead of raising them.
+
+    ``pinned``, ``server_key`` and ``client_keys`` are what you know from elsewhere: without them a ledger
+    rewritten from the start in a consistent way cannot be told from the true one. ``conservation=True`` adds
+    up all updates again. ``progress(rounds done, rounds)`` is called after each round.
+    """
+    report, start = VerifyReport(str(path)), time.perf_counter()
+    try:
+        ledger = Ledger.open(path, pinned=pinned, server_key=server_key)
+    except ProtokenError as error:
+        report.problems.append(Problem("ledger", error))
+        report.seconds = time.perf_counter() - start
+        return report
+    report.head = ledger.head
+    report.leftovers = leftovers(ledger)
+    known = {client: _hex(key) for client, key in (client_keys or {}).items()}
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for number in reversed(ledger.rounds):
+            try:
+                current = ledger.round(number)
+            except ProtokenError as error:
+                # The chain ends here: without this manifest nothing says what the earlier ones should be.
+                report.problems.append(Problem(f"round {number} and all before", error))
+                break
+            report.rounds += 1
+            _verify_round(ledger, current, report, pool, known, conservation)
+            if progress is not None:
+                progress(report.rounds, len(ledger.rounds))
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def leftovers(ledger: Ledger) -> list[str]:
+    """Names of what no head refers to: staged files and rounds beyond the head."""
+    known = {folder(number).partition("/")[2] for number in ledger.rounds}
+    staged = [f"staging/{name}" for name in ledger.files.names("staging")]
+    return staged + [f"rounds/{name}" for name in ledger.files.names("rounds") if name not in known]
+
+
+def check_shard(round_: Round, ref: ShardRef, client: str | None) -> int:
+    """Check one shard of a round from the first byte to the last; returns its size. LedgerFormatError
+    otherwise.
+    """
+    cache, files = round_.cache, round_.cache.files
+    index = read_index(files, replace(ref, file=f"{folder(round_.number)}/{ref.file}"))
+    check_binding(index, round_.manifest, round_.base_hash, client)
+    quarantined = client is not None and round_.client(client).quarantined is not None
+    if not quarantined:
+        _check_content(round_, index, whole=ref.file != "residual.safetensors")
+    handle = files.open_read(index.file)
+    try:
+        for name in index.entries:
+            tensor = read_open(files, handle, index, name, check=cache.check)
+            if not quarantined and not is_finite(tensor):
+                raise LedgerFormatError(
+                    index.file, expected=f"finite numbers in {name}", got="NaN or infinity"
+                )
+    finally:
+        os.close(handle)
+    return ref.size
+
+
+def _check_content(round_: Round, index: ShardIndex, *, whole: bool) -> None:
+    """Exactly the parts of the round's parameters, no more; a residual may hold some of them only."""
+    wanted: set[str] = set()
+    for parameter, spec in round_.parameters.items():
+        if whole or parameter in index.info["layout"]:
+            layout = check_layout(index, parameter, spec)
+            wanted.update(parameter + s for s in codecs.expected_parts(layout, spec.shape, index.file))
+    if wanted != set(index.entries):
+        extra = sorted(set(index.entries) - wanted)
+        raise LedgerFormatError(index.file, expected="tensors of the parameters only", got=ascii(extra)[:160])
+
+
+def _verify_round(
+    ledger: Ledger,
+    current: Round,
+    report: VerifyReport,
+    pool: ThreadPoolExecutor,
+    known: dict[str, str],
+    conservation: bool,
+) -> None:
+    where = f"round {current.number}"
+    problems = report.problems
+    problems += _collect(where, lambda: _check_continuity(ledger, current))
+    problems += _collect(where, lambda: _check_files(ledger, current))
+    report.signed += ledger.genesis.server_key is not None
+    problems += _collect(where, lambda: _check_server(ledger, current.number))
+    for record in current.clients:
+        problems += _collect(
+            f"{where}, client {record.client}",
+            lambda record=record: _check_key(record, known),  # type: ignore[misc]
+        )
+    if current.pruned:
+        report.pruned += 1
+        return
+    for label, result in _parallel(current, pool):
+        report.shards += 1
+        try:
+            report.bytes += result.result()
+        except ProtokenError as error:
+            problems.append(Problem(f"{where}, {label}", error))
+    if conservation:
+        problems += _collect(where, lambda: check_conservation(current))
+
+
+def check_conservation(round_: Round) -> None:
+    """Add up change - sum_k rho_k delta_k again; LedgerFormatError when its norm is not the recorded one."""
+    for name, spec in round_.parameters.items():
+        found = norm(round_.computed_residual(name))
+        scale = max(spec.change_norm, spec.residual_norm, found)
+        if relative(abs(found - spec.residual_norm), scale) > RESIDUAL_TOLERANCE:
+            raise LedgerFormatError(
+                f"residual of {name}", expected=f"norm {spec.residual_norm} as recorded", got=found
+            )
+
+
+def _parallel(current: Round, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Future[int]]]:
+    manifest = current.manifest
+    jobs: list[tuple[str, ShardRef, str | None]] = [("change", manifest.change, None)]
+    if manifest.residual is not None:
+        jobs.append(("residual", manifest.residual, None))
+    jobs += [(f"client {r.client}", r.shard, r.client) for r in current.clients]
+    return iter([(label, pool.submit(check_shard, current, ref, client)) for label, ref, client in jobs])
+
+
+def _check_continuity(ledger: Ledger, current: Round) -> None:
+    if current.number == 1 or current.manifest.gap:
+        return
+    before = ledger.round(current.number - 1).aggregate_digest
+    for name, spec in current.parameters.items():
+        if before.get(name, spec.base) != spec.base:
+            raise LedgerFormatError(name, expected=f"base {before[name]}, the last aggregate", got=spec.base)
+
+
+def _check_files(ledger: Ledger, current: Round) -> None:
+    manifest, place = current.manifest, folder(current.number)
+    listed = {"manifest.json", *(() if ledger.genesis.server_key is None else ("manifest.sig",))}
+    if not current.pruned:
+        listed |= {"clients", manifest.change.file, *((manifest.residual.file,) if manifest.residual else ())}
+        clients = {record.shard.file.partition("/")[2] for record in current.clients}
+        _require_names(f"{place}/clients", ledger.files.names(f"{place}/clients"), clients)
+        _require_names(place, ledger.files.names(place), listed)
+    # Shards of a pruned round may still lie there when prune() was interrupted.
+
+
+def _require_names(place: str, found: Iterable[str], listed: set[str]) -> None:
+    extra = sorted(set(found) - listed)
+    if extra:
+        raise LedgerFormatError(place, expected="the files of the manifest only", got=ascii(extra[:3])[:160])
+
+
+def _check_server(ledger: Ledger, number: int) -> None:
+    if ledger.genesis.server_key is not None:
+        from protoken.ledger.signatures import verify_server
+
+        verify_server(ledger, number, ledger.genesis.server_key)
+
+
+def _check_key(record: m.ClientRecord, known: dict[str, str]) -> None:
+    """A client keeps one key through all rounds; a client whose key is known must have signed."""
+    from protoken.errors import SignatureError
+    from protoken.ledger.signatures import verify_client
+
+    expected = known.get(record.client)
+    if record.key is None or record.signature is None:
+        if record.key != record.signature or expected is not None:
+            raise SignatureError("signature", expected=f"one by {expected}", got="none or half of one")
+        return
+    if expected is not None and record.key != expected:
+        raise SignatureError("key", expected=expected, got=record.key)
+    known[record.client] = record.key
+    verify_client(record.client, record.key, record.signature, record.shard.sha256)
+
+
+def _collect(where: str, check: Callable[[], None]) -> list[Problem]:
+    try:
+        check()
+    except (LedgerError, ProtokenError) as error:
+        return [Problem(where, error)]
+    return []
+
+
+def _hex(key: bytes | str) -> str:
+    return key if isinstance(key, str) else bytes(key).hex()

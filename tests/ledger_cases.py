@@ -1,0 +1,90 @@
+"""A federation small enough for thousands of ledgers, shared by the ledger's tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from protoken.ledger import ClientUpdate, Ledger, Round
+from protoken.ledger.files import FileLayer
+
+NAMES = ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.bias")
+SHAPES = ((6, 5), (4,))
+WEIGHTS = {"alice": 0.5, "bob": 0.3, "carol": 0.2}
+
+
+def parameters(seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: (torch.randn(s, generator=generator) * scale).to(dtype) for n, s in zip(NAMES, SHAPES, strict=True)}
+
+
+def federation(
+    base: dict[str, torch.Tensor], seed: int = 1
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Clients' states and their weighted mean, in the dtype of the base."""
+    states = {
+        client: {n: base[n] + parameters(seed + i, 0.1)[n].to(base[n].dtype) for n in NAMES}
+        for i, client in enumerate(WEIGHTS)
+    }
+    mean = {n: sum(WEIGHTS[c] * states[c][n] for c in WEIGHTS) for n in NAMES}
+    return states, mean
+
+
+def updates(states: dict[str, dict[str, torch.Tensor]]) -> list[ClientUpdate]:
+    return [ClientUpdate(client, WEIGHTS[client], state=states[client], examples=7) for client in states]
+
+
+def contents(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    return {
+        os.path.relpath(os.path.join(folder, name), path): (Path(folder) / name).read_bytes()
+        for folder, _, files in os.walk(path)
+        for name in files
+    }
+
+
+def round_data(number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[ClientUpdate]]:
+    """base, aggregate and updates of the number-th round of one fixed, endless federation (1-based).
+
+    G_r is a function of r alone, so that a reader can check any round without having seen the ones before.
+    """
+    base, mean = parameters(1000 + number - 1), parameters(1000 + number)
+    delta = {n: mean[n] - base[n] for n in NAMES}
+    scales = {"alice": 1.0, "bob": 0.5, "carol": 1.75}  # weighted mean 1
+    return (
+        base,
+        mean,
+        [ClientUpdate(c, w, delta={n: d * scales[c] for n, d in delta.items()}) for c, w in WEIGHTS.items()],
+    )
+
+
+def commit_next(ledger: Ledger) -> Round:
+    """Commit the round after the last one of a ledger made of round_data."""
+    base, mean, given = round_data(ledger.head.round + 1)
+    return ledger.commit_round(base, mean, given, max_relative_residual=1e-4)
+
+
+def reopen(path: Path) -> Ledger:
+    """Open without syncing what is written."""
+    return Ledger.open(path, files=FileLayer(path, sync=False))
+
+
+def check_round(read: Round) -> None:
+    """Every tensor of a round made by commit_next is what it should be."""
+    base, mean, given = round_data(read.number)
+    for name in NAMES:
+        assert torch.equal(read.change(name), mean[name] - base[name])
+        for update in given:
+            assert update.delta is not None
+            assert torch.equal(read.delta(update.client, name), update.delta[name])
+
+
+def small_ledger(path: Path, rounds: int = 2, files: FileLayer | None = None, **arguments: object) -> Ledger:
+    """A ledger of ``rounds`` rounds of round_data. Not synced unless ``files`` says so: tests are many, disks slow."""
+    files = files or FileLayer(path, sync=False)
+    ledger = Ledger.create(path, run="run-1", files=files, **arguments)  # type: ignore[arg-type]
+    for _ in range(rounds):
+        commit_next(ledger)
+    return ledger
