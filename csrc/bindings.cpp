@@ -1,9 +1,14 @@
 // The CPU module: exports only. Pointers come as integers, the GIL is released, exceptions pass through pybind11.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 
 #include "client_scores.h"
+#include "client_scores_lowrank.h"
+#include "client_totals.h"
+#include "cpu_features.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 using namespace protoken;
@@ -19,6 +24,10 @@ T* at(int64_t address) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of protoken. Every pointer is an address given as an integer.";
+  m.def("instruction_sets", &instruction_sets, "Instruction sets that can run here, best first.");
+  m.def("instruction_set", [] { return active_kernels().name; }, "The one in use.");
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
+  m.def("team_source", &team_source, "Whose threads do the work.");
   m.def(
       "client_scores",
       [](int64_t layers, int64_t layer_count, int64_t clients, int64_t tokens, int64_t out, int64_t threads) {
@@ -27,4 +36,19 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("layers"), py::arg("layer_count"), py::arg("clients"), py::arg("tokens"), py::arg("out"),
       py::arg("threads"));
+  m.def(
+      "client_scores_lowrank",
+      [](int64_t layers, int64_t layer_count, int64_t clients, int64_t tokens, int64_t out, int64_t threads) {
+        py::gil_scoped_release release;
+        client_scores_lowrank(at<const LowRankLayer>(layers), layer_count, clients, tokens, at<float>(out), threads);
+      },
+      py::arg("layers"), py::arg("layer_count"), py::arg("clients"), py::arg("tokens"), py::arg("out"),
+      py::arg("threads"));
+  m.def(
+      "client_totals",
+      [](int64_t layers, int64_t layer_count, int64_t clients, int64_t out, int64_t threads) {
+        py::gil_scoped_release release;
+        client_totals(at<const TotalsLayer>(layers), layer_count, clients, at<float>(out), threads);
+      },
+      py::arg("layers"), py::arg("layer_count"), py::arg("clients"), py::arg("out"), py::arg("threads"));
 }

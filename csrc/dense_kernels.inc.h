@@ -1,0 +1,271 @@
+// client_scores of some rows, written once over Simd; included by each instruction set's file after its Simd.
+#pragma once
+
+#include "kernels.h"
+
+namespace protoken {
+namespace {
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+using V = Simd::V;
+constexpr int W = Simd::W;
+constexpr int kPanelWidth = W * Simd::kPanelVectors;
+constexpr int64_t kPackAbove = 64;  // tokens from which copying fp32 rows together pays
+
+template <int Dtype>
+constexpr float load_factor() {  // what load_as leaves out
+  return Dtype == kFloat8E4M3 ? 256.0f : 1.0f;
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// The last n < W elements of a row, the lanes beyond them zero.
+template <int Dtype>
+inline V load_tail(const char* p, int64_t n) {
+  alignas(64) char padded[W * 4] = {};
+  std::memcpy(padded, p, static_cast<size_t>(n * item_size(Dtype)));
+  return Simd::load_as<Dtype>(padded);
+}
+
+// acc[j][t] += row j * x[t], lane by lane, over n columns.
+template <int Dtype, int R, int TB>
+inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], const char* rows, int64_t row_stride,
+                                                           const float* x, int64_t x_stride, int64_t n) {
+  constexpr int64_t size = item_size(Dtype);
+  // One cache line ahead per row and step keeps more lines in flight than the hardware's own streams.
+  constexpr int64_t ahead = 1024;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    V values[R];
+#pragma GCC unroll 8
+    for (int j = 0; j < R; ++j) {
+      const char* p = rows + j * row_stride + i * size;
+      if (W * size >= 32 || (i * size) % 64 == 0) prefetch(p + ahead);
+      values[j] = Simd::load_as<Dtype>(p);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < TB; ++t) {
+      const V xs = Simd::load(x + t * x_stride + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < R; ++j) acc[j][t] = Simd::fma(values[j], xs, acc[j][t]);
+    }
+  }
+  if (i < n) {
+#pragma GCC unroll 8
+    for (int j = 0; j < R; ++j) {
+      const V values = load_tail<Dtype>(rows + j * row_stride + i * size, n - i);
+#pragma GCC unroll 8
+      for (int t = 0; t < TB; ++t) acc[j][t] = Simd::fma(values, Simd::load(x + t * x_stride + i), acc[j][t]);
+    }
+  }
+}
+
+template <int Dtype, int R, int TB>
+void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t column, int64_t n, int64_t token, V* sums) {
+  V acc[R][TB];
+  for (int j = 0; j < R; ++j) {
+    for (int t = 0; t < TB; ++t) acc[j][t] = Simd::zero();
+  }
+  const char* rows = c.rows + row * c.row_stride + column * item_size(Dtype);
+  accumulate_dots<Dtype, R, TB>(acc, rows, c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n);
+  for (int j = 0; j < R; ++j) {
+    const float scale = c.scale ? c.scale[row + j] : 1.0f;
+    for (int t = 0; t < TB; ++t) {
+      const float weight = c.grad[(token + t) * c.grad_stride + row + j] * scale;
+      sums[token + t] = Simd::fma(acc[j][t], Simd::set1(weight), sums[token + t]);
+    }
+  }
+}
+
+// Rows of an accumulator tile for TB tokens: as many as the registers hold, at most 8.
+template <int TB>
+constexpr int dot_rows() {
+  return Simd::kDotRegisters / TB > 8 ? 8 : Simd::kDotRegisters / TB < 1 ? 1 : Simd::kDotRegisters / TB;
+}
+
+template <int Dtype, int TB>
+void dense_dot_block(const DenseChunk& c, int64_t row, int64_t row_end, int64_t column, int64_t n, int64_t token,
+                     V* sums) {
+  constexpr int R = dot_rows<TB>();
+  for (; row + R <= row_end; row += R) dense_dot_tile<Dtype, R, TB>(c, row, column, n, token, sums);
+  for (; row < row_end; ++row) dense_dot_tile<Dtype, 1, TB>(c, row, column, n, token, sums);
+}
+
+constexpr int kDotBlock = W == 16 ? 8 : 4;  // tokens that one pass of the dot form takes
+constexpr int64_t kDotTokens = 16;
+
+template <int Dtype>
+void dense_dot(const DenseChunk& c, float* partial, float*) {
+  V sums[kDotTokens];
+  for (int64_t t = 0; t < c.tokens; ++t) sums[t] = Simd::zero();
+  // Columns per block: the tokens' values stay in the first-level cache while all rows of the chunk pass.
+  const int64_t block = c.tokens == 1 ? c.columns : (8192 / c.tokens) / 64 * 64;
+  const int64_t group = c.tokens <= kDotBlock ? c.row_count : 24;  // rows that every pass over tokens finds in cache
+  bool nan = false;
+  for (int64_t column = 0; column < c.columns; column += block) {
+    const int64_t n = column + block < c.columns ? block : c.columns - column;
+    for (int64_t row = 0; row < c.row_count; row += group) {
+      const int64_t row_end = row + group < c.row_count ? row + group : c.row_count;
+      if constexpr (Dtype == kFloat8E4M3) {
+        for (int64_t o = row; o < row_end; ++o) {
+          nan |= Simd::has_nan(reinterpret_cast<const uint8_t*>(c.rows) + o * c.row_stride + column, n);
+        }
+      }
+      for (int64_t token = 0; token < c.tokens; token += kDotBlock) {
+        switch (c.tokens - token) {
+          case 1: dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums); break;
+          case 2: dense_dot_block<Dtype, 2>(c, row, row_end, column, n, token, sums); break;
+          case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums); break;
+          case 4: dense_dot_block<Dtype, 4>(c, row, row_end, column, n, token, sums); break;
+          case 5: dense_dot_block<Dtype, kDotBlock < 5 ? kDotBlock : 5>(c, row, row_end, column, n, token, sums); break;
+          case 6: dense_dot_block<Dtype, kDotBlock < 6 ? kDotBlock : 6>(c, row, row_end, column, n, token, sums); break;
+          case 7: dense_dot_block<Dtype, kDotBlock < 7 ? kDotBlock : 7>(c, row, row_end, column, n, token, sums); break;
+          default: dense_dot_block<Dtype, kDotBlock>(c, row, row_end, column, n, token, sums); break;
+        }
+      }
+    }
+  }
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    partial[t] = nan ? std::numeric_limits<float>::quiet_NaN() : Simd::sum(sums[t]) * load_factor<Dtype>();
+  }
+}
+
+// acc[j][v] += d(j, i) * panel[i] over n columns; d(j, i) = d[j * row + i], or d[i * column + j] when Adjacent.
+template <int R, int NT, bool Adjacent>
+inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], const float* d, int64_t stride, int64_t n,
+                                                            const float* panel) {
+  for (int64_t i = 0; i < n; ++i) {
+    V xs[NT];
+#pragma GCC unroll 4
+    for (int v = 0; v < NT; ++v) xs[v] = Simd::load(panel + i * (NT * W) + v * W);
+#pragma GCC unroll 8
+    for (int j = 0; j < R; ++j) {
+      const V value = Simd::set1(Adjacent ? d[i * stride + j] : d[j * stride + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NT; ++v) acc[j][v] = Simd::fma(value, xs[v], acc[j][v]);
+    }
+  }
+}
+
+template <int R, int NT>
+void dense_panel_tile(const float* rows, int64_t stride, int64_t n, const float* x, const float* grad,
+                      const float* scale, float* sums) {
+  V acc[R][NT];
+  for (int j = 0; j < R; ++j) {
+    for (int v = 0; v < NT; ++v) acc[j][v] = Simd::zero();
+  }
+  accumulate_panel<R, NT, false>(acc, rows, stride, n, x);
+  for (int v = 0; v < NT; ++v) {
+    V sum = Simd::load(sums + v * W);
+    for (int j = 0; j < R; ++j) {
+      const V weight = Simd::load(grad + j * (NT * W) + v * W);
+      sum = Simd::fma(acc[j][v], scale ? Simd::mul(weight, Simd::set1(scale[j])) : weight, sum);
+    }
+    Simd::store(sums + v * W, sum);
+  }
+}
+
+template <int NT>
+void dense_panel_rows(const DenseChunk& c, const float* rows, int64_t stride, int64_t n, const float* x,
+                      const float* grad, float* sums) {
+  constexpr int R = Simd::kPanelRows;
+  int64_t row = 0;
+  const auto step = [&](auto tile) {
+    (void)tile;
+    constexpr int count = decltype(tile)::value;
+    dense_panel_tile<count, NT>(rows + row * stride, stride, n, x, grad + row * (NT * W),
+                                c.scale ? c.scale + row : nullptr, sums);
+    row += count;
+  };
+  while (row + R <= c.row_count) step(Count<R>{});
+  if (row + 4 <= c.row_count) step(Count<4>{});
+  if (row + 2 <= c.row_count) step(Count<2>{});
+  if (row < c.row_count) step(Count<1>{});
+}
+
+// n contiguous elements as fp32 into dst, load_factor left out.
+template <int Dtype>
+inline void convert_row(float* dst, const char* src, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) Simd::store(dst + i, Simd::load_as<Dtype>(src + i * item_size(Dtype)));
+  if (i < n) {
+    alignas(64) float last[W];
+    Simd::store(last, load_tail<Dtype>(src + i * item_size(Dtype), n - i));
+    std::memcpy(dst + i, last, static_cast<size_t>(n - i) * sizeof(float));
+  }
+}
+
+template <int Dtype>
+void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
+  const int64_t padded = (c.tokens + W - 1) / W * W;
+  for (int64_t t = 0; t < padded; ++t) partial[t] = 0.0f;
+  bool nan = false;
+  for (int64_t column = 0; column < c.columns; column += kBlock) {
+    const int64_t n = column + kBlock < c.columns ? kBlock : c.columns - column;
+    const char* source = c.rows + column * item_size(Dtype);
+    const float* rows = reinterpret_cast<const float*>(source);
+    int64_t stride = c.row_stride / static_cast<int64_t>(sizeof(float));
+    if (Dtype != kFloat32 || c.tokens > kPackAbove) {
+      for (int64_t o = 0; o < c.row_count; ++o) {
+        if constexpr (Dtype == kFloat8E4M3) {
+          nan |= Simd::has_nan(reinterpret_cast<const uint8_t*>(source) + o * c.row_stride, n);
+        }
+        convert_row<Dtype>(scratch + o * kTileStride, source + o * c.row_stride, n);
+      }
+      rows = scratch;
+      stride = kTileStride;
+    }
+    for (int64_t token = 0; token < padded; token += kPanelWidth) {
+      const int64_t width = padded - token < kPanelWidth ? padded - token : kPanelWidth;
+      const float* x = c.x_panels + token * c.columns + column * width;
+      const float* grad = c.grad_panels + token * c.all_rows + c.first_row * width;
+      switch (width / W) {
+        case 1: dense_panel_rows<1>(c, rows, stride, n, x, grad, partial + token); break;
+        case 2:
+          dense_panel_rows<(Simd::kPanelVectors < 2 ? 1 : 2)>(c, rows, stride, n, x, grad, partial + token);
+          break;
+        default: dense_panel_rows<Simd::kPanelVectors>(c, rows, stride, n, x, grad, partial + token); break;
+      }
+    }
+  }
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    partial[t] = nan ? std::numeric_limits<float>::quiet_NaN() : partial[t] * load_factor<Dtype>();
+  }
+}
+
+// Four (eight for few lanes) running sums hide the latency of the adds; doubles join them at the end.
+template <int Dtype>
+double dot(const char* d, const float* m, int64_t n) {
+  constexpr int U = 8;
+  constexpr int64_t size = item_size(Dtype);
+  V acc[U];
+  for (int u = 0; u < U; ++u) acc[u] = Simd::zero();
+  int64_t i = 0;
+  for (; i + U * W <= n; i += U * W) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      const char* p = d + (i + u * W) * size;
+      if (W * size >= 32 || (u * W * size) % 64 == 0) prefetch(p + 2048);
+      acc[u] = Simd::fma(Simd::load_as<Dtype>(p), Simd::load(m + i + u * W), acc[u]);
+    }
+  }
+  for (; i + W <= n; i += W) acc[0] = Simd::fma(Simd::load_as<Dtype>(d + i * size), Simd::load(m + i), acc[0]);
+  double total = 0;
+  for (int u = 0; u < U; ++u) total += static_cast<double>(Simd::sum(acc[u]));
+  if (i < n) {
+    alignas(64) float last[W] = {};
+    std::memcpy(last, m + i, static_cast<size_t>(n - i) * sizeof(float));
+    total += static_cast<double>(Simd::sum(Simd::mul(load_tail<Dtype>(d + i * size, n - i), Simd::load(last))));
+  }
+  if (Dtype == kFloat8E4M3 && Simd::has_nan(reinterpret_cast<const uint8_t*>(d), n)) {
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  return total * load_factor<Dtype>();
+}
+
+}  // namespace
+}  // namespace protoken

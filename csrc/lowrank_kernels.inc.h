@@ -1,0 +1,237 @@
+// Projections onto the factors of a low-rank update, written once over Simd.
+#pragma once
+
+#include "dense_kernels.inc.h"
+
+namespace protoken {
+namespace {
+
+// --- few tokens: rows of the factor contiguous, lanes along n -------------------------------------------------------
+
+template <int Dtype, int R, int TB>
+void project_rows_tile(const Factor& f, int64_t row, int64_t column, int64_t n, const float* values, int64_t stride,
+                       float* out) {
+  V acc[R][TB];
+  for (int j = 0; j < R; ++j) {
+    for (int t = 0; t < TB; ++t) acc[j][t] = Simd::zero();
+  }
+  const char* rows = f.base + row * f.rank_stride + column * item_size(Dtype);
+  accumulate_dots<Dtype, R, TB>(acc, rows, f.rank_stride, values + column, stride, n);
+  for (int j = 0; j < R; ++j) {
+    for (int t = 0; t < TB; ++t) out[t * f.rank + row + j] += Simd::sum(acc[j][t]);
+  }
+}
+
+template <int Dtype, int TB>
+void project_rows(const Factor& f, const float* values, int64_t stride, float* out) {
+  constexpr int R = dot_rows<TB>();
+  constexpr int64_t block = 4096;
+  for (int64_t column = 0; column < f.n; column += block) {
+    const int64_t n = column + block < f.n ? block : f.n - column;
+    int64_t row = 0;
+    for (; row + R <= f.rank; row += R) project_rows_tile<Dtype, R, TB>(f, row, column, n, values, stride, out);
+    for (; row < f.rank; ++row) project_rows_tile<Dtype, 1, TB>(f, row, column, n, values, stride, out);
+  }
+}
+
+// --- few tokens: ranks adjacent in memory, lanes along the rank ------------------------------------------------------
+
+// out[t, rank0 + lane] += sum_i factor[rank0 + lane, i] values[t, i] for RV vectors of lanes, i in [first, last).
+template <int Dtype, int TB, int RV>
+void project_lanes_tile(const Factor& f, int64_t rank0, int64_t first, int64_t last, const float* values,
+                        int64_t stride, float* out) {
+  constexpr int U = TB * RV >= 4 ? 1 : TB * RV >= 2 ? 2 : 4;  // independent sums that hide the latency of the adds
+  constexpr int64_t size = item_size(Dtype);
+  const int64_t ranks = f.rank - rank0 < RV * W ? f.rank - rank0 : RV * W;
+  const char* base = f.base + rank0 * size;
+  // Full vectors may run over a row's end into the next row, but never over the factor's end.
+  const char* end = f.base + (f.n - 1) * f.stride + f.rank * size;
+  int64_t safe = last;
+  while (safe > first && base + (safe - 1) * f.stride + RV * W * size > end) --safe;
+  V acc[U][TB][RV];
+  for (int u = 0; u < U; ++u) {
+    for (int t = 0; t < TB; ++t) {
+      for (int v = 0; v < RV; ++v) acc[u][t][v] = Simd::zero();
+    }
+  }
+  const auto add = [&](int u, int64_t i, const char* p) {
+    V lanes[RV];
+    for (int v = 0; v < RV; ++v) lanes[v] = Simd::load_as<Dtype>(p + v * W * size);
+    for (int t = 0; t < TB; ++t) {
+      const V value = Simd::set1(values[t * stride + i]);
+      for (int v = 0; v < RV; ++v) acc[u][t][v] = Simd::fma(value, lanes[v], acc[u][t][v]);
+    }
+  };
+  int64_t i = first;
+  for (; i + U <= safe; i += U) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const char* p = base + (i + u) * f.stride;
+      prefetch(p + 1024);
+      add(u, i + u, p);
+    }
+  }
+  for (; i < safe; ++i) add(0, i, base + i * f.stride);
+  for (; i < last; ++i) {
+    alignas(64) char padded[RV * W * 4] = {};
+    std::memcpy(padded, base + i * f.stride, static_cast<size_t>(ranks * size));
+    add(0, i, padded);
+  }
+  for (int t = 0; t < TB; ++t) {
+    alignas(64) float lanes[RV * W];
+    for (int v = 0; v < RV; ++v) {
+      V sum = acc[0][t][v];
+      for (int u = 1; u < U; ++u) sum = Simd::add(sum, acc[u][t][v]);
+      Simd::store(lanes + v * W, sum);
+    }
+    for (int64_t j = 0; j < ranks; ++j) out[t * f.rank + rank0 + j] += lanes[j];
+  }
+}
+
+template <int Dtype, int TB>
+void project_lanes(const Factor& f, int64_t first, int64_t last, const float* values, int64_t stride, float* out) {
+  constexpr int RV = W == 16 ? 4 : 2;
+  int64_t rank0 = 0;
+  for (; f.rank - rank0 > W; rank0 += RV * W) {
+    if (f.rank - rank0 > 2 * W) {
+      project_lanes_tile<Dtype, TB, RV>(f, rank0, first, last, values, stride, out);
+    } else {
+      project_lanes_tile<Dtype, TB, 2>(f, rank0, first, last, values, stride, out);
+    }
+  }
+  if (rank0 < f.rank) project_lanes_tile<Dtype, TB, 1>(f, rank0, first, last, values, stride, out);
+}
+
+template <int Dtype>
+void project_dot(const Factor& f, const float* values, int64_t stride, int64_t tokens, float* out) {
+  for (int64_t e = 0; e < tokens * f.rank; ++e) out[e] = 0.0f;
+  const bool rows = f.stride == item_size(Dtype);
+  // A block of n stays in cache while all tokens pass.
+  const int64_t block = rows ? f.n : (64 << 10) / (f.stride > 0 ? f.stride : 1) + 1;
+  for (int64_t first = 0; first < f.n; first += block) {
+    const int64_t last = first + block < f.n ? first + block : f.n;
+    for (int64_t token = 0; token < tokens; token += 4) {
+      const float* v = values + token * stride;
+      float* o = out + token * f.rank;
+      switch (tokens - token) {
+        case 1: rows ? project_rows<Dtype, 1>(f, v, stride, o) : project_lanes<Dtype, 1>(f, first, last, v, stride, o); break;
+        case 2: rows ? project_rows<Dtype, 2>(f, v, stride, o) : project_lanes<Dtype, 2>(f, first, last, v, stride, o); break;
+        case 3: rows ? project_rows<Dtype, 3>(f, v, stride, o) : project_lanes<Dtype, 3>(f, first, last, v, stride, o); break;
+        default: rows ? project_rows<Dtype, 4>(f, v, stride, o) : project_lanes<Dtype, 4>(f, first, last, v, stride, o);
+      }
+    }
+  }
+}
+
+// --- many tokens: lanes along the tokens -----------------------------------------------------------------------------
+
+template <int R, int NT, bool Adjacent>
+void project_panel_tile(const float* d, int64_t stride, int64_t n, const float* panel, float* out, int64_t padded) {
+  V acc[R][NT];
+  for (int j = 0; j < R; ++j) {
+    for (int v = 0; v < NT; ++v) acc[j][v] = Simd::load(out + j * padded + v * W);
+  }
+  accumulate_panel<R, NT, Adjacent>(acc, d, stride, n, panel);
+  for (int j = 0; j < R; ++j) {
+    for (int v = 0; v < NT; ++v) Simd::store(out + j * padded + v * W, acc[j][v]);
+  }
+}
+
+template <int NT, bool Adjacent>
+void project_panel_ranks(const float* d, int64_t stride, int64_t rank, int64_t n, const float* panel, float* out,
+                         int64_t padded) {
+  constexpr int R = Simd::kPanelRows;
+  int64_t j = 0;
+  const auto step = [&](auto tile) {
+    (void)tile;
+    constexpr int count = decltype(tile)::value;
+    project_panel_tile<count, NT, Adjacent>(d + (Adjacent ? j : j * stride), stride, n, panel, out + j * padded,
+                                            padded);
+    j += count;
+  };
+  while (j + R <= rank) step(Count<R>{});
+  if (j + 4 <= rank) step(Count<4>{});
+  if (j + 2 <= rank) step(Count<2>{});
+  if (j < rank) step(Count<1>{});
+  if (j < rank) step(Count<1>{});
+}
+
+struct Tile {
+  const float* data;
+  int64_t stride;
+  bool adjacent;
+};
+
+// Columns [column, column + n) of a factor as fp32: where it lies when it is fp32, converted into scratch otherwise.
+template <int Dtype>
+Tile factor_tile(const Factor& f, int64_t column, int64_t n, float* scratch) {
+  constexpr int64_t size = item_size(Dtype);
+  const char* source = f.base + column * f.stride;
+  const bool adjacent = f.stride != size;
+  if (Dtype == kFloat32) {
+    return {reinterpret_cast<const float*>(source), (adjacent ? f.stride : f.rank_stride) / size, adjacent};
+  }
+  if (!adjacent) {
+    for (int64_t j = 0; j < f.rank; ++j) convert_row<Dtype>(scratch + j * kTileStride, source + j * f.rank_stride, n);
+    return {scratch, kTileStride, false};
+  }
+  if (f.stride == f.rank * size) {
+    convert_row<Dtype>(scratch, source, n * f.rank);
+  } else {
+    for (int64_t i = 0; i < n; ++i) convert_row<Dtype>(scratch + i * f.rank, source + i * f.stride, f.rank);
+  }
+  return {scratch, f.rank, true};
+}
+
+template <int NT>
+void project_tile(const Tile& tile, int64_t rank, int64_t n, const float* panel, float* out, int64_t padded) {
+  if (tile.adjacent) {
+    project_panel_ranks<NT, true>(tile.data, tile.stride, rank, n, panel, out, padded);
+  } else {
+    project_panel_ranks<NT, false>(tile.data, tile.stride, rank, n, panel, out, padded);
+  }
+}
+
+template <int Dtype>
+void project_panel(const Factor* factors, int64_t count, const float* panels, int64_t tokens, float* out,
+                   float* scratch) {
+  const int64_t padded = (tokens + W - 1) / W * W;
+  const int64_t columns = factors[0].n;
+  int64_t ranks = 0;
+  for (int64_t f = 0; f < count; ++f) ranks += factors[f].rank;
+  for (int64_t e = 0; e < ranks * padded; ++e) out[e] = 0.0f;
+  for (int64_t column = 0; column < columns; column += kBlock) {
+    const int64_t n = column + kBlock < columns ? kBlock : columns - column;
+    int64_t row = 0;
+    for (int64_t f = 0; f < count; row += factors[f++].rank) {
+      const Tile tile = factor_tile<Dtype>(factors[f], column, n, scratch);
+      for (int64_t token = 0; token < padded; token += kPanelWidth) {
+        const int64_t width = padded - token < kPanelWidth ? padded - token : kPanelWidth;
+        const float* panel = panels + token * columns + column * width;
+        float* o = out + row * padded + token;
+        switch (width / W) {
+          case 1: project_tile<1>(tile, factors[f].rank, n, panel, o, padded); break;
+          case 2: project_tile<(Simd::kPanelVectors < 2 ? 1 : 2)>(tile, factors[f].rank, n, panel, o, padded); break;
+          default: project_tile<Simd::kPanelVectors>(tile, factors[f].rank, n, panel, o, padded); break;
+        }
+      }
+    }
+  }
+}
+
+constexpr Kernels make_kernels() {
+  return {
+      Simd::kName,
+      W,
+      kPanelWidth,
+      kDotTokens,
+      {dense_dot<0>, dense_dot<1>, dense_dot<2>, dense_dot<3>, dense_dot<4>},
+      {dense_panel<0>, dense_panel<1>, dense_panel<2>, dense_panel<3>, dense_panel<4>},
+      {project_dot<0>, project_dot<1>, project_dot<2>, nullptr, nullptr},
+      {project_panel<0>, project_panel<1>, project_panel<2>, nullptr, nullptr},
+      {dot<0>, dot<1>, dot<2>, dot<3>, dot<4>},
+  };
+}
+
+}  // namespace
+}  // namespace protoken

@@ -1,0 +1,70 @@
+// 8 fp32 lanes on AVX2 with FMA and F16C. Included only by files compiled for it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "dtypes.h"
+
+namespace protoken {
+namespace {
+
+struct Simd {
+  using V = __m256;
+  static constexpr int W = 8;
+  static constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 tokens' vectors, 1 broadcast: 15 of 16 registers
+  static constexpr int kPanelRows = 6;
+  static constexpr int kDotRegisters = 12;
+  static constexpr const char* kName = "avx2";
+
+  static V zero() { return _mm256_setzero_ps(); }
+  static V set1(float value) { return _mm256_set1_ps(value); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static float sum(V v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+
+  // 8 elements as fp32; float8 comes out times 2^-8 (see load_factor), and its NaN as a number (see has_nan).
+  template <int Dtype>
+  static V load_as(const void* p) {
+    if constexpr (Dtype == kFloat32) {
+      return _mm256_loadu_ps(static_cast<const float*>(p));
+    } else if constexpr (Dtype == kBfloat16) {
+      const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(p));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    } else if constexpr (Dtype == kFloat16) {
+      return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    } else if constexpr (Dtype == kInt8) {
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+    } else {
+      // s eeee mmm as fp16 s 0eeee mmm0000000: the same number with the exponent's bias 8 lower.
+      const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+      return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
+    }
+  }
+
+  // Whether any of n float8 bytes is NaN (0x7f or 0xff).
+  static bool has_nan(const uint8_t* p, int64_t n) {
+    const __m256i magnitude = _mm256_set1_epi8(0x7f);
+    __m256i found = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+      found = _mm256_or_si256(found, _mm256_cmpeq_epi8(_mm256_and_si256(bytes, magnitude), magnitude));
+    }
+    bool nan = _mm256_movemask_epi8(found) != 0;
+    for (; i < n; ++i) nan |= (p[i] & 0x7f) == 0x7f;
+    return nan;
+  }
+};
+
+}  // namespace
+}  // namespace protoken

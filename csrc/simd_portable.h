@@ -1,0 +1,52 @@
+// 4 fp32 lanes through the compiler's vector extension: SSE2, NEON or plain code, whatever the target has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "dtypes.h"
+
+namespace protoken {
+namespace {
+
+struct Simd {
+  typedef float V __attribute__((vector_size(16)));
+  static constexpr int W = 4;
+  static constexpr int kPanelVectors = 2;
+  static constexpr int kPanelRows = 4;
+  static constexpr int kDotRegisters = 8;
+  static constexpr const char* kName = "portable";
+
+  static V zero() { return V{}; }
+  static V set1(float value) { return V{} + value; }
+  static V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void store(float* p, V v) { std::memcpy(p, &v, sizeof(v)); }
+  static V fma(V a, V b, V c) { return a * b + c; }
+  static V mul(V a, V b) { return a * b; }
+  static V add(V a, V b) { return a + b; }
+  static float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+  // 4 elements as fp32; float8 comes out times 2^-8 (see load_factor).
+  template <int Dtype>
+  static V load_as(const void* p) {
+    if constexpr (Dtype == kFloat32) return load(static_cast<const float*>(p));
+    const char* address = static_cast<const char*>(p);
+    V v;
+    for (int i = 0; i < W; ++i) v[i] = load_element(address + i * item_size(Dtype), Dtype);
+    if constexpr (Dtype == kFloat8E4M3) v *= 0x1p-8f;
+    return v;
+  }
+
+  static bool has_nan(const uint8_t* p, int64_t n) {
+    bool nan = false;
+    for (int64_t i = 0; i < n; ++i) nan |= (p[i] & 0x7f) == 0x7f;
+    return nan;
+  }
+};
+
+}  // namespace
+}  // namespace protoken
