@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,3 +92,49 @@ def small_ledger(path: Path, rounds: int = 2, files: FileLayer | None = None, **
     for _ in range(rounds):
         commit_next(ledger)
     return ledger
+
+
+# ---- forging: edits that keep every hash consistent, so that they reach the validators ----------------------------
+
+
+def forge_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the last round's manifest and make HEAD name it. ``edit`` changes the object, or returns bytes instead."""
+    head = json.loads((path / "HEAD").read_bytes())
+    place = path / f"rounds/{head['round']:08d}/manifest.json"
+    value = json.loads(place.read_bytes())
+    result = edit(value)
+    data = result if isinstance(result, bytes) else json.dumps(value).encode()
+    place.write_bytes(data)
+    head["sha256"] = hashlib.sha256(data).hexdigest()
+    (path / "HEAD").write_bytes(json.dumps(head, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+
+
+def forge_shard(path: Path, edit: Callable[[bytes], bytes], index: int = 0) -> None:
+    """Edit the bytes of a client's shard in the last round, and its size and hash in the manifest."""
+
+    def adjust(manifest: dict[str, Any]) -> None:
+        shard = manifest["clients"][index]["shard"]
+        place = path / f"rounds/{manifest['round']:08d}" / shard["file"]
+        data = edit(place.read_bytes())
+        place.write_bytes(data)
+        length = int.from_bytes(data[:8], "little")
+        shard.update(size=len(data), sha256=hashlib.sha256(data[: 8 + length]).hexdigest())
+
+    forge_manifest(path, adjust)
+
+
+def forge_header(path: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object], index: int = 0) -> None:
+    """Edit a client's shard header: ``edit(header, info)``; the tensors' bytes stay."""
+
+    def rewrite(data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        info = json.loads(header["__metadata__"]["protoken"])
+        result = edit(header, info)
+        if isinstance(header.get("__metadata__"), dict):
+            header["__metadata__"]["protoken"] = json.dumps(info)
+        body = result if isinstance(result, bytes) else json.dumps(header).encode()
+        body += b" " * (-len(body) % 8)
+        return len(body).to_bytes(8, "little") + body + data[8 + length :]
+
+    forge_shard(path, rewrite, index)

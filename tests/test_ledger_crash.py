@@ -151,8 +151,8 @@ class VolatileDisk(FileLayer):
     """Follows what is durable: a file's bytes as of its last fsync, a folder's names as of its own last fsync.
 
     After each change the real folder (what running programs see) is compared with what was there before; new and
-    removed names wait in the folder's list until it is synced. ``crash`` writes a folder as a disk may show it after the power
-    is back: any subset of what waits, in any order; unsynced files cut or filled with zeros.
+    removed names wait in the folder's list until it is synced. ``crash`` writes a folder as a disk may show it after
+    the power is back: any subset of what waits, in any order; unsynced files cut or filled with zeros.
     """
 
     def __init__(self, root: Path, until: int) -> None:

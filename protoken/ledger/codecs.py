@@ -17,15 +17,13 @@ what is stored, so it stands in the round's residual.
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from protoken.errors import ArgumentError, LedgerError, LedgerFormatError, NonFiniteError
+from protoken.errors import ArgumentError, LedgerFormatError, NonFiniteError
 from protoken.ledger.tensors import LowRank, is_finite, norm
 
 CODECS = ("fp32", "bf16", "fp16", "int8", "fp8", "lowrank-r")
@@ -78,28 +76,12 @@ def decode(layout: str, parts: dict[str, Tensor]) -> Tensor:
         return parts[""]
     if layout in _LIMITS:
         return parts[VALUES].to(torch.float32) * parts[SCALE].unsqueeze(-1)
-    found = factors(parts)
-    require_memory(found.shape)
-    return found.dense()
+    return factors(parts).dense()
 
 
 def factors(parts: dict[str, Tensor]) -> LowRank:
     """The two factors of a lora or lowrank layout."""
     return LowRank(parts[FACTOR_A], parts[FACTOR_B], float(parts[SCALE]))
-
-
-def require_memory(shape: tuple[int, ...]) -> None:
-    """LedgerError when a dense fp32 tensor of this shape cannot fit: two thin factors may claim a huge
-    matrix.
-    """
-    need = 4 * math.prod(shape)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        raise LedgerError(
-            "parameter",
-            expected=f"a matrix that fits in {have} bytes of memory",
-            got=f"{shape}, {need} bytes",
-        )
 
 
 def expected_parts(

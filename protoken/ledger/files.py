@@ -173,9 +173,7 @@ class FileLayer:
     def rename(self, old: str, new: str) -> None:
         """Atomic; replaces a file of the new name."""
         with self._parent(old) as (folder, leaf), self._parent(new) as (new_folder, new_leaf):
-            self._change(
-                "rename", new, lambda: os.rename(leaf, new_leaf, src_dir_fd=folder, dst_dir_fd=new_folder)
-            )
+            self._change("rename", new, lambda: os.rename(leaf, new_leaf, src_dir_fd=folder, dst_dir_fd=new_folder))
 
     def remove(self, name: str) -> None:
         """Remove a file, a link or a whole folder; links inside are removed, not followed."""

@@ -82,9 +82,7 @@ class Ledger:
         files = files or FileLayer(path)
         files.make_root()
         rest = [
-            name
-            for name in files.names("")
-            if name not in ("ledger.json", "rounds", "staging", "lock", "HEAD.new")
+            name for name in files.names("") if name not in ("ledger.json", "rounds", "staging", "lock", "HEAD.new")
         ]
         if rest:
             raise ArgumentError(
@@ -103,9 +101,7 @@ class Ledger:
         lock = files.lock("lock")
         try:
             if files.exists("HEAD"):
-                raise CommitConflict(
-                    "path", expected="nobody else to create it", got="a ledger that is there now"
-                )
+                raise CommitConflict("path", expected="nobody else to create it", got="a ledger that is there now")
             for name in ("ledger.json", "rounds", "staging"):  # what a crashed create left
                 files.remove(name)
             data = genesis.dump()
@@ -142,14 +138,10 @@ class Ledger:
         data = files.read("ledger.json", m.GENESIS_LIMIT)
         genesis, head = m.parse_genesis(data), m.parse_head(files.read("HEAD", m.HEAD_LIMIT))
         if head.run != genesis.run or (head.round == 0 and head.sha256 != m.sha256(data)):
-            raise LedgerFormatError(
-                "HEAD", expected=f"the head of run {genesis.run}", got=f"one of {head.run}"
-            )
+            raise LedgerFormatError("HEAD", expected=f"the head of run {genesis.run}", got=f"one of {head.run}")
         ledger = cls(files, genesis, m.sha256(data), head, check=check, key=signing_key)
         if signing_key is not None and _public(signing_key) != genesis.server_key:
-            raise SignatureError(
-                "signing_key", expected=f"the key of {genesis.server_key}", got=_public(signing_key)
-            )
+            raise SignatureError("signing_key", expected=f"the key of {genesis.server_key}", got=_public(signing_key))
         if pinned is not None:
             ledger.require_pinned(pinned)
         if server_key is not None:
@@ -230,17 +222,13 @@ class Ledger:
             chosen: Iterable[int] = self.rounds[rounds]
         elif isinstance(rounds, str):
             if rounds != "all":
-                raise UnknownRoundError(
-                    "rounds", expected="'last', 'all', a slice or numbers", got=ascii(rounds)[:40]
-                )
+                raise UnknownRoundError("rounds", expected="'last', 'all', a slice or numbers", got=ascii(rounds)[:40])
             chosen = self.rounds
         else:
             chosen = sorted(set(rounds))
         found = tuple(self.round(number) for number in chosen)
         if not found:
-            raise UnknownRoundError(
-                "rounds", expected="at least one round", got=f"none of {self._head.round}"
-            )
+            raise UnknownRoundError("rounds", expected="at least one round", got=f"none of {self._head.round}")
         return found
 
     def require_pinned(self, pinned: str | m.Head) -> None:
@@ -387,9 +375,7 @@ class Ledger:
         what = f"{folder(number)}/manifest.json"
         data = self._files.read(what, m.MANIFEST_LIMIT)
         if m.sha256(data) != self._hashes[number]:
-            raise LedgerFormatError(
-                what, expected=f"a manifest with hash {self._hashes[number]}", got=m.sha256(data)
-            )
+            raise LedgerFormatError(what, expected=f"a manifest with hash {self._hashes[number]}", got=m.sha256(data))
         found = m.parse_manifest(data, what)
         if found.run != self.run or found.round != number:
             raise LedgerFormatError(

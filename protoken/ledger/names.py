@@ -61,16 +61,12 @@ def escape_terminal(text: str) -> str:
     >>> escape_terminal("a\\x1b[2J")
     'a\\\\x1b[2J'
     """
-    return "".join(
-        c if " " <= c <= "~" and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    return "".join(c if " " <= c <= "~" and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _check(argument: str, value: object, pattern: re.Pattern[str], remedy: str) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         shown = ascii(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        raise ArgumentError(
-            argument, expected=f"a string matching {pattern.pattern}", got=shown, remedy=remedy
-        )
+        raise ArgumentError(argument, expected=f"a string matching {pattern.pattern}", got=shown, remedy=remedy)
     return value

@@ -106,9 +106,7 @@ class Round:
     @property
     def relative_residual(self) -> dict[str, float]:
         """residual_norm over the norm of the change; 0 when both are 0, infinite when only the change is."""
-        return {
-            name: relative(spec.residual_norm, spec.change_norm) for name, spec in self.parameters.items()
-        }
+        return {name: relative(spec.residual_norm, spec.change_norm) for name, spec in self.parameters.items()}
 
     def client(self, client: str) -> ClientRecord:
         """One participant's record; UnknownClientError if it took no part."""
@@ -136,9 +134,7 @@ class Round:
         """(A [r, I], B [O, r], scale) with delta = scale B A. DtypeError when the update is stored dense."""
         layout, parts = self._stored(client, parameter)
         if layout not in ("lora", "lowrank"):
-            raise DtypeError(
-                f"{client}: {parameter}", expected="lora or lowrank", got=layout, remedy="Use delta()."
-            )
+            raise DtypeError(f"{client}: {parameter}", expected="lora or lowrank", got=layout, remedy="Use delta().")
         found = codecs.factors(parts)
         self._require_finite(parameter, found.a, found.b, parts[codecs.SCALE])
         return found.a, found.b, found.scale
@@ -149,9 +145,7 @@ class Round:
         """
         layout, parts = self._stored(client, parameter)
         if layout not in ("int8", "fp8"):
-            raise DtypeError(
-                f"{client}: {parameter}", expected="int8 or fp8", got=layout, remedy="Use delta()."
-            )
+            raise DtypeError(f"{client}: {parameter}", expected="int8 or fp8", got=layout, remedy="Use delta().")
         self._require_finite(parameter, parts[codecs.VALUES], parts[codecs.SCALE])
         return parts[codecs.VALUES], parts[codecs.SCALE]
 
@@ -205,9 +199,7 @@ class Round:
         record = self.client(client)
         index = self._index(record.shard, client)
         if record.quarantined is None or parameter not in index.entries:
-            raise LayerError(
-                "parameter", expected="one kept from a quarantined update", got=ascii(parameter)[:80]
-            )
+            raise LayerError("parameter", expected="one kept from a quarantined update", got=ascii(parameter)[:80])
         return self.cache.tensor(index, parameter)
 
     # ---- checks --------------------------------------------------------------------------------------------
@@ -291,9 +283,7 @@ def check_layout(index: ShardIndex, parameter: str, spec: ParameterSpec) -> str:
     ranks: set[int] = set()
     for suffix, (dtypes, shape) in wanted.items():
         entry = found[suffix]
-        same = len(entry.shape) == len(shape) and all(
-            w in (-1, n) for w, n in zip(shape, entry.shape, strict=True)
-        )
+        same = len(entry.shape) == len(shape) and all(w in (-1, n) for w, n in zip(shape, entry.shape, strict=True))
         if entry.dtype not in dtypes or not same:
             raise LedgerFormatError(
                 index.file,

@@ -82,9 +82,7 @@ def encode_shard(tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> t
     return len(body).to_bytes(8, "little") + body, pieces
 
 
-def write_shard(
-    files: FileLayer, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, object]
-) -> ShardRef:
+def write_shard(files: FileLayer, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> ShardRef:
     """Write and fsync one shard; ``file`` of the answer is ``name``."""
     header, pieces = encode_shard(tensors, info)
     files.write_file(name, header, *pieces)
@@ -100,9 +98,7 @@ def read_index(files: FileLayer, ref: ShardRef) -> ShardIndex:
         files.read_into(handle, memoryview(prefix), 0, ref.file)
         length = int.from_bytes(prefix, "little")
         if length > HEADER_LIMIT or length > ref.size - 8:
-            raise LedgerFormatError(
-                ref.file, expected="a header inside the file", got=f"{length} bytes of header"
-            )
+            raise LedgerFormatError(ref.file, expected="a header inside the file", got=f"{length} bytes of header")
         body = bytearray(length)
         files.read_into(handle, memoryview(body), 8, ref.file)
     finally:
@@ -129,9 +125,7 @@ def parse_header(body: bytes, ref: ShardRef) -> ShardIndex:
             raise LedgerFormatError(ref.file, expected="one hash per tensor", got=f"{len(hashes)} hashes")
         good = all(isinstance(layout, str) for layout in info["layout"].values())
         if not good or not all(isinstance(bound, float) for bound in info["bound"].values()):
-            raise LedgerFormatError(
-                ref.file, expected="names of layouts and numbers for bounds", got="others"
-            )
+            raise LedgerFormatError(ref.file, expected="names of layouts and numbers for bounds", got="others")
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise LedgerFormatError(ref.file, expected="a shard of a ledger", got=f"no {str(error)!a}") from error
     end = start
@@ -164,9 +158,7 @@ def read_open(files: FileLayer, handle: int, index: ShardIndex, name: str, *, ch
     try:
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     except RuntimeError as error:
-        raise LedgerFormatError(
-            index.file, expected="a tensor that fits in memory", got=entry.shape
-        ) from error
+        raise LedgerFormatError(index.file, expected="a tensor that fits in memory", got=entry.shape) from error
     view = byte_view(tensor)
     files.read_into(handle, view, entry.begin, index.file)
     if check and hashlib.sha256(view).hexdigest() != entry.sha256:

@@ -82,9 +82,7 @@ def sign_update(
 def check_client(update: ClientUpdate, shard: str) -> tuple[str, str]:
     """Key and signature in hex, once the signature fits the shard's hash. SignatureError otherwise."""
     if update.key is None or update.signature is None:
-        raise SignatureError(
-            f"signature of {update.client}", expected="key and signature", got="only one of them"
-        )
+        raise SignatureError(f"signature of {update.client}", expected="key and signature", got="only one of them")
     key, signature = bytes(update.key).hex(), bytes(update.signature).hex()
     verify_client(update.client, key, signature, shard)
     return key, signature
@@ -139,13 +137,9 @@ def _verify(argument: str, key: str, signature: str, message: bytes) -> None:
     from cryptography.exceptions import InvalidSignature
 
     try:
-        _ed25519().Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(
-            bytes.fromhex(signature), message
-        )
+        _ed25519().Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError) as error:
-        raise SignatureError(
-            argument, expected=f"a signature by {key[:16]}...", got="one that does not fit"
-        ) from error
+        raise SignatureError(argument, expected=f"a signature by {key[:16]}...", got="one that does not fit") from error
 
 
 def _private(key: SigningKey) -> Any:
@@ -154,9 +148,7 @@ def _private(key: SigningKey) -> Any:
         return key
     if isinstance(key, bytes) and len(key) == 32:
         return module.Ed25519PrivateKey.from_private_bytes(key)
-    raise ArgumentError(
-        "signing_key", expected="an Ed25519PrivateKey or its 32 bytes", got=type(key).__name__
-    )
+    raise ArgumentError("signing_key", expected="an Ed25519PrivateKey or its 32 bytes", got=type(key).__name__)
 
 
 def _ed25519() -> Any:

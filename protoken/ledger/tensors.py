@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """scale * b @ a, fp32 [O, I]."""
+        require_memory(self.shape)
         return (self.b.float() @ self.a.float()).mul_(self.scale)
 
     def minus(self, other: LowRank) -> LowRank:
@@ -65,6 +68,20 @@ class LowRank:
 
     def finite(self) -> bool:
         return is_finite(self.a) and is_finite(self.b) and abs(self.scale) < float("inf")
+
+
+def require_memory(shape: tuple[int, ...]) -> None:
+    """LedgerError when a dense fp32 tensor of this shape cannot fit: two thin factors may claim a huge
+    matrix.
+    """
+    need = 4 * math.prod(shape)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise LedgerError(
+            "parameter",
+            expected=f"a matrix that fits in {have} bytes of memory",
+            got=f"{shape}, {need} bytes",
+        )
 
 
 def concatenate(terms: Sequence[tuple[float, LowRank]]) -> LowRank:

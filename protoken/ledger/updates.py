@@ -45,9 +45,7 @@ class ClientUpdate:
         if not isinstance(self.weight, float | int | np.floating) or not 0 <= self.weight < float("inf"):
             raise ArgumentError(f"weight of {self.client}", expected="a finite number >= 0", got=self.weight)
         if self.examples is not None and (type(self.examples) is not int or not 0 <= self.examples < 1 << 53):
-            raise ArgumentError(
-                f"examples of {self.client}", expected="a whole number >= 0", got=self.examples
-            )
+            raise ArgumentError(f"examples of {self.client}", expected="a whole number >= 0", got=self.examples)
 
 
 def check_base(base: Mapping[str, Value]) -> dict[str, Value]:
@@ -68,15 +66,11 @@ def check_aggregate(base: Mapping[str, Value], aggregate: Mapping[str, Value]) -
     result: dict[str, Value] = {}
     for name, before in base.items():
         if name not in aggregate:
-            raise LayerError(
-                f"aggregate[{name!r}]", expected="every parameter of base", got="none of this name"
-            )
+            raise LayerError(f"aggregate[{name!r}]", expected="every parameter of base", got="none of this name")
         after, argument = aggregate[name], f"aggregate[{name!r}]"
         if tuple(after.shape) != tuple(before.shape):
             raise ShapeError(argument, expected=f"{tuple(before.shape)} as in base", got=tuple(after.shape))
-        if isinstance(after, LowRank) != isinstance(before, LowRank) or form_dtype(after) != form_dtype(
-            before
-        ):
+        if isinstance(after, LowRank) != isinstance(before, LowRank) or form_dtype(after) != form_dtype(before):
             raise DtypeError(argument, expected=f"{form_dtype(before)} as in base", got=form_dtype(after))
         require_finite(argument, after)
         result[name] = after

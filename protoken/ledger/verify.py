@@ -123,9 +123,7 @@ def check_shard(round_: Round, ref: ShardRef, client: str | None) -> int:
         for name in index.entries:
             tensor = read_open(files, handle, index, name, check=cache.check)
             if not quarantined and not is_finite(tensor):
-                raise LedgerFormatError(
-                    index.file, expected=f"finite numbers in {name}", got="NaN or infinity"
-                )
+                raise LedgerFormatError(index.file, expected=f"finite numbers in {name}", got="NaN or infinity")
     finally:
         os.close(handle)
     return ref.size
@@ -181,9 +179,7 @@ def check_conservation(round_: Round) -> None:
         found = norm(round_.computed_residual(name))
         scale = max(spec.change_norm, spec.residual_norm, found)
         if relative(abs(found - spec.residual_norm), scale) > RESIDUAL_TOLERANCE:
-            raise LedgerFormatError(
-                f"residual of {name}", expected=f"norm {spec.residual_norm} as recorded", got=found
-            )
+            raise LedgerFormatError(f"residual of {name}", expected=f"norm {spec.residual_norm} as recorded", got=found)
 
 
 def _parallel(current: Round, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Future[int]]]:

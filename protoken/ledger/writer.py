@@ -142,9 +142,7 @@ class RoundWriter:
         """
         self._require_open()
         if not self._records:
-            raise ArgumentError(
-                "round", expected="at least one client", got="none", remedy="Call add() first."
-            )
+            raise ArgumentError("round", expected="at least one client", got="none", remedy="Call add() first.")
         m.check_weights(self._rule, [record.weight for record in self._records])
         after = check_aggregate(self._base, aggregate)
         try:
@@ -177,9 +175,7 @@ class RoundWriter:
 
     def _require_open(self) -> None:
         if not self._open:
-            raise CommitConflict(
-                "round", expected="a writer that is open", got="one committed or given up already"
-            )
+            raise CommitConflict("round", expected="a writer that is open", got="one committed or given up already")
 
     def _check_new(self, client: str) -> None:
         folded = names.fold(client)
@@ -195,9 +191,7 @@ class RoundWriter:
                 remedy="Case counts.",
             )
         if len(self._records) >= m.MAX_CLIENTS:
-            raise ArgumentError(
-                "client", expected=f"at most {m.MAX_CLIENTS} clients in a round", got="one more"
-            )
+            raise ArgumentError("client", expected=f"at most {m.MAX_CLIENTS} clients in a round", got="one more")
 
     def _binding(self, client: str | None) -> dict[str, object]:
         """Stands in each shard's header, so that it cannot pass for one of another round or client."""
@@ -289,9 +283,7 @@ class RoundWriter:
     def _publish(self, manifest: m.Manifest) -> Round:
         files, data = self._files, manifest.dump()
         if len(data) > m.MANIFEST_LIMIT:
-            raise ArgumentError(
-                "round", expected=f"a manifest of at most {m.MANIFEST_LIMIT} bytes", got=len(data)
-            )
+            raise ArgumentError("round", expected=f"a manifest of at most {m.MANIFEST_LIMIT} bytes", got=len(data))
         head = m.Head(self._head.run, self.number, m.sha256(data))
         files.write_file(f"{self._staging}/manifest.json", data)
         if self._sign is not None:

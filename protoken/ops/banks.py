@@ -65,8 +65,7 @@ class DenseBank:
         """
         if isinstance(bank, DenseBank):
             if scale is not None:
-                raise ArgumentError("scale", expected="None, since the DenseBank holds its own", got="a
-                tensor")
+                raise ArgumentError("scale", expected="None, since the DenseBank holds its own", got="a tensor")
             return bank
         if isinstance(bank, Tensor):
             check_tensor(name, bank)
@@ -74,8 +73,7 @@ class DenseBank:
                 raise ShapeError(name, expected="[K, O, I]", got=tuple(bank.shape))
             return _dense_tensor(bank.detach(), scale, name)
         if not isinstance(bank, Sequence):
-            raise ArgumentError(name, expected="a tensor [K, O, I] or K tensors [O, I]",
-            got=type(bank).__name__)
+            raise ArgumentError(name, expected="a tensor [K, O, I] or K tensors [O, I]", got=type(bank).__name__)
         return _dense_parts([part.detach() for part in _tensors(bank, name)], scale, shape, name)
 
     def device_pointers(self) -> Tensor:
@@ -125,8 +123,7 @@ class LowRankBank:
         """Check and wrap; ``scale`` None is 1 for every client. Errors as `DenseBank.of`."""
         if isinstance(a, LowRankBank):
             if b is not None or scale is not None:
-                raise ArgumentError("b and scale", expected="None, since the LowRankBank holds its own",
-                got="tensors")
+                raise ArgumentError("b and scale", expected="None, since the LowRankBank holds its own", got="tensors")
             return a
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return _lowrank_tensor(a.detach(), b.detach(), scale)
@@ -189,8 +186,7 @@ def _dense_parts(parts: list[Tensor], scale: Tensor | None, shape: tuple[int, in
     check_dtype(f"{name}[0]", first.dtype, BANK_DTYPES)
     for index, part in enumerate(parts):
         if part.shape != first.shape:
-            raise ShapeError(f"{name}[{index}]", expected=f"{tuple(first.shape)} as {name}[0]",
-            got=tuple(part.shape))
+            raise ShapeError(f"{name}[{index}]", expected=f"{tuple(first.shape)} as {name}[0]", got=tuple(part.shape))
         check_dtype(f"{name}[{index}]", part.dtype, (first.dtype,))
         check_device(f"{name}[{index}]", part.device, first.device, f"{name}[0]")
         check_aligned(f"{name}[{index}]", part.data_ptr(), part.element_size())
@@ -218,8 +214,7 @@ def _restrided(part: Tensor, strides: tuple[int, ...]) -> Tensor:
     return copy.copy_(part)
 
 
-def _row_scale(scale: Tensor | None, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) ->
-Tensor | None:
+def _row_scale(scale: Tensor | None, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> Tensor | None:
     if dtype not in SCALED_DTYPES:
         if scale is not None:
             raise ArgumentError("scale", expected=f"None for a {short(dtype)} bank", got="a tensor")
@@ -266,8 +261,7 @@ def _lowrank_tensor(a: Tensor, b: Tensor, scale: Tensor | None) -> LowRankBank:
     )
 
 
-def _lowrank_parts(a: list[Tensor], b: list[Tensor], scale: Tensor | None, shape: tuple[int, int]) ->
-LowRankBank:
+def _lowrank_parts(a: list[Tensor], b: list[Tensor], scale: Tensor | None, shape: tuple[int, int]) -> LowRankBank:
     if len(a) != len(b):
         raise ShapeError("b", expected=f"{len(a)} matrices, one per matrix of a", got=len(b))
     if not a:

@@ -61,11 +61,9 @@ def _check_pair(
     check_matrix(f"buffers[{index}]", buffer, f"[{capacity}, n]", capacity)
     check_matrix(f"steps[{index}]", step, f"[{tokens}, {buffer.shape[1]}]", tokens, buffer.shape[1])
     if buffer.shape[1] > 1 and buffer.stride(1) != 1:
-        raise ArgumentError(f"buffers[{index}]", expected="rows with stride 1", got=f"strides
-        {buffer.stride()}")
+        raise ArgumentError(f"buffers[{index}]", expected="rows with stride 1", got=f"strides {buffer.stride()}")
     if not capacity:
-        raise ShapeError(f"buffers[{index}]", expected="a capacity of at least 1 row",
-        got=tuple(buffer.shape))
+        raise ShapeError(f"buffers[{index}]", expected="a capacity of at least 1 row", got=tuple(buffer.shape))
     for name, value in ((f"buffers[{index}]", buffer), (f"steps[{index}]", step)):
         check_dtype(name, value.dtype, FLOATS)
         check_device(name, value.device, cursor.device, "cursor")

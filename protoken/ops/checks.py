@@ -24,11 +24,9 @@ def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentError(name, expected="a torch.Tensor", got=type(value).__name__)
     if value.layout != torch.strided:
-        raise ArgumentError(name, expected="a strided tensor", got=str(value.layout), remedy="Call
-        .to_dense().")
+        raise ArgumentError(name, expected="a strided tensor", got=str(value.layout), remedy="Call .to_dense().")
     if value.device.type == "meta":
-        raise DeviceError(name, expected="a tensor with storage", got="device meta", remedy="Load the weights
-        first.")
+        raise DeviceError(name, expected="a tensor with storage", got="device meta", remedy="Load the weights first.")
 
 
 def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
@@ -46,8 +44,7 @@ def check_device(name: str, got: torch.device, expected: torch.device, anchor: s
         )
 
 
-def check_matrix(name: str, value: Tensor, shape: str, rows: int | None = None, columns: int | None = None) ->
-None:
+def check_matrix(name: str, value: Tensor, shape: str, rows: int | None = None, columns: int | None = None) -> None:
     """A 2-D tensor; ``shape`` is how the message calls it, ``rows``/``columns`` what they must be where
     given."""
     check_tensor(name, value)
@@ -62,8 +59,7 @@ def check_size(name: str, *factors: int) -> None:
     for factor in factors:
         size *= max(factor, 1)
     if size > LARGEST:
-        raise ShapeError(name, expected=f"at most {LARGEST} bytes", got=f"{size} bytes", remedy="Split the
-        call.")
+        raise ShapeError(name, expected=f"at most {LARGEST} bytes", got=f"{size} bytes", remedy="Split the call.")
 
 
 def check_aligned(name: str, address: int, itemsize: int) -> None:

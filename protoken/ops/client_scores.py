@@ -29,8 +29,7 @@ def client_scores_reference(
     return torch.einsum("to,koi,ti->kt", grad.to(dtype), delta, x.to(dtype))
 
 
-def client_scores(x: Tensor, grad: Tensor, bank: Bank, *, scale: Tensor | None = None, backend: str = "auto")
--> Tensor:
+def client_scores(x: Tensor, grad: Tensor, bank: Bank, *, scale: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Scores of all clients for all tokens at one layer.
 
     x [T, I] layer inputs, grad [T, O] relevance at the layer's output; fp32, bf16, fp16 or fp64, any strides.

@@ -32,8 +32,8 @@ def client_scores_lowrank_reference(
     """s[k, t] = scale[k] sum_r (sum_o grad[t, o] b[k, o, r]) (sum_i a[k, r, i] x[t, i]); [K, T] in
     ``dtype``."""
     x, grad = x.to(dtype), grad.to(dtype)
-    rows = [((grad @ right.to(dtype)) * (x @ left.to(dtype).T)).sum(-1) for left, right in zip(a, b,
-    strict=True)] scores = torch.stack(rows) if rows else x.new_zeros(0, x.shape[0])
+    rows = [((grad @ right.to(dtype)) * (x @ left.to(dtype).T)).sum(-1) for left, right in zip(a, b, strict=True)]
+    scores = torch.stack(rows) if rows else x.new_zeros(0, x.shape[0])
     return scores if scale is None else scores * scale.to(dtype)[:, None]
 
 
@@ -57,8 +57,7 @@ def client_scores_lowrank(
     Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError`, `BackendError`.
     """
     shape = (grad.shape[-1] if grad.dim() else 0, x.shape[-1] if x.dim() else 0)
-    return client_scores_lowrank_grouped([x], [grad], [LowRankBank.of(a, b, scale, shape=shape)],
-    backend=backend)[0]
+    return client_scores_lowrank_grouped([x], [grad], [LowRankBank.of(a, b, scale, shape=shape)], backend=backend)[0]
 
 
 def client_scores_lowrank_grouped(
@@ -76,8 +75,7 @@ def client_scores_lowrank_grouped(
     wrapped = [bank if isinstance(bank, LowRankBank) else LowRankBank.of(*bank) for bank in banks]
     for layer, bank in enumerate(wrapped):
         if bank.clients != wrapped[0].clients:
-            raise ShapeError(f"bank[{layer}]", expected=f"{wrapped[0].clients} clients as bank[0]",
-            got=bank.clients)
+            raise ShapeError(f"bank[{layer}]", expected=f"{wrapped[0].clients} clients as bank[0]", got=bank.clients)
         check_tensor(f"x[{layer}]", xs[layer])
     clients = wrapped[0].clients if wrapped else 0
     tokens = xs[0].shape[0] if xs and xs[0].dim() else 0
@@ -100,8 +98,7 @@ def client_scores_lowrank_grouped(
     return out if len(full) == len(wrapped) else spread(out, full, len(wrapped))
 
 
-def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank])
--> None:
+def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank]) -> None:
     """The torch backend: two batched matmuls per chunk of clients, or two per client when ranks differ."""
     for layer, bank in enumerate(banks):
         x, grad = xs[layer].float(), grads[layer].float()

@@ -59,8 +59,8 @@ def client_totals_grouped(
     for name, values in (("banks", banks), ("scales", scales)):
         if values is not None and len(values) != len(ms):
             raise ShapeError(name, expected=f"{len(ms)} entries, one per layer as in ms", got=len(values))
-    wrapped = [_wrap(layer, ms[layer], bank, scales[layer] if scales else None) for layer, bank in
-    enumerate(banks)] clients = wrapped[0].clients if wrapped else 0
+    wrapped = [_wrap(layer, ms[layer], bank, scales[layer] if scales else None) for layer, bank in enumerate(banks)]
+    clients = wrapped[0].clients if wrapped else 0
     device = wrapped[0].device if wrapped else torch.device("cpu")
     for layer, bank in enumerate(wrapped):
         if bank.clients != clients:

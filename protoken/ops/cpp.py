@@ -1,9 +1,7 @@
-"""The cpp backend: hands addresses, strides and dtype codes to the native module, which knows nothing of
-torch.
+"""The cpp backend: hands addresses, strides and dtype codes to the native module, which knows nothing of torch.
 
-A layer travels as one row of int64; the rows are the structs in csrc/<op>.h. Everything a row points to is
-kept alive here until the call returns. The native side releases the GIL and uses torch.get_num_threads()
-threads.
+A layer travels as one row of int64; the rows are the structs in csrc/<op>.h. Everything a row points to is kept
+alive here until the call returns. The native side releases the GIL and uses torch.get_num_threads() threads.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], ban
     _call(_C.client_scores, rows, *out.shape[1:], out.data_ptr())
 
 
-def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank])
--> None:
+def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank]) -> None:
     held = [_plain(value) for value in (*xs, *grads)]
     rows = []
     for layer, bank in enumerate(banks):
@@ -41,18 +38,16 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
 
 
 def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) -> None:
-    held = [_plain(m) for m in ms]
-    rows = []
+    held, rows = [], []
     for m, bank in zip(ms, banks, strict=True):
         shape, fields = [bank.rows, bank.columns], _matrices(bank)
         if bank.scale is None and bank.stride_o == 1 and bank.stride_i != 1:
             # < m, D > = < m^T, D^T >: a transposed bank is read along its contiguous side.
-            held.append(_plain(m.t()))
+            m = m.t()
             shape.reverse()
             fields[2], fields[3] = fields[3], fields[2]
-            rows.append([held[-1].data_ptr(), *shape, *fields])
-        else:
-            rows.append([held[len(rows)].data_ptr(), *shape, *fields])
+        held.append(_plain(m))
+        rows.append([held[-1].data_ptr(), *shape, *fields])
     _call(_C.client_totals, rows, out.shape[1], out.data_ptr())
 
 

@@ -64,8 +64,8 @@ def relevance_head_reference(
         weight, bias = cast(head.norm_weight), cast(head.norm_bias)
         normed = normed if weight is None else normed * weight
         normed = normed if bias is None else normed + bias
-        logits = head.scale * torch.nn.functional.linear(normed, head.weight.detach().to(dtype),
-        cast(head.bias)) if head.softcap is not None:
+        logits = head.scale * torch.nn.functional.linear(normed, head.weight.detach().to(dtype), cast(head.bias))
+        if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
         if head.objective == "logprob":
             logits = logits.log_softmax(-1)
@@ -74,8 +74,7 @@ def relevance_head_reference(
     return grad, value.detach()
 
 
-def relevance_head(hidden: Tensor, targets: Tensor, head: Head, *, backend: str = "auto") -> tuple[Tensor,
-Tensor]:
+def relevance_head(hidden: Tensor, targets: Tensor, head: Head, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Relevance at the last block's output, and the objective itself.
 
     hidden [T, d]: output of the last block, before the final norm; fp32, bf16, fp16 or fp64. targets int64
@@ -124,8 +123,7 @@ def _check(hidden: Tensor, targets: Tensor, head: Head) -> None:
     if head.norm not in NORMS:
         raise ArgumentError("head.norm", expected=f"one of {', '.join(NORMS)}", got=repr(head.norm))
     if head.objective not in OBJECTIVES:
-        raise ArgumentError("head.objective", expected=f"one of {', '.join(OBJECTIVES)}",
-        got=repr(head.objective))
+        raise ArgumentError("head.objective", expected=f"one of {', '.join(OBJECTIVES)}", got=repr(head.objective))
     for name, number in (("eps", head.eps), ("scale", head.scale), ("softcap", head.softcap)):
         if number is not None and not (math.isfinite(number) and (name == "scale" or number >= 0)):
             raise ArgumentError(f"head.{name}", expected="a finite number, not negative", got=number)
