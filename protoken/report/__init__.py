@@ -1,0 +1,13 @@
+"""Draws a `Trace`: in the terminal, in a notebook, as one self-contained page, as a picture.
+
+view.py       what there is to show, computed once: colours, leads, bars, figures
+html.py       the page, from trace.html.jinja, trace.css and script.html.jinja
+terminal.py   rich output, and the same as SVG
+palette.py    colours that survive colour blindness
+visible.py    text from strangers, made harmless and visible
+"""
+
+from protoken.report.html import notebook_html, trace_html
+from protoken.report.terminal import show, terminal_svg
+
+__all__ = ["notebook_html", "show", "terminal_svg", "trace_html"]

@@ -1,0 +1,184 @@
+"""A trace in the terminal, by rich; the same picture as SVG.
+
+Text from outside goes through `visible` and into `Text` objects, never through rich's markup, so neither
+escape sequences nor "[bold]" in a token do anything.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from protoken.report.palette import COLOURS, GREY, mix
+from protoken.report.view import ClientRow, TokenView, View, accounting, build_view, timing
+from protoken.report.visible import name, visible
+from protoken.results import Trace
+
+_INK = "#16181d"  # text on a filled token
+
+
+def show(trace: Trace, console: Console | None = None, *, top: int | None = 10) -> None:
+    """Print ``trace``: prompt, coloured tokens, ranking of the ``top`` clients, residual, timings."""
+    (console or Console()).print(render(trace, top=top))
+
+
+def headline(trace: Trace) -> Text:
+    """The trace in one line."""
+    best = build_view(trace).clients[0]
+    line = Text.assemble(("Trace", "bold"), f" {len(trace.token_list)} tokens, {len(trace.client_ids)} clients, top ")
+    line.append(best.client, Style(color=_colour(best.slot), bold=True))
+    line.append(f" {best.score} {trace.unit}, share {best.share}")
+    return line
+
+
+def render(trace: Trace, *, top: int | None = 10) -> RenderableType:
+    """Everything `show` prints, as one renderable."""
+    view = build_view(trace)
+    info = trace.info
+    about = f"{name(info.method)} · {name(info.way)} way · {info.objective} · {_layers(trace)}"
+    if info.model:
+        about += f" · {name(info.model)}"
+    parts: list[RenderableType] = [
+        Text.assemble(("protoken trace  ", "bold"), (about, "dim")),
+        Text(),
+        Text("prompt", style="dim"),
+        Padding(Text(visible(trace.prompt).strip("\n"), style="italic"), (0, 0, 0, 2)),
+        Text(),
+        Text("answer", style="dim"),
+        Padding(response(view), (0, 0, 0, 2)),
+        Text(),
+        legend(trace, view),
+        Text(),
+        ranking(trace, view, top),
+        Text(),
+        *(_fact(label, value) for label, value in _facts(trace, view)),
+    ]
+    return Group(*parts)
+
+
+def response(view: View) -> Text:
+    """The generated tokens, coloured; nothing else, so that it reads as the answer."""
+    text = Text(no_wrap=False, overflow="fold")
+    for token in view.tokens:
+        shown = visible(token.text)
+        if token.special:
+            text.append(shown, Style(dim=True))
+        elif token.place is None:
+            text.append(shown)
+        else:
+            text.append(shown, _style(token))
+    return text
+
+
+def legend(trace: Trace, view: View) -> Text:
+    """One swatch per client that leads a token, and what strength means."""
+    if trace.token_scores is None:
+        return Text("Sequence totals only: tokens are not coloured.", style="dim")
+    line = Text(overflow="fold")
+    for row in view.clients:
+        if row.led and row.slot is not None:
+            line.append("■ ", Style(color=_colour(row.slot)))
+            line.append(f"{row.client}  ")
+    if any(row.led and row.slot is None for row in view.clients):
+        line.append("■ ", Style(color=GREY[0]))
+        line.append("others  ")
+    if not view.tokens:
+        return Text("No tokens were generated.", style="dim")
+    note = "no client raised a token, so none is coloured"
+    if view.full_lead:
+        full = f"{view.full_lead:.2g} {trace.unit}"
+        note = f"colour: top client, strongest from a lead of {full}; plain: raised by none"
+    line.append(("\n" if line.plain else "") + note, "dim")
+    return line
+
+
+def ranking(trace: Trace, view: View, top: int | None) -> Table:
+    """Clients by raw score; the share stands beside it, never alone."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("client", overflow="fold")
+    table.add_column(f"score ({trace.unit})", justify="right")
+    table.add_column("", min_width=20)
+    table.add_column("share", justify="right")
+    table.add_column("weight", justify="right", style="dim")
+    shown = view.clients if top is None else view.clients[: max(0, top)]
+    for row in shown:
+        swatch = Text.assemble(("■ ", Style(color=_colour(row.slot))), row.client)
+        table.add_row(str(row.rank), swatch, row.score, _bar(row), row.share, row.weight)
+    rest = trace.clients[len(shown) :]
+    if rest:
+        total = view.number(sum(client.score for client in rest))
+        table.add_row("", Text(f"and {len(rest)} more", style="dim"), total)
+    return table
+
+
+def terminal_svg(trace: Trace, *, width: int = 100, top: int | None = 10) -> str:
+    """What `show` prints, as an SVG picture that requests nothing (rich's own would fetch fonts)."""
+    console = Console(
+        record=True,
+        width=width,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        legacy_windows=False,
+    )
+    console.print(render(trace, top=top))
+    return console.export_svg(title="protoken", code_format=_svg_format())
+
+
+def _svg_format() -> str:
+    """rich's frame without its @font-face rules: the viewer's own monospace font serves."""
+    from rich._export_format import CONSOLE_SVG_FORMAT as frame
+
+    start = frame.index("@font-face")
+    return frame[:start] + frame[frame.index(".{unique_id}-matrix", start) :]
+
+
+def _facts(trace: Trace, view: View) -> Iterator[tuple[str, str]]:
+    yield "residual", f"{trace.residual:+.2g} {trace.unit}; {accounting(trace)}"
+    yield "change", f"{view.number(trace.change)} {trace.unit}; all scores and the residual together"
+    if trace.info.objective == "log_prob" and len(trace.objective_values):
+        yield "answer", f"log-probability {trace.objective_values.sum():+.4g} nats"
+    yield "time", timing(trace)
+
+
+def _fact(label: str, value: str) -> Text:
+    return Text.assemble((f"{label:<10}", "dim"), value)
+
+
+def _layers(trace: Trace) -> str:
+    layers, rounds = trace.info.layers, trace.info.rounds
+    what = f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
+    return what + (f" · round{'s' if len(rounds) != 1 else ''} {_ranges(rounds)}" if rounds else "")
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    consecutive = len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
+    return f"{numbers[0]} to {numbers[-1]}" if consecutive else ", ".join(map(str, numbers))
+
+
+def _colour(slot: int | None) -> str:
+    # The dark page's variants read on dark and on light terminals alike.
+    return GREY[1] if slot is None else COLOURS[slot][1]
+
+
+def _style(token: TokenView) -> Style:
+    """Three steps that read on any background: coloured letters, bold ones, filled."""
+    colour = _colour(token.slot)
+    if token.strength >= 0.6:
+        return Style(color=_INK, bgcolor=mix(colour, "#ffffff", 0.55 + 0.45 * token.strength), bold=True)
+    return Style(color=colour, bold=token.strength >= 0.25)
+
+
+def _bar(row: ClientRow, width: int = 20) -> Text:
+    left, size = (round(part / 100 * width) for part in row.bar)
+    size = min(max(size, 1 if row.bar[1] > 0 else 0), width)
+    left = min(left, width - size)
+    style = Style(color=_colour(row.slot))
+    return Text.assemble(" " * left, ("╍" * size if row.negative else "━" * size, style))

@@ -1,0 +1,54 @@
+"""Text from strangers (prompts, tokens, client names), made harmless and visible.
+
+Terminal escapes could rewrite the screen, bidirectional controls reorder what an auditor reads, and
+zero-width characters make two names look alike. None of them reaches a report: each is drawn instead, as
+its control picture ("\\x1b" as "␛") or as its code point ("⟨U+202E⟩"). Line breaks and tabs stay.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+
+_JOINERS = "\u200c\u200d"  # needed to write Persian or Hindi and to compose emoji
+_UNSEEN = "\u115f\u1160\u3164\uffa0\u2800\u00ad\u034f\u180b\u180c\u180d\u180e\u180f\u17b4\u17b5"
+_CONTROL = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def visible(text: str, *, lines: bool = True) -> str:
+    """``text`` without control, format, private or unassigned characters; ``lines`` keeps "\\n" and "\\t"."""
+    return "".join(piece for piece, _ in pieces(text, lines=lines))
+
+
+def name(text: str) -> str:
+    """A client's or model's name on one line; joiners are drawn too, since they could forge a name."""
+    return "".join(f"⟨U+{ord(c):04X}⟩" if c in _JOINERS else c for c in visible(text, lines=False))
+
+
+def pieces(text: str, *, lines: bool = True) -> Iterator[tuple[str, bool]]:
+    """(piece, drawn) in order; ``drawn`` marks a picture that stands for a character."""
+    plain = ""
+    for character in text:
+        picture = _picture(character, lines)
+        if picture is None:
+            plain += character
+            continue
+        if plain:
+            yield plain, False
+        plain = ""
+        yield picture, True
+    if plain:
+        yield plain, False
+
+
+def _picture(character: str, lines: bool) -> str | None:
+    if (lines and character in "\n\t") or character in _JOINERS:
+        return None
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "␡"
+    if unicodedata.category(character) in _CONTROL or character in _UNSEEN or 0xE0100 <= code <= 0xE01EF:
+        return f"⟨U+{code:04X}⟩"
+    return None
