@@ -14,6 +14,7 @@ from .bank import Bank
 from .dispatch import choose
 from .errors import ArgumentError
 from .generation import Generated
+from .forward_mode import forward_scores
 from .methods.paper import client_weights, paper_scores
 from .projection import Scores, project_local, project_reverse
 from .relevance import Objective, Response, local_relevance, reverse_relevance
@@ -21,7 +22,7 @@ from .results import Trace, TraceInfo
 from .text import tokens_of
 from .versions import versions
 
-Way = Literal["auto", "local", "reverse"]
+Way = Literal["auto", "local", "reverse", "forward"]
 Method = Literal["protoken", "paper"]
 
 
@@ -68,19 +69,29 @@ def make_plan(
 
 
 def _choose_way(architecture: Architecture, names: tuple[str, ...], way: Way) -> str:
-    """Local where it is exact: layers whose output no later position of a traced block reads."""
-    last = len(architecture.blocks) - 1
-    local = {architecture.layer_name(last, n) for n in (architecture.out_projection, architecture.mlp_final)}
+    """Local where it is exact, else forward: scores per token either way. Totals alone must be asked for."""
+    local = local_layers(architecture)
     if way == "auto":
-        return "local" if set(names) <= local else "reverse"
+        return "local" if set(names) <= local else "forward"
     if way == "local" and not set(names) <= local:
         raise ArgumentError(
             "way",
-            expected=f'"reverse" for these layers; "local" is exact only for {sorted(local)}',
+            expected=f'"forward" or "reverse" for these layers; "local" is exact only for {", ".join(sorted(local))}',
             got="local",
-            remedy='Use blocks=1 with the default layers, or way="reverse"',
+            remedy='Use blocks=1 with the default layers, way="forward" (per token) or way="reverse" (totals)',
         )
-    return way
+    return "local" if way == "forward" and set(names) <= local else way
+
+
+def local_layers(architecture: Architecture) -> set[str]:
+    """Layers whose output reaches no other position: in the last block, its out-projection and all outside attention."""
+    last = len(architecture.blocks) - 1
+    attention = architecture.out_projection.split(".")[0] + "."
+    return {
+        architecture.layer_name(last, name)
+        for name in architecture.linear_layers(last)
+        if name == architecture.out_projection or not name.startswith(attention)
+    }
 
 
 def attribute(model: nn.Module, architecture: Architecture, generated: Generated, bank: Bank, plan: Plan) -> Scores:
@@ -93,8 +104,32 @@ def attribute(model: nn.Module, architecture: Architecture, generated: Generated
     if plan.way == "local":
         local = local_relevance(model, architecture, capture, response, plan.layers, plan.objective)
         return project_local(local, bank, plan.layers, plan.backend)
+    if plan.way == "forward":
+        return _forward(model, architecture, generated, bank, plan)
     reverse = reverse_relevance(model, architecture, capture, response, plan.layers, plan.objective)
     return project_reverse(reverse, bank, plan.layers, plan.backend)
+
+
+def _forward(model: nn.Module, architecture: Architecture, generated: Generated, bank: Bank, plan: Plan) -> Scores:
+    """Tangents for the layers that later positions can see, the local way for the last block's others."""
+    local_names = tuple(name for name in plan.layers if name in local_layers(architecture))
+    deeper = [name for name in plan.layers if name not in local_names]
+    capture, response = generated.capture, generated.response
+    local = local_relevance(model, architecture, capture, response, local_names, plan.objective)
+    # The change rides along as one more direction, so that conservation is measured here, too.
+    directions = {name: [*bank.deltas[name], bank.change[name]] for name in deeper}
+    raw = forward_scores(model, architecture, capture, response, deeper, directions, local).double().cpu()
+    tokens, changed = (raw[:-1] * bank.weights[:, None]).T, raw[-1]
+    if local_names:
+        near = project_local(local, bank, local_names, plan.backend)
+        tokens, changed = tokens + near.tokens, changed + near.change_tokens
+    return Scores.of_weighted_deltas(
+        tokens=tokens.contiguous(),
+        layer_totals=None,
+        change_tokens=changed,
+        change=float(changed.sum()),
+        objective=local.objective.double().cpu(),
+    )
 
 
 def _paper(model: nn.Module, response: Response, bank: Bank, plan: Plan) -> Scores:
@@ -159,7 +194,7 @@ def assemble(
         token_residual=None if scores.residual_tokens is None else scores.residual_tokens.numpy(),
         residual=scores.residual,
         change=scores.change,
-        layer_totals=scores.layer_totals.numpy(),
+        layer_totals=None if scores.layer_totals is None else scores.layer_totals.numpy(),
         info=info,
     )
 
@@ -167,7 +202,7 @@ def assemble(
 def _picked(plan: Plan, device: torch.device) -> str:
     if plan.method == "paper":
         return "torch"
-    op = "client_scores" if plan.way == "local" else "client_totals"
+    op = "client_totals" if plan.way == "reverse" else "client_scores"
     return choose(op, plan.backend, device).name
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import Architecture
 from .patching import hooks
 
 
@@ -24,16 +25,18 @@ class Capture:
     """Recorded tensors of one generation; the lists hold one entry per forward pass.
 
     Attributes:
-        whole: every position is kept, [B, s, .] per pass; otherwise only the pass's last one, [B, 1, .].
+        every: rows of every position are kept, [B, s, .] per pass; otherwise only the pass's last one, [B, 1, .].
         steps: (B, s) of every forward pass.
-        hidden: inputs of the first traced block.
-        projection_inputs, projections: inputs and outputs of the last block's out-projection, if asked for.
-        outputs: outputs of the last block: what a replay must reproduce.
+        sequence_hidden: inputs of the first traced block at all positions, if asked for.
+        hidden: rows entering the last block.
+        projection_inputs, projections: rows entering and leaving the last block's out-projection.
+        outputs: rows leaving the last block: what a replay must reproduce.
         returns_tuples: whether the family's blocks return (hidden, ...) or the hidden states alone.
     """
 
-    whole: bool
+    every: bool
     steps: list[tuple[int, int]] = field(default_factory=list)
+    sequence_hidden: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     projection_inputs: list[Tensor] = field(default_factory=list)
     projections: list[Tensor] = field(default_factory=list)
@@ -50,34 +53,37 @@ class Capture:
         return self.steps in (expected, [*expected, (batch, 1)])
 
     def deciding(self, kept: list[Tensor], prompt_length: int, new_tokens: int) -> Tensor:
-        """Rows of the positions that chose the new tokens, [B, T, .], out of one of the lists above."""
-        first = prompt_length - 1 if self.whole else 0
+        """Rows of the positions that chose the new tokens, [B, T, .], out of one of the lists of rows."""
+        first = prompt_length - 1 if self.every else 0
         return torch.cat(kept, dim=1)[:, first : first + new_tokens]
 
     def sequence(self, length: int) -> Tensor:
         """Hidden states entering the first traced block at the first `length` positions, [B, length, d]."""
-        return torch.cat(self.hidden, dim=1)[:, :length]
+        return torch.cat(self.sequence_hidden, dim=1)[:, :length]
 
 
 @contextmanager
 def capturing(
-    first_block: nn.Module, last_block: nn.Module, out_projection: nn.Module | None, *, whole: bool
+    architecture: Architecture, first_block: int, *, sequence: bool, every: bool = False
 ) -> Iterator[Capture]:
     """Record every forward pass inside the `with`.
 
     Args:
-        first_block: the first traced block; its input is kept.
-        last_block: the last block of the model; its output is kept for the replay's self-check.
-        out_projection: the last block's attention out-projection, or None not to record it (way "reverse").
-        whole: keep all positions, or only the last of each pass (enough for the local way while decoding).
+        first_block: number of the first traced block.
+        sequence: keep its input at all positions (reverse and forward ways), not only the deciding rows (local way).
+        every: keep rows of every position; needed when the pass is a whole sequence at once (teacher forcing).
     """
-    kept = Capture(whole)
+    kept = Capture(every)
+    last = architecture.blocks[-1]
 
     def rows(tensor: Tensor) -> Tensor:
         # A clone, so that the prefill's activations are freed and in-place adds further on cannot reach us.
-        return (tensor if whole else tensor[:, -1:]).detach().clone()
+        return (tensor if every else tensor[:, -1:]).detach().clone()
 
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.sequence_hidden.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    def enter_last(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         kept.steps.append((hidden.shape[0], hidden.shape[1]))
         kept.hidden.append(rows(hidden))
@@ -93,11 +99,13 @@ def capturing(
         kept.outputs.append(rows(output[0] if kept.returns_tuples else output))
 
     handles = [
-        first_block.register_forward_pre_hook(enter, with_kwargs=True),
-        last_block.register_forward_hook(leave),
+        last.register_forward_pre_hook(enter_last, with_kwargs=True),
+        last.get_submodule(architecture.out_projection).register_forward_hook(project),
+        last.register_forward_hook(leave),
     ]
-    if out_projection is not None:
-        handles.append(out_projection.register_forward_hook(project))
+    if sequence:
+        first = architecture.blocks[first_block]
+        handles.append(first.register_forward_pre_hook(enter_first, with_kwargs=True))
     with hooks(*handles):
         yield kept
 

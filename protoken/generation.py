@@ -84,7 +84,7 @@ def generate(
     arguments: dict[str, Any],
     *,
     first_block: int,
-    local: bool,
+    sequence: bool,
     seed: int | None,
 ) -> Generated:
     """Generate once, at full speed, and return the sequence with its capture.
@@ -93,7 +93,7 @@ def generate(
         prompt: ids [1, P].
         arguments: for `model.generate`.
         first_block: number of the first traced block.
-        local: record for the local way (deciding rows only) or for the reverse way (all positions).
+        sequence: record the first traced block's input at all positions, for the reverse and forward ways.
         seed: seed torch's generators for this generation only; the global state is put back.
 
     Raises:
@@ -101,20 +101,12 @@ def generate(
     """
     device = prompt.device
     arguments = {"attention_mask": torch.ones_like(prompt), **arguments}
-    last = architecture.blocks[-1]
-    projection = last.get_submodule(architecture.out_projection) if local else None
-    with (
-        capturing(architecture.blocks[first_block], last, projection, whole=not local) as capture,
-        _seeded(seed, device),
-    ):
+    with capturing(architecture, first_block, sequence=sequence) as capture, _seeded(seed, device):
         output = model.generate(prompt, **arguments)
     response = _response(output, prompt)
     if response.new_tokens and not capture.is_plain_decoding(response.prompt_length, response.new_tokens):
         # Beams, drafts, guidance or chunks: what the hooks saw is not this sequence in order. Run it once more.
-        with (
-            capturing(architecture.blocks[first_block], last, projection, whole=True) as capture,
-            torch.no_grad(),
-        ):
+        with capturing(architecture, first_block, sequence=sequence, every=True) as capture, torch.no_grad():
             run_whole(model, response.seen)
     return Generated(response, capture)
 

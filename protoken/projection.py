@@ -7,7 +7,7 @@ round changed, <g_t, (G - G_prev) x_t>, is projected the same way, and the diffe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Scores:
 
     Attributes:
         tokens: [T, K], or None for totals only.
-        layer_totals: [L, K].
+        layer_totals: [L, K], or None where layers were not told apart.
         change_tokens: <(G - G_prev) x_t, g_t>, [T], or None.
         change: its sum over tokens and layers.
         objective: f_t, [T].
@@ -36,7 +36,7 @@ class Scores:
     """
 
     tokens: Tensor | None
-    layer_totals: Tensor
+    layer_totals: Tensor | None
     change_tokens: Tensor | None
     change: float
     objective: Tensor
@@ -46,12 +46,15 @@ class Scores:
     @property
     def totals(self) -> Tensor:
         """[K], summed over layers and tokens."""
-        return self.layer_totals.sum(0)
+        if self.layer_totals is not None:
+            return self.layer_totals.sum(0)
+        assert self.tokens is not None
+        return self.tokens.sum(0)
 
     @staticmethod
     def of_weighted_deltas(
         tokens: Tensor | None,
-        layer_totals: Tensor,
+        layer_totals: Tensor | None,
         change_tokens: Tensor | None,
         change: float,
         objective: Tensor,
@@ -60,8 +63,8 @@ class Scores:
         per_token = None
         if tokens is not None and change_tokens is not None:
             per_token = change_tokens - tokens.sum(1)
-        residual = change - float(layer_totals.sum())
-        return Scores(tokens, layer_totals, change_tokens, change, objective, per_token, residual)
+        scores = Scores(tokens, layer_totals, change_tokens, change, objective, per_token, 0.0)
+        return replace(scores, residual=change - float(scores.totals.sum()))
 
     @staticmethod
     def empty(layers: int, clients: int) -> Scores:

@@ -1,6 +1,6 @@
 """The objective f_t of each generated token and its gradient at the traced layers' outputs.
 
-Two of the three exact ways that do not repeat the generation:
+Two of the three exact ways that do not repeat the generation (the third is forward_mode.py):
 
 local    one traced block. After the last attention no position talks to another, so d f_t / d y is zero at every
          position but the deciding one: all tokens' relevances come from one backward pass over T rows.
@@ -12,7 +12,7 @@ Source: arXiv 2601.19672 section 3 (gradient relevance); the exactness of both w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,10 +54,16 @@ class Response:
 
 @dataclass
 class LocalRelevance:
-    """Per layer x [T, I] and g = d f_t / d y [T, O]; objective values f_t [T]."""
+    """Per layer x [T, I] and g = d f_t / d y [T, O]; objective values f_t [T].
+
+    `hidden_grad` [T, d] and `projection_grad` [T, O] are the gradients at the last block's input, past its attention,
+    and at its out-projection's output: all that a tangent arriving there can act through.
+    """
 
     x: dict[str, Tensor]
     grad: dict[str, Tensor]
+    hidden_grad: Tensor
+    projection_grad: Tensor
     objective: Tensor
     replay_error: float
 
@@ -86,7 +92,7 @@ def local_relevance(
     layers: tuple[str, ...],
     objective: Objective,
 ) -> LocalRelevance:
-    """Relevance of every generated token at the last block's out-projection and MLP-final layer.
+    """Relevance of every generated token at layers of the last block from its out-projection on.
 
     The attention is not repeated: the recorded outputs of the out-projection stand in for it, and the T deciding rows
     run through the rest of the block as if they were a sequence of T positions.
@@ -106,12 +112,16 @@ def local_relevance(
         head=_gathered_head(architecture.head, response.tokens) if objective == "logit" else None,
     )
     error = replay_error(replayed.output, capture.deciding(capture.outputs, prompt, count))
-    values, grads = _backward(replayed, response.tokens, layers, objective)
+    tapped = list(replayed.taps)
+    sources = [replayed.hidden, *(replayed.taps[name].y for name in tapped)]
+    values, (hidden_grad, *rest) = _backward(replayed, response.tokens, sources, objective)
+    grads = dict(zip(tapped, rest, strict=True))
     x = {name: replayed.taps[name].x[0] for name in layers}
     if projection in x:
         # What the stand-in attention fed to the projection is meaningless; generation's own input was recorded.
         x[projection] = capture.deciding(capture.projection_inputs, prompt, count)[0]
-    return LocalRelevance(x, {n: g[0] for n, g in grads.items()}, values, error)
+    grad = {name: grads[name][0] for name in layers}
+    return LocalRelevance(x, grad, hidden_grad[0], grads[projection][0], values, error)
 
 
 def reverse_relevance(
@@ -139,8 +149,11 @@ def reverse_relevance(
     )
     recorded = capture.deciding(capture.outputs, prompt, count)
     error = replay_error(replayed.output[:, prompt - 1 : length], recorded)
-    values, grads = _backward(replayed, response.tokens, layers, objective)
-    matrices = {name: _accumulated(grads[name].flatten(0, 1), replayed.taps[name].x.flatten(0, 1)) for name in layers}
+    values, grads = _backward(replayed, response.tokens, [replayed.taps[name].y for name in layers], objective)
+    matrices = {
+        name: _accumulated(grad.flatten(0, 1), replayed.taps[name].x.flatten(0, 1))
+        for name, grad in zip(layers, grads, strict=True)
+    }
     return ReverseRelevance(matrices, values, error)
 
 
@@ -164,17 +177,17 @@ def replay_error(replayed: Tensor, recorded: Tensor) -> float:
 
 
 def _backward(
-    replayed: Replayed, tokens: Tensor, layers: tuple[str, ...], objective: Objective
-) -> tuple[Tensor, dict[str, Tensor]]:
-    outputs = [replayed.taps[name].y for name in layers]
+    replayed: Replayed, tokens: Tensor, sources: Sequence[Tensor], objective: Objective
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Objective values [T] and the gradients of their sum at the sources."""
     # The caller may be under no_grad, where even taking row 0 of the logits would cut the graph.
     with torch.enable_grad():
         logits = replayed.logits[0]
         # A head that gathered rows returns a vocabulary of one.
         chosen = torch.zeros_like(tokens) if logits.shape[-1] == 1 else tokens
         values = objective_values(logits, chosen, objective)
-        grads = torch.autograd.grad(values.sum(), outputs)
-    return values.detach(), dict(zip(layers, grads, strict=True))
+        grads = torch.autograd.grad(values.sum(), list(sources))
+    return values.detach(), grads
 
 
 def _accumulated(grad: Tensor, x: Tensor) -> Tensor:

@@ -32,9 +32,13 @@ class Tap:
 
 @dataclass
 class Replayed:
-    """What a replay yields: logits of the deciding rows, the layers' taps, the last block's output [B, s, d]."""
+    """What a replay yields: logits of the deciding rows, the layers' taps, and the blocks' input and output [B, s, d].
+
+    `hidden` is the leaf that entered the first replayed block.
+    """
 
     logits: Tensor
+    hidden: Tensor
     taps: dict[str, Tap]
     output: Tensor
 
@@ -73,17 +77,13 @@ def replay(
     taps: dict[str, Tap] = {}
     output: list[Tensor] = []
 
-    def enter(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaf = hidden.detach().requires_grad_()
-        return ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": leaf})
+    leaf = hidden.detach().requires_grad_()
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
         output.append((result[0] if isinstance(result, tuple) else result).detach())
 
     handles = [
-        architecture.blocks[first_block].register_forward_pre_hook(enter, with_kwargs=True),
+        replaced_input(architecture.blocks[first_block], leaf),
         architecture.blocks[-1].register_forward_hook(leave),
         *(
             model.get_submodule(name).register_forward_hook(
@@ -94,7 +94,7 @@ def replay(
     ]
     rows: dict[str, Any] = {} if logits_rows is None else {"logits_to_keep": logits_rows}
     with hooks(*handles), ExitStack() as stack, torch.enable_grad():
-        stack.enter_context(_passed_through(architecture, first_block, blocks_return_tuples))
+        stack.enter_context(passed_through(architecture, first_block, blocks_return_tuples))
         if head is not None:
             stack.enter_context(replaced_forward(architecture.head, head))
         logits = run_whole(model, ids, attention_mask, **rows).logits
@@ -106,7 +106,7 @@ def replay(
             got=f"{missing}, which did not",
             remedy="Trace other layers",
         )
-    return Replayed(logits, taps, output[-1])
+    return Replayed(logits, leaf, taps, output[-1])
 
 
 def _tap(
@@ -126,8 +126,19 @@ def _tap(
     return hook
 
 
+def replaced_input(block: nn.Module, hidden: Tensor) -> torch.utils.hooks.RemovableHandle:
+    """Hand a block these hidden states whatever it is called with; remove the handle afterwards."""
+
+    def enter(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+    return block.register_forward_pre_hook(enter, with_kwargs=True)
+
+
 @contextmanager
-def _passed_through(architecture: Architecture, count: int, as_tuple: bool) -> Iterator[None]:
+def passed_through(architecture: Architecture, count: int, as_tuple: bool) -> Iterator[None]:
     """The first `count` blocks return what they are given, in the form in which this family's blocks return it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

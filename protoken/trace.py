@@ -53,8 +53,9 @@ def trace(
         rounds: "last", "all" (each client's weighted deltas summed: its lineage), a number, or several.
         blocks: trace the last `blocks` blocks: attention out-projection and MLP-final layer of each.
         layers: names or shell patterns of linear layers to trace in those blocks instead.
-        way: "local" gives scores per token for one block, "reverse" totals of the whole response for any number of
-            blocks; "auto" takes the local way when it is exact (one block, its two default layers).
+        way: "local" (scores per token, one block), "forward" (scores per token, any number of blocks) or "reverse"
+            (totals of the whole response only, any number of blocks, cheapest for many clients); "auto" takes the
+            local way where it is exact (the last block's two default layers), else the forward way.
         objective: "log_prob" (default) or "logit" (the paper's, and the default of method "paper").
         method: "protoken", or "paper": the published algorithm as it stands, slow, for comparison.
         backend: who computes the projection: "auto", "cuda", "triton", "cpp" or "torch".
@@ -63,7 +64,7 @@ def trace(
         **generate_arguments: for the model's own `generate`. Without a length, 64 new tokens at most.
 
     Returns:
-        A `Trace` with scores [T, K] (way "local", method "paper") or totals [K] only (way "reverse").
+        A `Trace` with scores [T, K], or with totals [K] only (way "reverse").
 
     Raises:
         ModelError: no ledger attached, not a causal language model, or inference mode.
@@ -90,7 +91,7 @@ def trace(
             as_row(ids, model.get_input_embeddings().weight.device),
             arguments,
             first_block=plan.first_block,
-            local=plan.way == "local",
+            sequence=plan.way in ("reverse", "forward"),
             seed=seed,
         )
         generated_at = time.perf_counter()

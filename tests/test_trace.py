@@ -59,8 +59,23 @@ def test_reverse_way_equals_the_oracle(federation: TinyFederation, objective: st
     close(torch.tensor(trace.layer_totals), oracle(federation, trace).sum(1), torch.float32)
 
 
+@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_forward_way_equals_the_oracle_per_token(federation: TinyFederation, objective: str, blocks: int) -> None:
+    trace = run(federation, objective=objective, blocks=blocks, do_sample=True, seed=6)
+    assert trace.info.way == "forward"
+    close(torch.tensor(trace.token_scores), oracle(federation, trace).sum(0), torch.float32)
+    assert trace.conservation_residual < 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["self_attn.v_proj", "mlp.gate_proj", "self_attn.o_proj"])
+def test_forward_way_takes_any_linear_layer(federation: TinyFederation, pattern: str) -> None:
+    trace = run(federation, layers=[pattern], way="forward")
+    close(torch.tensor(trace.token_scores), oracle(federation, trace).sum(0), torch.float32)
+
+
 def test_reverse_way_takes_any_linear_layer(federation: TinyFederation) -> None:
-    trace = run(federation, blocks=2, layers=["self_attn.?_proj", "mlp.gate_proj"])
+    trace = run(federation, blocks=2, layers=["self_attn.?_proj", "mlp.gate_proj"], way="reverse")
     assert len(trace.info.layers) == 10
     close(torch.tensor(trace.layer_totals), oracle(federation, trace).sum(1), torch.float32)
 
@@ -87,11 +102,11 @@ def test_paper_method_ranks_by_full_weights_of_the_raw_logit(federation: TinyFed
 
 def test_null_client_scores_exactly_zero(federation: TinyFederation) -> None:
     assert (run(federation).token_scores[:, CLIENTS.index("null")] == 0).all()
-    assert run(federation, blocks=3).totals[CLIENTS.index("null")] == 0
+    assert run(federation, blocks=3, way="reverse").totals[CLIENTS.index("null")] == 0
 
 
 def test_scores_are_conserved(federation: TinyFederation) -> None:
-    for trace in (run(federation), run(federation, blocks=4)):
+    for trace in (run(federation), run(federation, blocks=4, way="reverse")):
         assert trace.conservation_residual < 1e-5
         assert trace.totals.sum() + trace.residual == pytest.approx(trace.change, rel=1e-9)
         assert abs(trace.change) > 1e-3
@@ -183,8 +198,7 @@ def test_generation_is_the_models_own(federation: TinyFederation) -> None:
 def test_every_way_of_decoding_equals_the_oracle(llama: TinyFederation, mode: dict[str, object]) -> None:
     for blocks in (1, 2):
         trace = run(llama, blocks=blocks, **mode)
-        expected = oracle(llama, trace)
-        close(torch.tensor(trace.layer_totals), expected.sum(1), torch.float32)
+        close(torch.tensor(trace.token_scores), oracle(llama, trace).sum(0), torch.float32)
 
 
 def test_seed_makes_sampling_repeatable_and_leaves_the_callers_generator_alone(llama: TinyFederation) -> None:
