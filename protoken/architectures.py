@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ArgumentError, LayerError, ModelError
@@ -129,11 +130,12 @@ class Architecture:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x W^T (+ b): nn.Linear and its subclasses, GPT-2's Conv1D, a LoRA layer on one."""
     if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-        return is_linear(module.base_layer)
+        base = module.base_layer
+        return isinstance(base, nn.Module) and is_linear(base)
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def architecture_of(model: nn.Module) -> Architecture:
+def architecture_of(model: PreTrainedModel) -> Architecture:
     """Find the blocks, the two traced layers and the head of a Hugging Face causal language model.
 
     Raises:

@@ -13,8 +13,8 @@ from .architectures import Architecture
 from .bank import Bank
 from .dispatch import choose
 from .errors import ArgumentError
-from .generation import Generated
 from .forward_mode import forward_scores
+from .generation import Generated
 from .methods.paper import client_weights, paper_scores
 from .projection import Scores, project_local, project_reverse
 from .relevance import Objective, Response, local_relevance, reverse_relevance
@@ -84,7 +84,7 @@ def _choose_way(architecture: Architecture, names: tuple[str, ...], way: Way) ->
 
 
 def local_layers(architecture: Architecture) -> set[str]:
-    """Layers whose output reaches no other position: in the last block, its out-projection and all outside attention."""
+    """Layers whose output reaches no other position: the last block's out-projection, and all outside attention."""
     last = len(architecture.blocks) - 1
     attention = architecture.out_projection.split(".")[0] + "."
     return {
@@ -122,6 +122,8 @@ def _forward(model: nn.Module, architecture: Architecture, generated: Generated,
     tokens, changed = (raw[:-1] * bank.weights[:, None]).T, raw[-1]
     if local_names:
         near = project_local(local, bank, local_names, plan.backend)
+        assert near.tokens is not None
+        assert near.change_tokens is not None
         tokens, changed = tokens + near.tokens, changed + near.change_tokens
     return Scores.of_weighted_deltas(
         tokens=tokens.contiguous(),

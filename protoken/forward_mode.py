@@ -14,7 +14,7 @@ and neither the last MLP nor the head ever sees K tangents. Clients share the pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -39,7 +39,7 @@ def forward_scores(
     capture: Capture,
     response: Response,
     layers: Sequence[str],
-    deltas: dict[str, Sequence[Tensor]],
+    deltas: Mapping[str, Sequence[Tensor]],
     local: LocalRelevance,
     *,
     chunk: int = 64,
@@ -138,10 +138,12 @@ def _push(
     primals = tuple(torch.zeros_like(direction[0]) for direction in directions)
 
     def tangent(*direction: Tensor) -> tuple[Tensor, Tensor]:
-        _, out = torch.func.jvp(run, primals, direction)
-        return out  # type: ignore[no-any-return]
+        # Without an auxiliary output jvp returns (values, tangents); its type also allows a third part.
+        result: Any = torch.func.jvp(run, primals, direction)
+        return result[1]  # type: ignore[no-any-return]
 
-    return torch.func.vmap(tangent)(*directions)  # type: ignore[no-any-return]
+    pushed: tuple[Tensor, Tensor] = torch.func.vmap(tangent)(*directions)
+    return pushed
 
 
 def _added(module: nn.Module, value: Tensor) -> torch.utils.hooks.RemovableHandle:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .errors import PromptError
 from .results import Token
@@ -74,7 +75,7 @@ def _not_empty(ids: list[int]) -> list[int]:
     return ids
 
 
-def check_window(model: nn.Module, prompt_length: int, new_tokens: int) -> None:
+def check_window(model: PreTrainedModel, prompt_length: int, new_tokens: int) -> None:
     """Refuse what the model's window cannot hold, before any work is done.
 
     Raises:
@@ -90,7 +91,7 @@ def check_window(model: nn.Module, prompt_length: int, new_tokens: int) -> None:
         )
 
 
-def check_ids(model: nn.Module, ids: Sequence[int]) -> None:
+def check_ids(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Refuse ids outside the embedding table, which would be an index error deep inside the model.
 
     Raises:

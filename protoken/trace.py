@@ -13,7 +13,7 @@ import time
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from .attachment import attachment_of, make_attachment
 from .attribution import Method, Way, assemble, attribute, make_plan
@@ -27,7 +27,7 @@ from .text import Prompt, as_row, check_ids, encode_prompt
 
 
 def trace(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompt: Prompt,
     *,
     ledger: Ledger | str | PathLike[str] | None = None,

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _time_one(
 
     runs: dict[str, Callable[[], object]] = {"generate": plain}
     for case in timed:
-        runs[case.name] = lambda case=case: trace(model, ids, **case.arguments, **arguments)
+        runs[case.name] = partial(trace, model, ids, **case.arguments, **arguments)
     seconds: dict[str, list[float]] = {key: [] for key in [*runs, "oracle"]}
     for run in runs.values():
         run()

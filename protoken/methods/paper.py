@@ -17,14 +17,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..patching import hooks
 
 
 def paper_scores(
-    model: nn.Module,
+    model: PreTrainedModel,
     ids: Tensor,
     prompt_length: int,
     weights: Mapping[str, Sequence[Tensor]],
@@ -59,7 +60,7 @@ def paper_scores(
     )
 
 
-def client_weights(model: nn.Module, layer: str, change: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+def client_weights(model: PreTrainedModel, layer: str, change: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     """W_k = G - (G - G_prev) + delta_k in fp32, [O, I] each: the clients' full weights of a layer."""
     module = model.get_submodule(layer)
     current = module.weight.detach().float()
@@ -68,7 +69,7 @@ def client_weights(model: nn.Module, layer: str, change: Tensor, deltas: Sequenc
 
 
 def _objective_and_taps(
-    model: nn.Module, context: Tensor, token: int, layers: list[str], objective: str
+    model: PreTrainedModel, context: Tensor, token: int, layers: list[str], objective: str
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     taps: dict[str, tuple[Tensor, Tensor]] = {}
 
