@@ -1,0 +1,175 @@
+// client_scores on CUDA: plan a call, pack x and grad, launch the streaming kernels, add up what the units left.
+#include "client_scores.cuh"
+
+#include <stdexcept>
+
+#include "cuda_ops.h"
+
+namespace protoken::cuda {
+
+constexpr int kReduceThreads = 512;
+constexpr int64_t kLargest = (int64_t{1} << 31) - 1;
+
+// x as images, grad transposed: z = 0 and 1, one layer per y.
+__global__ void __launch_bounds__(256) pack_scores(const __grid_constant__ ScoreParams p) {
+  const ScoreLayer& layer = p.layers[blockIdx.y];
+  const int64_t begin = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, step = gridDim.x * blockDim.x;
+  if (blockIdx.z == 0) {
+    const ImageShape shape = {p.tile_tokens, p.planes_x, layer.width, p.e, p.descriptor};
+    const int64_t total = static_cast<int64_t>(p.tiles) * layer.chunks * p.tile_tokens * layer.width;
+    for (int64_t i = begin; i < total; i += step)
+      pack_value(layer.x, p.tokens, layer.columns, shape, layer.chunks, p.half != 0, i, const_cast<uint16_t*>(layer.image));
+    return;
+  }
+  const int64_t pitch = static_cast<int64_t>(p.tiles) * p.tile_tokens, rows = round_up(layer.rows, kTeamRows);
+  for (int64_t i = begin; i < rows * pitch; i += step) {
+    const int64_t row = i % rows, t = i / rows;
+    const bool inside = row < layer.rows && t < p.tokens;
+    const int64_t at = inside ? t * layer.grad.stride_t + row * layer.grad.stride_c : 0;
+    if (layer.relevance_bf16) {
+      const uint16_t bits = inside ? static_cast<const uint16_t*>(layer.grad.data)[at] : uint16_t{0};
+      static_cast<uint16_t*>(const_cast<void*>(layer.relevance))[row * pitch + t] = bits;
+    } else {
+      const float value = inside ? load_float(layer.grad.data, at, layer.grad.dtype) : 0.0f;
+      static_cast<float*>(const_cast<void*>(layer.relevance))[row * pitch + t] = value;
+    }
+  }
+}
+
+// out[k, t] = sum over the units of client k, in an order that depends on the tile width only.
+__global__ void __launch_bounds__(kReduceThreads) reduce_scores(const __grid_constant__ ScoreParams p) {
+  PT_SHARED(shared);
+  float* sums = reinterpret_cast<float*>(shared);
+  const ScoreLayer& layer = p.layers[blockIdx.z];
+  const int tokens = p.tile_tokens, slices = kReduceThreads / tokens;
+  const int slice = threadIdx.x / tokens, t = threadIdx.x % tokens;
+  const int64_t client = blockIdx.x, tile = blockIdx.y, slots = static_cast<int64_t>(layer.chunks) * layer.row_units;
+  const float* from = layer.partial + (tile * slots * p.clients + client) * tokens + t;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int64_t slot = slice; slot < slots; slot += slices) sum += from[slot * p.clients * tokens];
+  sums[slice * tokens + t] = sum;
+  __syncthreads();
+  const int64_t token = tile * tokens + t;
+  if (slice == 0 && token < p.tokens) {
+    for (int s = 1; s < slices; ++s) sum += sums[s * tokens + t];
+    layer.out[client * p.tokens + token] = sum;
+  }
+}
+
+static int64_t place(int64_t& end, int64_t bytes) {
+  const int64_t at = end;
+  end = round_up(end + bytes, 256);
+  return at;
+}
+
+static void require_int(const char* name, int64_t value) {
+  if (value > kLargest) throw std::invalid_argument(std::string(name) + " does not fit into 31 bits: " + std::to_string(value));
+}
+
+// Fills the parameters; addresses inside the workspace are offsets until `bind` adds its base. Returns its size.
+static int64_t plan(ScoreParams& p, const ScoresCall& call, int64_t first_layer, const Device& device) {
+  const int full = call.format == kF32 ? 3 : call.format == kHalf ? 1 : 2;
+  p.planes_x = call.planes_x == 1 && call.vectors && call.format != kF16 ? 1 : full;
+  const bool wgmma = call.vectors && p.planes_x == 1 && call.tokens > 16 && call.path != kPathMma && device.major == 9;
+  const int widest = widest_tile(call.format, p.planes_x, wgmma);
+  p.tile_tokens = call.tokens <= 16 || !call.vectors ? 16 : call.tokens <= 64 ? 64 : widest;
+  p.descriptor = wgmma ? 1 : 0;
+  p.e = per_load(call.format);
+  p.half = call.format == kHalf ? 1 : 0;
+  p.clients = call.clients;
+  p.tokens = call.tokens;
+  p.tiles = static_cast<int32_t>(ceil_div(call.tokens, p.tile_tokens));
+  p.count = static_cast<int32_t>(least(kLayers, call.layers - first_layer));
+  require_int("T", call.tokens * 2);
+  require_int("K", call.clients);
+  int64_t end = 0, weight = 0;
+  p.image_bytes = 0;
+  for (int l = 0; l < p.count; ++l) {
+    const int64_t* row = call.table + (first_layer + l) * kScoreColumns;
+    ScoreLayer& layer = p.layers[l];
+    layer = ScoreLayer{};
+    layer.x = {reinterpret_cast<const void*>(row[0]), row[1], row[2], static_cast<int32_t>(row[3]), 0};
+    layer.grad = {reinterpret_cast<const void*>(row[4]), row[5], row[6], static_cast<int32_t>(row[7]), 0};
+    layer.rows = row[8], layer.columns = row[9];
+    layer.base = reinterpret_cast<const char*>(row[10]), layer.client_stride = row[11];
+    layer.table = reinterpret_cast<const int64_t*>(row[12]);
+    layer.stride_o = row[13], layer.stride_i = row[14];
+    layer.scale = reinterpret_cast<const float*>(row[15]);
+    layer.out = reinterpret_cast<float*>(row[16]);
+    require_int("O", layer.rows + 256);
+    require_int("I", layer.columns + 4096);
+    const int64_t fewest = ceil_div(layer.columns, max_width(p.tile_tokens, p.planes_x));
+    layer.width = static_cast<int32_t>(round_up(ceil_div(layer.columns, fewest), stage_columns(call.format)));
+    layer.chunks = static_cast<int32_t>(ceil_div(layer.columns, layer.width));
+    layer.row_units = static_cast<int32_t>(ceil_div(layer.rows, unit_rows(p.tile_tokens)));
+    require_int("K * O / 64", call.clients * layer.row_units + 4);
+    layer.granules = ceil_div(call.clients * layer.row_units, teams(p.tile_tokens, wgmma));
+    layer.first_weight = weight;
+    weight += layer.granules * layer.chunks * layer.width * unit_rows(p.tile_tokens);
+    layer.relevance_bf16 = layer.grad.dtype == kBF16 ? 1 : 0;
+    const int64_t image = ImageShape{p.tile_tokens, p.planes_x, layer.width, p.e, p.descriptor}.elements() * 2;
+    p.image_bytes = static_cast<int32_t>(most(p.image_bytes, image));
+    const int64_t pitch = static_cast<int64_t>(p.tiles) * p.tile_tokens, rows = round_up(layer.rows, kTeamRows);
+    layer.image = reinterpret_cast<const uint16_t*>(place(end, p.tiles * layer.chunks * image));
+    layer.relevance = reinterpret_cast<const void*>(place(end, rows * pitch * (layer.relevance_bf16 ? 2 : 4)));
+    layer.partial = reinterpret_cast<float*>(place(end, pitch * layer.chunks * layer.row_units * call.clients * 4));
+  }
+  p.weight = weight;
+  return end;
+}
+
+static void bind(ScoreParams& p, char* workspace) {
+  for (int l = 0; l < p.count; ++l) {
+    ScoreLayer& layer = p.layers[l];
+    layer.image = reinterpret_cast<const uint16_t*>(workspace + reinterpret_cast<intptr_t>(layer.image));
+    layer.relevance = workspace + reinterpret_cast<intptr_t>(layer.relevance);
+    layer.partial = reinterpret_cast<float*>(workspace + reinterpret_cast<intptr_t>(layer.partial));
+  }
+}
+
+int64_t client_scores_workspace(const ScoresCall& call, const Device& device) {
+  int64_t bytes = 0;
+  auto p = std::make_unique<ScoreParams>();
+  for (int64_t first = 0; first < call.layers; first += kLayers) bytes = most(bytes, plan(*p, call, first, device));
+  return bytes;
+}
+
+static std::string launch_format(const ScoreParams& p, const LaunchShape& shape, const ScoresCall& call, cudaStream_t stream) {
+  switch (call.format) {
+    case kF32: return launch_scores<kF32>(p, shape, call.vectors, stream);
+    case kBF16: return launch_scores<kBF16>(p, shape, call.vectors, stream);
+    case kF16: return launch_scores<kF16>(p, shape, call.vectors, stream);
+    case kI8: return launch_scores<kI8>(p, shape, call.vectors, stream);
+    case kE4M3: return launch_scores<kE4M3>(p, shape, call.vectors, stream);
+    case kHalf: return launch_scores<kHalf>(p, shape, call.vectors, stream);
+    default: return "unknown format code " + std::to_string(call.format);
+  }
+}
+
+void client_scores(const ScoresCall& call, const Device& device, void* workspace, int64_t bytes, cudaStream_t stream) {
+  auto p = std::make_unique<ScoreParams>();
+  for (int64_t first = 0; first < call.layers; first += kLayers) {
+    const int64_t needed = plan(*p, call, first, device);
+    if (needed > bytes)
+      throw std::invalid_argument("workspace of " + std::to_string(bytes) + " bytes, needed " + std::to_string(needed));
+    bind(*p, static_cast<char*>(workspace));
+    PT_LAUNCH(pack_scores, dim3(2 * device.processors, p->count, 2), dim3(256), 0, stream, *p);
+    check_launch("pack_scores");
+    LaunchShape shape;
+    shape.shared = shared_bytes(p->image_bytes, p->tile_tokens, p->descriptor != 0);
+    if (shape.shared > device.shared_bytes)
+      throw std::runtime_error("client_scores needs " + std::to_string(shape.shared) + " bytes of shared memory, the device has " +
+                               std::to_string(device.shared_bytes));
+    const int resident = device.processors * (call.vectors ? blocks_per_sm(p->tile_tokens) : 1);
+    shape.grid_x = static_cast<int>(most(1, resident / p->tiles));
+    shape.grid_y = p->tiles;
+    const std::string error = launch_format(*p, shape, call, stream);
+    if (!error.empty()) throw std::runtime_error("client_scores: " + error);
+    PT_LAUNCH(reduce_scores, dim3(static_cast<unsigned>(p->clients), p->tiles, p->count), dim3(kReduceThreads),
+              kReduceThreads * sizeof(float), stream, *p);
+    check_launch("reduce_scores");
+  }
+}
+
+}  // namespace protoken::cuda

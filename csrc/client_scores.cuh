@@ -1,0 +1,61 @@
+// What client_scores' host code and kernels share: the plan of a call and its kernel parameters.
+#pragma once
+
+#include <string>
+
+#include "cuda_tiles.cuh"
+
+#ifdef PROTOKEN_EMULATE
+using cudaStream_t = void*;
+#endif
+
+namespace protoken::cuda {
+
+constexpr int kLayers = 48;      // per launch; their description travels as kernel parameters
+constexpr int kTeamRows = 64;    // a team of 4 warps multiplies 64 rows of one client at a time
+constexpr int kTeamThreads = 128;
+
+struct ScoreLayer {
+  const char* base;        // client 0, when the clients lie `client_stride` bytes apart
+  const int64_t* table;    // else their addresses
+  const float* scale;      // [K, O] or null
+  const uint16_t* image;   // packed x, [tiles, chunks] images
+  const void* relevance;   // grad transposed, [O rounded up, tiles * tokens], fp32 or bf16
+  float* partial;          // [tiles, chunks, row_units, K, tokens]
+  float* out;              // [K, T]
+  Matrix x, grad;
+  int64_t client_stride, stride_o, stride_i;  // bytes, elements, elements
+  int64_t rows, columns;
+  int64_t first_weight;    // work before this layer, in columns times rows
+  int64_t granules;        // per chunk: as many units as a block has teams; a unit is unit_rows rows of one client
+  int32_t width, chunks, row_units, relevance_bf16;
+};
+
+struct ScoreParams {
+  ScoreLayer layers[kLayers];
+  int64_t clients, tokens, weight;
+  int32_t count, tiles, tile_tokens, planes_x, descriptor, e, half, image_bytes;
+};
+
+struct LaunchShape {
+  int grid_x, grid_y, shared;
+};
+
+// Tiles are 16, 64 or 128 tokens wide. Two blocks of 8 warps share a multiprocessor at 16 tokens; wider tiles leave
+// room for one, of as many warps as the registers allow without spilling.
+PT_BOTH constexpr int widest_tile(int format, int planes_x, bool wgmma) {
+  return planes_x == 1 && (wgmma || format_bytes(format) > 1) ? 128 : 64;
+}
+PT_BOTH constexpr int max_width(int tokens, int planes_x) { return tokens == 16 ? 1024 : planes_x < 3 ? 512 : 256; }
+PT_BOTH constexpr int unit_rows(int tokens) { return tokens == 16 ? 64 : 128; }
+PT_BOTH constexpr int teams(int tokens, bool wgmma) { return wgmma && tokens == 64 ? 3 : 2; }
+PT_BOTH constexpr int blocks_per_sm(int tokens) { return tokens == 16 ? 2 : 1; }
+PT_BOTH int shared_bytes(int image_bytes, int tokens, bool wgmma) {
+  return image_bytes + teams(tokens, wgmma) * 2 * 4 * tokens * static_cast<int>(sizeof(float)) + 16;
+}
+
+// One per format, each in a file of its own so that they compile side by side. Returns an error or "".
+template <int kFormat>
+std::string launch_scores(const ScoreParams& params, const LaunchShape& shape, bool vectors, cudaStream_t stream);
+
+}  // namespace protoken::cuda

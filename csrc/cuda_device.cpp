@@ -1,0 +1,55 @@
+// The CUDA runtime around the kernels: devices, the current device, launch errors.
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda_ops.h"
+
+namespace protoken::cuda {
+
+#ifdef PROTOKEN_EMULATE
+
+Device device_of(int index) { return {index, 9, 0, 3, 227 << 10}; }  // few processors: every block gets several units
+Current::Current(int) : before_(0) {}
+Current::~Current() {}
+void check_launch(const char*) {}
+
+#else
+
+static void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+}
+
+Device device_of(int index) {
+  static std::mutex mutex;
+  static std::vector<Device> known;
+  const std::lock_guard<std::mutex> guard(mutex);
+  for (const Device& device : known)
+    if (device.index == index) return device;
+  Device device{index, 0, 0, 0, 0};
+  check(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
+  check(cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index), "compute capability");
+  check(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index), "multiprocessor count");
+  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "shared memory");
+  known.push_back(device);
+  return device;
+}
+
+Current::Current(int index) : before_(-1) {
+  int current = 0;
+  check(cudaGetDevice(&current), "cudaGetDevice");
+  if (current != index) {
+    check(cudaSetDevice(index), "cudaSetDevice");
+    before_ = current;
+  }
+}
+Current::~Current() {
+  if (before_ >= 0) static_cast<void>(cudaSetDevice(before_));  // a destructor has nobody to tell
+}
+
+void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+#endif
+
+}  // namespace protoken::cuda

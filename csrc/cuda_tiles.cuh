@@ -1,0 +1,205 @@
+// How bank rows and token tiles map onto the matrix units: formats, fragments and the packed image of a tile.
+//
+// A lane of a warp reads 16 bytes of a bank row, E = 16 / element size values, so that a quad of lanes covers a
+// group of 4 E neighbouring columns of that row with no shared memory in between. The products of the matrix units
+// do not depend on the order of their inner index, so these columns are used in the order in which the lanes hold
+// them: matrix product j (of E / 4 per group) takes from quad lane c the columns E c + 4 j + {0, 1, 2, 3}, and the
+// token tile is read, or laid out, in the same order (`inner_slot`).
+//
+// Everything is computed as products of bf16 with fp32 accumulation. What bf16 does not hold exactly is split into
+// planes that it does: fp32 = 3 planes of 8 bits, fp16 = 2; the tokens' values likewise, 1 plane when they are bf16.
+#pragma once
+
+#include "cuda_primitives.cuh"
+
+namespace protoken::cuda {
+
+enum Format : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kE4M3 = 4, kHalf = 5 };  // kHalf: fp16 bank and tokens
+
+PT_BOTH constexpr int format_bytes(int format) {
+  return format == kF32 ? 4 : format == kI8 || format == kE4M3 ? 1 : 2;
+}
+PT_BOTH constexpr int format_planes(int format) { return format == kF32 ? 3 : format == kF16 ? 2 : 1; }
+PT_BOTH constexpr int per_load(int format) { return 16 / format_bytes(format); }       // E
+PT_BOTH constexpr int group_columns(int format) { return 4 * per_load(format); }       // columns of a quad's load
+PT_BOTH constexpr int products(int format) { return per_load(format) / 4; }            // matrix products per group
+constexpr int kGroups = 4;                                                             // loads in flight per row
+PT_BOTH constexpr int stage_columns(int format) { return kGroups * group_columns(format); }
+
+PT_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PT_BOTH int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+PT_BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PT_BOTH int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- the image of a token tile ---------------------------------------------------------------------------
+
+// Column (0..4E-1) of a group -> its place in the order of the matrix units' inner index.
+PT_BOTH int inner_slot(int column, int e) {
+  const int lane = column / e, rest = column % e;
+  return 16 * (rest / 4) + 8 * ((rest / 2) % 2) + 2 * lane + rest % 2;
+}
+// Values between the rows of an image, so that the lanes of one shared-memory access meet different banks.
+PT_BOTH constexpr int row_padding(int e) { return e == 4 ? 16 : e == 8 ? 32 : 8; }
+
+// Shape of an image [planes, tokens, width] of 16-bit values, the layout in shared memory and, packed, in global.
+struct ImageShape {
+  int tokens, planes, width, e;
+  int descriptor;  // 1: laid out for wgmma's descriptors, 0: rows with padding
+
+  PT_BOTH int64_t elements() const {
+    return static_cast<int64_t>(planes) * tokens * (descriptor ? width : width + row_padding(e));
+  }
+  PT_BOTH int64_t offset(int plane, int token, int column) const {
+    if (!descriptor) return (static_cast<int64_t>(plane) * tokens + token) * (width + row_padding(e)) + column;
+    const int group = 4 * e, slot = column / group * group + inner_slot(column % group, e);
+    // Core matrices of 8 tokens x 8 slots, 128 bytes each: tokens fastest, then slots.
+    return static_cast<int64_t>(plane) * tokens * width + (static_cast<int64_t>(slot / 8) * (tokens / 8) + token / 8) * 64 +
+           token % 8 * 8 + slot % 8;
+  }
+};
+
+// wgmma's descriptor of B [16 x tokens], no swizzle: distances between core matrices along the inner index (leading)
+// and along tokens (stride), in 16 bytes.
+PT_BOTH uint64_t wgmma_descriptor(uint32_t shared_address, int tokens) {
+  const uint64_t leading = static_cast<uint64_t>(tokens / 8 * 128) >> 4, stride = 128 >> 4;
+  return static_cast<uint64_t>((shared_address & 0x3ffff) >> 4) | leading << 16 | stride << 32;
+}
+
+// ---- planes ----------------------------------------------------------------------------------------------
+
+// Plane of a value: truncated to bf16, then what is left, and so on; the last one of a value that does not fit
+// is rounded.
+__device__ __forceinline__ uint16_t value_plane(float value, int plane, int planes) {
+  for (int p = 0; p < plane; ++p) value -= bits_float(float_bits(value) & 0xffff0000u);
+  if (plane == planes - 1 && plane > 0) return float_to_bf16(value);
+  return static_cast<uint16_t>(float_bits(value) >> 16);
+}
+template <int kPlanes>
+__device__ __forceinline__ void split_pair(float low, float high, uint32_t (&out)[kPlanes]) {
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p) {
+    out[p] = byte_permute(float_bits(low), float_bits(high), 0x7632);
+    low -= bits_float(float_bits(low) & 0xffff0000u);
+    high -= bits_float(float_bits(high) & 0xffff0000u);
+  }
+}
+template <int kFormat>
+__device__ __forceinline__ void half_pair(uint32_t pair, uint32_t (&out)[format_planes(kFormat)]) {
+  if constexpr (kFormat == kF16) {
+    split_pair<2>(half_to_float(static_cast<uint16_t>(pair)), half_to_float(static_cast<uint16_t>(pair >> 16)), out);
+  } else {
+    out[0] = pair;
+  }
+}
+// Two bytes at `selector` of a word -> two bf16.
+template <int kFormat>
+__device__ __forceinline__ uint32_t byte_pair(uint32_t word, bool upper) {
+  if constexpr (kFormat == kE4M3) {
+    return e4m3x2_to_bf16x2(upper ? word >> 16 : word & 0xffffu);
+  } else {
+    // int8 v = 128 + (v & 127) - (128 or, when bit 7 is set, 256), all exact in bf16 (0x4300 = 128, 0x4380 = 256).
+    const uint32_t spread = byte_permute(word, 0, upper ? 0x4342 : 0x4140);
+    const uint32_t value = (spread & 0x007f007fu) | 0x43004300u, bias = (spread & 0x00800080u) | 0x43004300u;
+    return bf16x2_fma(bias, 0xbf80bf80u, value);
+  }
+}
+
+// ---- fragments -------------------------------------------------------------------------------------------
+
+// A of m16n8k16 for matrix product j of a group: low and high are the 16 bytes of rows g and g + 8.
+template <int kFormat>
+__device__ __forceinline__ void decode(const uint4& low, const uint4& high, int j,
+                                       uint32_t (&a)[format_planes(kFormat)][4]) {
+  constexpr int kPlanes = format_planes(kFormat);
+  const uint32_t words[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+#pragma unroll
+  for (int row = 0; row < 2; ++row)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t planes[kPlanes];
+      if constexpr (kFormat == kF32) {
+        split_pair<3>(bits_float(words[row][2 * half]), bits_float(words[row][2 * half + 1]), planes);
+      } else if constexpr (format_bytes(kFormat) == 2) {
+        half_pair<kFormat>(words[row][2 * j + half], planes);
+      } else {
+        planes[0] = byte_pair<kFormat>(words[row][j], half == 1);
+      }
+#pragma unroll
+      for (int p = 0; p < kPlanes; ++p) a[p][row + 2 * half] = planes[p];
+    }
+}
+
+// The tokens' words of a group at one row of the image: words 2 j and 2 j + 1 are B of matrix product j.
+template <int kE>
+__device__ __forceinline__ void load_tokens(const uint16_t* at, uint32_t (&words)[kE / 2]) {
+  if constexpr (kE == 4) {
+    const uint2 v = *reinterpret_cast<const uint2*>(at);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kE / 8; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(at)[i];
+      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+    }
+  }
+}
+
+// acc[n] += rows x group x tokens, for the group at column `column` of the image; kTokens / 8 tiles of 8 tokens.
+template <int kFormat, int kPlanesX, int kTokens>
+__device__ __forceinline__ void multiply_group(float (&acc)[kTokens / 8][4],
+                                               const uint32_t (&a)[products(kFormat)][format_planes(kFormat)][4],
+                                               const uint16_t* image, int width, int column, int lane) {
+  constexpr int kE = per_load(kFormat);
+  const int pitch = width + row_padding(kE);
+  const uint16_t* at = image + (lane / 4) * pitch + column + (lane % 4) * kE;
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+    for (int px = 0; px < kPlanesX; ++px) {
+      uint32_t b[kE / 2];
+      load_tokens<kE>(at + (px * kTokens + n * 8) * pitch, b);
+#pragma unroll
+      for (int j = 0; j < products(kFormat); ++j)
+#pragma unroll
+        for (int pw = 0; pw < format_planes(kFormat); ++pw)
+          if (pw + px <= 2) mma_16x8x16<kFormat == kHalf>(acc[n], a[j][pw], b[2 * j], b[2 * j + 1]);
+    }
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------
+
+// A matrix [tokens, columns] of any strides and float dtype; written as images, tile by tile and chunk by chunk.
+struct Matrix {
+  const void* data;
+  int64_t stride_t, stride_c;
+  int32_t dtype;  // kF32, kBF16 or kF16
+  int32_t unused;
+};
+
+__device__ __forceinline__ float load_float(const void* data, int64_t index, int dtype) {
+  if (dtype == kF32) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == kBF16 ? bits_float(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
+}
+
+// Image element number `index` (columns fastest) of the whole [tiles, chunks] of images.
+__device__ __forceinline__ void pack_value(const Matrix& from, int64_t tokens, int64_t columns, const ImageShape& shape,
+                                           int64_t chunks, bool half, int64_t index, uint16_t* images) {
+  const int column = static_cast<int>(index % shape.width);
+  int64_t rest = index / shape.width;
+  const int token = static_cast<int>(rest % shape.tokens);
+  rest /= shape.tokens;  // tile * chunks + chunk
+  const int64_t t = rest / chunks * shape.tokens + token, c = rest % chunks * shape.width + column;
+  uint16_t* image = images + rest * shape.elements();
+  const bool inside = t < tokens && c < columns;
+  const int64_t at = inside ? t * from.stride_t + c * from.stride_c : 0;
+  if (half) {
+    image[shape.offset(0, token, column)] = inside ? static_cast<const uint16_t*>(from.data)[at] : uint16_t{0};
+    return;
+  }
+  const float value = inside ? load_float(from.data, at, from.dtype) : 0.0f;
+  for (int p = 0; p < shape.planes; ++p)
+    image[shape.offset(p, token, column)] = value_plane(value, p, shape.planes);
+}
+
+}  // namespace protoken::cuda

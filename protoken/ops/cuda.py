@@ -1,0 +1,232 @@
+"""The cuda backend: hands addresses, strides and dtype codes to the native module, which knows nothing of torch.
+
+A layer (or, for low rank, a layer's clients of one rank and layout) travels as one row of int64; csrc/cuda_ops.h
+lists the columns. The native side launches on torch's current stream and returns at once, so calls can be
+captured into a CUDA graph after one warm-up call; scratch memory comes from torch's allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protoken import _C_cuda as native
+from protoken.ops.banks import DenseBank, LowRankBank
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+HALF = 5  # fp16 bank and fp16 tokens: multiplied as they are; any other fp16 bank is split into two bf16 planes
+ALONG_INNER, ALONG_RANK, ANYWHERE = 0, 1, 2  # LoadMode of csrc/client_scores_lowrank.cu
+MAX_RANK = 128
+AUTO, MMA, WGMMA = 0, 1, 2  # path of client_scores: WGMMA is what AUTO takes on compute capability 9.0
+WHOLE, SPLIT = 1, 2  # path of client_scores_lowrank; AUTO decides by the amount of work
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _rows(rows: Iterable[list[int]]) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64)
+
+
+def _workspace(size: int, device: torch.device) -> Tensor:
+    return torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+
+
+def _matrix(value: Tensor) -> list[int]:
+    return [value.data_ptr(), *value.stride(), CODES[value.dtype]]
+
+
+def _aligned(bank: DenseBank, name: str, addresses: Callable[[], Tensor]) -> bool:
+    """Whether all of the bank's addresses are multiples of 16; looked at once per bank."""
+    if name not in bank.cache:
+        bank.cache[name] = not bool((addresses() % 16).any())
+    return bool(bank.cache[name])
+
+
+def _vectors(bank: DenseBank, transposed: bool) -> bool:
+    """Whether every row (column, when ``transposed``) can be read 16 bytes at a time."""
+    outer, inner = (bank.stride_i, bank.stride_o) if transposed else (bank.stride_o, bank.stride_i)
+    length, count = (bank.rows, bank.columns) if transposed else (bank.columns, bank.rows)
+    size = bank.dtype.itemsize
+    return (
+        inner == 1
+        and length * size % 16 == 0
+        and (count == 1 or outer * size % 16 == 0)
+        and _aligned(bank, "aligned16", lambda: bank.pointers)
+    )
+
+
+def _clients(bank: DenseBank) -> list[int]:
+    """Base address, bytes between clients, address of the table of addresses (0: not needed)."""
+    if bank.tensor is not None:
+        return [bank.tensor.data_ptr(), bank.tensor.stride(0) * bank.dtype.itemsize, 0]
+    return [0, 0, bank.device_pointers().data_ptr()]
+
+
+def _layout(bank: DenseBank) -> tuple[bool, bool]:
+    """(transposed, vectors): which dimension of the bank is read along, and whether 16 bytes at a time."""
+    if _vectors(bank, False):
+        return False, True
+    if bank.scale is None and bank.stride_o == 1 and bank.stride_i != 1:
+        return True, _vectors(bank, True)
+    return False, False
+
+
+def launch_client_scores(
+    out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[DenseBank], *, path: int = AUTO
+) -> None:
+    """s[k, t] = <grad[t], delta_k x[t]>; one launch per format, for up to 48 layers each."""
+    clients, tokens = out.shape[1:]
+    rows: list[tuple[tuple[int, int, bool], list[int]]] = []
+    for layer, bank in enumerate(banks):
+        transposed, vectors = _layout(bank)
+        x, grad = (grads[layer], xs[layer]) if transposed else (xs[layer], grads[layer])
+        shape = [bank.columns, bank.rows] if transposed else [bank.rows, bank.columns]
+        strides = [bank.stride_i, bank.stride_o] if transposed else [bank.stride_o, bank.stride_i]
+        half = bank.dtype == x.dtype == torch.float16
+        scale = 0 if bank.scale is None else bank.scale.data_ptr()
+        rows.append(
+            (
+                (HALF if half else CODES[bank.dtype], 1 if half or x.dtype == torch.bfloat16 else 2, vectors),
+                [
+                    *_matrix(x),
+                    *_matrix(grad),
+                    *shape,
+                    *_clients(bank),
+                    *strides,
+                    scale,
+                    out[layer].data_ptr(),
+                ],
+            )
+        )
+    for (code, planes, vectors), members in _by_key(rows):
+        table = _rows(members)
+        call = (table.data_ptr(), len(members), clients, tokens, code, planes, vectors, path)
+        _run("client_scores", call, out.device)
+
+
+def launch_client_scores_lowrank(
+    out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank], *, path: int = AUTO
+) -> None:
+    """s[k, t] = scale[k] <B_k^T grad[t], A_k x[t]>; one launch per format, for up to 48 jobs each."""
+    rows: list[tuple[tuple[int, int], list[int]]] = []
+    for layer, bank in enumerate(banks):
+        x, grad = xs[layer], grads[layer]
+        half = bank.dtype == x.dtype == grad.dtype == torch.float16
+        exact = half or x.dtype == grad.dtype == torch.bfloat16
+        key = (HALF if half else CODES[bank.dtype], 1 if exact else 2)
+        if "cuda_jobs" not in bank.cache:
+            bank.cache["cuda_jobs"] = _jobs(bank)
+        jobs, complete = bank.cache["cuda_jobs"]
+        if not complete:
+            out[layer].zero_()  # rank 0 scores 0
+        for job, modes, _kept in jobs:
+            row = [*_matrix(x), *_matrix(grad), bank.rows, bank.columns, *job]
+            rows.append((key, [*row, bank.scale.data_ptr(), out[layer].data_ptr(), *modes]))
+    for (code, planes), members in _by_key(rows):
+        table = _rows(members)
+        _run(
+            "client_scores_lowrank",
+            (table.data_ptr(), len(members), out.shape[2], code, planes, path),
+            out.device,
+        )
+
+
+def why_not_client_scores_lowrank(
+    xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank]
+) -> str | None:
+    largest = max((bank.max_rank for bank in banks), default=0)
+    return f"serves ranks up to {MAX_RANK}, not {largest}" if largest > MAX_RANK else None
+
+
+def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) -> None:
+    """S[k] = <m, delta_k>; one launch per format, for up to 64 layers each."""
+    rows: list[tuple[tuple[int, bool], list[int]]] = []
+    for layer, bank in enumerate(banks):
+        transposed, vectors = _layout(bank)
+        m = ms[layer].t() if transposed else ms[layer]
+        shape = [bank.columns, bank.rows] if transposed else [bank.rows, bank.columns]
+        strides = [bank.stride_i, bank.stride_o] if transposed else [bank.stride_o, bank.stride_i]
+        scale = 0 if bank.scale is None else bank.scale.data_ptr()
+        rows.append(
+            (
+                (CODES[bank.dtype], vectors),
+                [*_matrix(m), *shape, *_clients(bank), *strides, scale, out[layer].data_ptr()],
+            )
+        )
+    for (code, vectors), members in _by_key(rows):
+        table = _rows(members)
+        _run("client_totals", (table.data_ptr(), len(members), out.shape[1], code, vectors), out.device)
+
+
+def _by_key(rows: list[tuple[Any, list[int]]]) -> list[tuple[Any, list[list[int]]]]:
+    ordered = sorted(rows, key=lambda row: row[0])
+    return [(key, [row for _, row in members]) for key, members in groupby(ordered, key=lambda row: row[0])]
+
+
+def _run(op: str, call: tuple[Any, ...], device: torch.device) -> None:
+    """Ask for the size of the workspace, allocate it, launch. Only client_totals plans without the device."""
+    index = device.index or 0
+    planned = call if op == "client_totals" else (*call, index)
+    scratch = _workspace(getattr(native, f"{op}_workspace")(*planned), device)
+    getattr(native, op)(*call, scratch.data_ptr(), scratch.numel(), index, _stream(device))
+
+
+def _jobs(bank: LowRankBank) -> tuple[list[tuple[list[int], list[int], Tensor | None]], bool]:
+    """The bank's clients grouped by rank and strides, and whether every client is in a group.
+
+    Per group: columns 10 to 21 of csrc/cuda_ops.h, the load modes of A and B, and the tensor of client numbers
+    (or None: all, in order) that must live as long as the row is used.
+    """
+    table = bank.table
+    kinds, kind_of = torch.unique(table[:, [1, 2, 4, 5, 6]], dim=0, return_inverse=True)
+    jobs: list[tuple[list[int], list[int], Tensor | None]] = []
+    complete = True
+    for index, kind in enumerate(kinds.tolist()):
+        a_rank, a_inner, b_inner, b_rank, rank = kind
+        if rank == 0:
+            complete = False
+            continue
+        members = torch.nonzero(kind_of == index).flatten()
+        whole = len(members) == bank.clients
+        numbers = None if whole else members.to(bank.device)
+        clients = [0, 0, 0, 0, 0]
+        if bank.a is not None and bank.b is not None:
+            size = bank.dtype.itemsize
+            clients[1:] = [
+                bank.a.data_ptr(),
+                bank.a.stride(0) * size,
+                bank.b.data_ptr(),
+                bank.b.stride(0) * size,
+            ]
+        else:
+            clients[0] = bank.device_table().data_ptr()
+        modes = [
+            _mode(table[members, 0], a_inner, a_rank, bank.columns, rank, bank.dtype.itemsize),
+            _mode(table[members, 3], b_inner, b_rank, bank.rows, rank, bank.dtype.itemsize),
+        ]
+        held = 0 if numbers is None else numbers.data_ptr()
+        jobs.append(
+            ([*clients, a_rank, a_inner, b_inner, b_rank, len(members), held, rank], modes, numbers)
+        )
+    return jobs, complete
+
+
+def _mode(addresses: Tensor, inner: int, across: int, length: int, rank: int, size: int) -> int:
+    """How the kernel may read a factor: 16 bytes along the summed dimension, pairs along the rank, or singly."""
+    if (
+        inner == 1
+        and length * size % 16 == 0
+        and (rank == 1 or across * size % 16 == 0)
+        and not bool((addresses % 16).any())
+    ):
+        return ALONG_INNER
+    pair = 2 * size
+    if rank % 2 == 0 and across == 1 and inner * size % pair == 0 and not bool((addresses % pair).any()):
+        return ALONG_RANK
+    return ANYWHERE
