@@ -96,6 +96,14 @@ class FileLayer:
         finally:
             os.close(handle)
 
+    def size_of(self, name: str) -> int:
+        """Bytes of a regular file by name."""
+        handle = self.open_read(name)
+        try:
+            return self.size(handle)
+        finally:
+            os.close(handle)
+
     def exists(self, name: str) -> bool:
         """Whether there is anything of this name, links included."""
         try:

@@ -332,6 +332,10 @@ class Ledger:
         self._clients[head.round] = tuple(record.client for record in manifest.clients)
         return Round(manifest, self._cache)
 
+    def forget_pruned(self) -> None:
+        """Notice which rounds were pruned since this snapshot was taken."""
+        self._pruned = read_pruned(self._files)
+
     def _require_current(self) -> None:
         found = m.parse_head(self._files.read("HEAD", m.HEAD_LIMIT))
         if found != self._head:

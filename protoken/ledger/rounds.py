@@ -108,6 +108,10 @@ class Round:
         """residual_norm over the norm of the change; 0 when both are 0, infinite when only the change is."""
         return {name: relative(spec.residual_norm, spec.change_norm) for name, spec in self.parameters.items()}
 
+    def has_client(self, client: str) -> bool:
+        """Whether it took part, quarantined or not."""
+        return client in self._records
+
     def client(self, client: str) -> ClientRecord:
         """One participant's record; UnknownClientError if it took no part."""
         if client not in self._records:
@@ -132,7 +136,7 @@ class Round:
 
     def factors(self, client: str, parameter: str) -> tuple[Tensor, Tensor, float]:
         """(A [r, I], B [O, r], scale) with delta = scale B A. DtypeError when the update is stored dense."""
-        layout, parts = self._stored(client, parameter)
+        layout, parts = self.stored(client, parameter)
         if layout not in ("lora", "lowrank"):
             raise DtypeError(f"{client}: {parameter}", expected="lora or lowrank", got=layout, remedy="Use delta().")
         found = codecs.factors(parts)
@@ -143,7 +147,7 @@ class Round:
         """(values int8 or fp8 [O, I], scale fp32 [O]) with delta = values * scale. DtypeError for other
         layouts.
         """
-        layout, parts = self._stored(client, parameter)
+        layout, parts = self.stored(client, parameter)
         if layout not in ("int8", "fp8"):
             raise DtypeError(f"{client}: {parameter}", expected="int8 or fp8", got=layout, remedy="Use delta().")
         self._require_finite(parameter, parts[codecs.VALUES], parts[codecs.SCALE])
@@ -188,7 +192,7 @@ class Round:
         for record in self.clients:
             if record.quarantined is None:
                 layout, parts = self._read(record.shard, parameter, record.client)
-                subtract_weighted(rest, layout, parts, record.weight)
+                add_weighted(rest, layout, parts, -record.weight)
         self._require_finite(parameter, rest)
         return rest
 
@@ -235,7 +239,8 @@ class Round:
         check_binding(index, self._manifest, self.base_hash, client)
         return index
 
-    def _stored(self, client: str, parameter: str) -> tuple[str, dict[str, Tensor]]:
+    def stored(self, client: str, parameter: str) -> tuple[str, dict[str, Tensor]]:
+        """Layout and parts as they lie in the shard (see protoken.ledger.codecs)."""
         return self._read(self._usable(client).shard, parameter, client)
 
     def _dense(self, ref: ShardRef, parameter: str, client: str | None) -> Tensor:
@@ -296,13 +301,13 @@ def check_layout(index: ShardIndex, parameter: str, spec: ParameterSpec) -> str:
     return str(layout)
 
 
-def subtract_weighted(rest: Tensor, layout: str, parts: dict[str, Tensor], weight: float) -> None:
-    """rest -= weight * delta, in place, without making a low-rank delta dense."""
+def add_weighted(total: Tensor, layout: str, parts: dict[str, Tensor], weight: float) -> None:
+    """total += weight * delta, in place and in fp32, without making a low-rank delta dense."""
     if layout in ("lora", "lowrank"):
         found = codecs.factors(parts)
-        rest.addmm_(found.b.float(), found.a.float(), alpha=-weight * found.scale)
+        total.addmm_(found.b.float(), found.a.float(), alpha=weight * found.scale)
     else:
-        rest.sub_(codecs.decode(layout, parts).float(), alpha=weight)
+        total.add_(codecs.decode(layout, parts).float(), alpha=weight)
 
 
 def relative(part: float, whole: float) -> float:

@@ -32,7 +32,8 @@ from protoken.errors import (
 from protoken.ledger import codecs, names, strictjson
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
-from protoken.ledger.rounds import Round, folder, relative, subtract_weighted
+from protoken.ledger.rounds import Round, add_weighted, folder, relative
+from protoken.ledger.rules import check_groups
 from protoken.ledger.shards import ShardIndex, ShardRef, encode_shard, parse_header, read_tensor
 from protoken.ledger.tensors import DTYPES, LowRank, norm, parameter_digest
 from protoken.ledger.updates import (
@@ -144,6 +145,7 @@ class RoundWriter:
         if not self._records:
             raise ArgumentError("round", expected="at least one client", got="none", remedy="Call add() first.")
         m.check_weights(self._rule, [record.weight for record in self._records])
+        check_groups(self._rule, [record.client for record in self._records], self._metadata)
         after = check_aggregate(self._base, aggregate)
         try:
             manifest = self._compose(after, max_relative_residual)
@@ -264,7 +266,7 @@ class RoundWriter:
                 layout = index.info["layout"][name]
                 suffixes = codecs.expected_parts(layout, tuple(rest.shape), index.file)
                 parts = {s: read_tensor(self._files, index, name + s, check=False) for s in suffixes}
-                subtract_weighted(rest, layout, parts, record.weight)
+                add_weighted(rest, layout, parts, -record.weight)
 
     def _check_conservation(self, name: str, rest: float, change: float, limit: float | None) -> None:
         if limit is not None and not relative(rest, change) <= limit:

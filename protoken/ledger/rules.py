@@ -1,0 +1,232 @@
+"""What the server did, written as updates that add up to it.
+
+The ledger records contributions c_k with G_r - G_{r-1} = sum_k rho_k c_k + residual. FedAvg and FedProx are that
+already. Server optimisers are linear in the clients' updates too, once each client has its own share of the server's
+state:
+
+    FedAvgM   m_k <- beta m_k + rho_k delta_k                 c_k = eta m_k
+    FedAdam   m_k <- beta_1 m_k + (1 - beta_1) rho_k delta_k  c_k = eta / (sqrt(v) + tau) * m_k
+    FedYogi   as FedAdam, with Yogi's v                       (v is shared, taken right after the aggregation)
+
+(FedAvgM: Hsu et al. 2019, arXiv 1909.06335; FedAdam, FedYogi: Reddi et al. 2020, arXiv 2003.00295.) So a client keeps
+contributing after a round it sat out, as its momentum does. These c_k carry weight 1.
+
+Median, trimmed mean and Krum are not weighted means; recorded_robust() gives the weights under which they are
+recorded, and what differs is residual. Clipping is applied before recording; noise is residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from protoken.errors import ArgumentError, LayerError, ShapeError
+from protoken.ledger.tensors import LowRank, norm
+from protoken.ledger.updates import ClientUpdate, Value, deltas_of
+
+SECURE_AGGREGATION = "secure-aggregation"
+Buffers = dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class FedAvgM:
+    """Server momentum. ``buffers[client][parameter]`` is m_k; hand them over to continue in another process."""
+
+    momentum: float = 0.9
+    server_learning_rate: float = 1.0
+    buffers: Buffers = field(default_factory=dict)
+    rule: str = "fedavgm"
+
+    def step(self, updates: Sequence[ClientUpdate], base: Mapping[str, Value]) -> list[ClientUpdate]:
+        """Contributions of this round: of its participants, and of everybody whose momentum still acts."""
+        for momentum in self.buffers.values():
+            for tensor in momentum.values():
+                tensor.mul_(self.momentum)
+        _accumulate(self.buffers, updates, base, 1.0)
+        gains = dict.fromkeys(base, self.server_learning_rate)
+        return _contributions(self.buffers, updates, gains)
+
+
+@dataclass
+class FedAdam:
+    """Adaptive server optimiser. ``second_moment[parameter]`` is v, ``buffers`` are the m_k.
+
+    ``initial`` is v before the first round (0 in Flower; tau^2 in the paper).
+    """
+
+    server_learning_rate: float = 0.1
+    beta_1: float = 0.9
+    beta_2: float = 0.99
+    tau: float = 1e-3
+    initial: float = 0.0
+    buffers: Buffers = field(default_factory=dict)
+    second_moment: dict[str, Tensor] = field(default_factory=dict)
+    rule: str = "fedadam"
+
+    def step(
+        self,
+        updates: Sequence[ClientUpdate],
+        base: Mapping[str, Value],
+        *,
+        second_moment: Mapping[str, Tensor] | None = None,
+    ) -> list[ClientUpdate]:
+        """Contributions of this round. ``second_moment`` is the server's own v right after aggregating, if at hand."""
+        for momentum in self.buffers.values():
+            for tensor in momentum.values():
+                tensor.mul_(self.beta_1)
+        total = _accumulate(self.buffers, updates, base, 1.0 - self.beta_1)
+        for name, mean in total.items():
+            before = self.second_moment.get(name, torch.full_like(mean, self.initial))
+            own = self._moment(before, mean.square())
+            self.second_moment[name] = own if second_moment is None else second_moment[name].float()
+        gains = {name: self.server_learning_rate / (self.second_moment[name].sqrt() + self.tau) for name in total}
+        return _contributions(self.buffers, updates, gains)
+
+    def _moment(self, before: Tensor, square: Tensor) -> Tensor:
+        return self.beta_2 * before + (1 - self.beta_2) * square
+
+
+@dataclass
+class FedYogi(FedAdam):
+    """FedAdam with v <- v - (1 - beta_2) d^2 sign(v - d^2)."""
+
+    rule: str = "fedyogi"
+
+    def _moment(self, before: Tensor, square: Tensor) -> Tensor:
+        return before - (1 - self.beta_2) * square * torch.sign(before - square)
+
+
+def recorded_robust(
+    rule: str, updates: Sequence[ClientUpdate], *, selected: Sequence[str] | None = None
+) -> list[ClientUpdate]:
+    """The same updates with the weights under which a robust rule is recorded; what it did otherwise is residual.
+
+    median, trimmed-mean: 1 / K each. krum: 1 / m for the m ``selected`` clients, 0 for the others (exact).
+    """
+    if rule in ("median", "trimmed-mean"):
+        weights = {update.client: 1.0 / len(updates) for update in updates}
+    elif rule == "krum":
+        chosen = set(selected or ())
+        unknown = chosen - {update.client for update in updates}
+        if not chosen or unknown:
+            raise ArgumentError("selected", expected="clients that Krum kept", got=sorted(unknown) or "none")
+        weights = {update.client: (update.client in chosen) / len(chosen) for update in updates}
+    else:
+        raise ArgumentError("rule", expected="median, trimmed-mean or krum", got=ascii(rule)[:40])
+    return [replace(update, weight=weights[update.client]) for update in updates]
+
+
+def clipped(update: ClientUpdate, base: Mapping[str, Value], max_norm: float) -> ClientUpdate:
+    """The update as a clipping server applies it: delta * min(1, max_norm / ||delta||), norm over all parameters."""
+    if not max_norm > 0:
+        raise ArgumentError("max_norm", expected="a number above 0", got=max_norm)
+    deltas = {name: _dense(value) for name, value in deltas_of(update, base).items()}
+    total = sum(norm(delta) ** 2 for delta in deltas.values()) ** 0.5
+    factor = min(1.0, max_norm / total) if total else 1.0
+    return replace(update, state=None, delta={n: d * factor for n, d in deltas.items()}, key=None, signature=None)
+
+
+def group_update(
+    group: str, members: Sequence[str], weight: float, delta: Mapping[str, Value]
+) -> tuple[ClientUpdate, dict[str, list[str]]]:
+    """One group under secure aggregation: its summed update as one client, and its entry for metadata["groups"].
+
+    Secure aggregation hides single updates on purpose, so attribution ends at the group. Commit such rounds with
+    rule="secure-aggregation" and metadata={"groups": {...}}.
+    """
+    if len(members) < 2:
+        raise ArgumentError("members", expected="at least 2 (a group of one hides nothing)", got=list(members))
+    return ClientUpdate(group, weight, delta=delta), {group: list(members)}
+
+
+def check_groups(rule: str, clients: Sequence[str], metadata: Mapping[str, object]) -> None:
+    """ArgumentError when a secure-aggregation round claims to know single clients."""
+    if rule != SECURE_AGGREGATION:
+        return
+    groups = metadata.get("groups")
+    unnamed = [client for client in clients if not isinstance(groups, dict) or client not in groups]
+    if unnamed:
+        raise ArgumentError(
+            "rule",
+            expected="updates of groups, named in metadata['groups']",
+            got=f"{unnamed[0]} as a single client",
+            remedy="Secure aggregation hides single updates: record one update per group with rules.group_update().",
+        )
+
+
+def lora_factor_split(
+    base: Mapping[str, Value], aggregate: Mapping[str, Value], updates: Sequence[ClientUpdate]
+) -> list[ClientUpdate]:
+    """Exact contributions when a server averages the factors A and B apart (avg B avg A is not avg BA):
+
+        c_k = s [ dB_k (A_r + A_{r-1}) / 2  +  (B_r + B_{r-1}) / 2 dA_k ],    dX_k = X_k - X_{r-1}
+
+    so that sum_k rho_k c_k = s (B_r A_r - B_{r-1} A_{r-1}) when A_r, B_r are the weighted means. Updates give
+    ``state``; LowRank parameters must keep rank and scale, dense ones are plain differences.
+    """
+    result = []
+    for update in updates:
+        if update.state is None:
+            raise ArgumentError(f"update of {update.client}", expected="state (the client's factors)", got="delta")
+        deltas: dict[str, Value] = {}
+        for name, before in base.items():
+            if name not in update.state or name not in aggregate:
+                raise LayerError(f"state of {update.client}", expected=f"{name}", got="none")
+            mine, after = update.state[name], aggregate[name]
+            if isinstance(before, LowRank) and isinstance(mine, LowRank) and isinstance(after, LowRank):
+                deltas[name] = _split(name, before, after, mine)
+            else:
+                deltas |= deltas_of(replace(update, state={name: mine}), {name: before})
+        result.append(replace(update, state=None, delta=deltas))
+    return result
+
+
+def _split(name: str, before: LowRank, after: LowRank, mine: LowRank) -> LowRank:
+    shapes = {(value.a.shape, value.b.shape, value.scale) for value in (before, after, mine)}
+    if len(shapes) != 1:
+        raise ShapeError(
+            name, expected="one rank and scale for base, aggregate and clients", got=sorted(map(str, shapes))
+        )
+    mean_a = (after.a.float() + before.a.float()) / 2
+    mean_b = (after.b.float() + before.b.float()) / 2
+    return LowRank(
+        torch.cat([mean_a, mine.a.float() - before.a.float()]),
+        torch.cat([mine.b.float() - before.b.float(), mean_b], dim=1),
+        before.scale,
+    )
+
+
+def _accumulate(
+    buffers: Buffers, updates: Sequence[ClientUpdate], base: Mapping[str, Value], factor: float
+) -> dict[str, Tensor]:
+    """buffers[k] += factor rho_k delta_k; returns sum_k rho_k delta_k."""
+    total: dict[str, Tensor] = {}
+    for update in updates:
+        own = buffers.setdefault(update.client, {})
+        for name, value in deltas_of(update, base).items():
+            share = _dense(value) * update.weight
+            own[name] = own[name] + factor * share if name in own else factor * share
+            total[name] = total[name] + share if name in total else share
+    return total
+
+
+def _contributions(
+    buffers: Buffers, updates: Sequence[ClientUpdate], gains: Mapping[str, float | Tensor]
+) -> list[ClientUpdate]:
+    examples = {update.client: update.examples for update in updates}
+    return [
+        ClientUpdate(
+            client,
+            1.0,
+            delta={name: tensor * gains[name] for name, tensor in buffers[client].items()},
+            examples=examples.get(client),
+        )
+        for client in sorted(buffers)
+    ]
+
+
+def _dense(value: Value) -> Tensor:
+    return value.dense() if isinstance(value, LowRank) else value.detach().cpu().float()

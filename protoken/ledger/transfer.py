@@ -1,0 +1,163 @@
+"""Taking rounds out of a ledger: a copy for somebody else, plain files for other tools, pruning of old shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from protoken.errors import ArgumentError, UnknownRoundError
+from protoken.ledger import strictjson
+from protoken.ledger.files import FileLayer
+from protoken.ledger.ledger import Ledger, RoundChoice, read_pruned
+from protoken.ledger.manifest import GENESIS_LIMIT, MANIFEST_LIMIT, Head
+from protoken.ledger.rounds import Round, folder
+from protoken.ledger.signatures import SIGNATURE_FILE_BYTES
+from protoken.ledger.verify import check_shard
+
+_PIECE = 1 << 24
+
+
+def copy_ledger(ledger: Ledger, path: str | os.PathLike[str], *, upto: int | None = None) -> Ledger:
+    """Copy a snapshot byte for byte, hashes checked on the way: the first ``upto`` rounds, or all. Signatures stay
+    valid.
+
+    Safe while a writer goes on. ArgumentError when the target is not a new or empty folder.
+    """
+    last = ledger.head.round if upto is None else upto
+    if not 0 <= last <= ledger.head.round:
+        raise UnknownRoundError("upto", expected=f"0 to {ledger.head.round}", got=last)
+    target = FileLayer(path, sync=ledger.files.syncs)
+    target.make_root()
+    if target.names(""):
+        raise ArgumentError("path", expected="a new or empty folder", got=ascii(target.names("")[0]))
+    for name in ("rounds", "staging"):
+        target.make_folder(name)
+    target.write_file("ledger.json", ledger.files.read("ledger.json", GENESIS_LIMIT))
+    for number in range(1, last + 1):
+        _copy_round(ledger, ledger.round(number), target)
+    if ledger.files.exists("PRUNED"):
+        target.write_file("PRUNED", _pruned_bytes({n for n in read_pruned(ledger.files) if n <= last}))
+    target.sync_folder("rounds")
+    target.replace_file("HEAD", Head(ledger.run, last, ledger.hash_of(last)).dump())
+    target.sync_above()
+    return Ledger.open(path, files=target)
+
+
+def export_rounds(
+    ledger: Ledger,
+    path: str | os.PathLike[str],
+    *,
+    rounds: RoundChoice = "all",
+    clients: Sequence[str] | None = None,
+    parameters: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write updates as plain safetensors for other tools: PATH/round-N/{change,residual}.safetensors and
+    PATH/round-N/clients/ID.safetensors, dense, keyed by parameter, with round.json beside them. Returns the files.
+
+    Quarantined and absent clients are left out; round.json names the former.
+    """
+    written = []
+    for current in ledger.select(rounds):
+        place = Path(path) / f"round-{current.number}"
+        (place / "clients").mkdir(parents=True, exist_ok=False)
+        names = list(current.parameters) if parameters is None else list(parameters)
+        chosen = [c for c in current.clients if c.quarantined is None and (clients is None or c.client in clients)]
+        written.append(_save(place / "change.safetensors", {n: current.change(n) for n in names}))
+        written.append(_save(place / "residual.safetensors", {n: current.residual(n) for n in names}))
+        for record in chosen:
+            # Ids keep to a charset without "/"; no id starts with a dot.
+            tensors = dict(current.deltas(record.client, names))
+            written.append(_save(place / "clients" / f"{record.client}.safetensors", tensors))
+        notes = place / "round.json"
+        notes.write_bytes(strictjson.dump(_notes(current)))
+        written.append(notes)
+    return written
+
+
+def prune(ledger: Ledger, rounds: RoundChoice) -> int:
+    """Remove the shards of rounds for good, keeping manifests, hashes and signatures; returns the bytes freed.
+
+    The pruned rounds stay in the chain and are listed by Round.pruned; their tensors are gone, and lineage over them
+    is not possible any more. The last round cannot be pruned. Takes the writer's lock.
+    """
+    numbers = {current.number for current in ledger.select(rounds)}
+    if ledger.head.round in numbers:
+        raise UnknownRoundError("rounds", expected="rounds before the last", got=ledger.head.round)
+    files, freed = ledger.files, 0
+    lock = files.lock("lock")
+    try:
+        gone = numbers | set(read_pruned(files))
+        # Listed first, removed afterwards: a crash in between leaves files that nobody needs, not missing ones.
+        files.replace_file("PRUNED", _pruned_bytes(gone))
+        for number in sorted(gone):
+            for name in ("clients", "change.safetensors", "residual.safetensors"):
+                freed += _remove(files, f"{folder(number)}/{name}")
+    finally:
+        os.close(lock)
+    ledger.forget_pruned()
+    return freed
+
+
+def _copy_round(ledger: Ledger, current: Round, target: FileLayer) -> None:
+    place = folder(current.number)
+    target.make_folder(place)
+    target.make_folder(f"{place}/clients")
+    target.write_file(f"{place}/manifest.json", ledger.files.read(f"{place}/manifest.json", MANIFEST_LIMIT))
+    if ledger.genesis.server_key is not None:
+        signature = ledger.files.read(f"{place}/manifest.sig", SIGNATURE_FILE_BYTES)
+        target.write_file(f"{place}/manifest.sig", signature)
+    if not current.pruned:
+        shards = [(current.manifest.change, None), *((c.shard, c.client) for c in current.clients)]
+        if current.manifest.residual is not None:
+            shards.append((current.manifest.residual, None))
+        for ref, client in shards:
+            check_shard(current, ref, client)
+            _copy_file(ledger.files, target, f"{place}/{ref.file}", ref.size)
+    target.sync_folder(f"{place}/clients")
+    target.sync_folder(place)
+
+
+def _copy_file(source: FileLayer, target: FileLayer, name: str, size: int) -> None:
+    reading, writing = source.open_read(name), target.create(name)
+    try:
+        for offset in range(0, size, _PIECE):
+            piece = bytearray(min(_PIECE, size - offset))
+            source.read_into(reading, memoryview(piece), offset, name)
+            target.write(writing, piece, name)
+        target.sync(writing, name)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _remove(files: FileLayer, name: str) -> int:
+    if not files.exists(name):
+        return 0
+    inside = [f"{name}/{child}" for child in files.names(name)] if not name.endswith(".safetensors") else [name]
+    freed = sum(files.size_of(child) for child in inside)
+    files.remove(name)
+    return freed
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def _notes(current: Round) -> dict[str, object]:
+    return {
+        "round": current.number,
+        "rule": current.rule,
+        "metadata": current.metadata,
+        "weights": {c.client: c.weight for c in current.clients},
+        "examples": {c.client: c.examples for c in current.clients if c.examples is not None},
+        "quarantined": {c.client: c.quarantined for c in current.clients if c.quarantined is not None},
+    }
+
+
+def _pruned_bytes(numbers: set[int]) -> bytes:
+    return strictjson.dump({"rounds": sorted(numbers)})
