@@ -73,7 +73,7 @@ def from_dict(data: object) -> Trace:
     entry = _object("trace", data)
     if entry.get("format") != FORMAT:
         raise TraceFormatError("format", expected=FORMAT, got=repr(entry.get("format"))[:80])
-    if entry.get("schema") != SCHEMA:
+    if type(entry.get("schema")) is not int or entry["schema"] != SCHEMA:
         remedy = "Written by another version of protoken: install that or a newer one"
         raise TraceFormatError("schema", expected=SCHEMA, got=repr(entry.get("schema"))[:80], remedy=remedy)
     names = "prompt prompt_ids response start tokens clients weights totals token_scores objective_values"

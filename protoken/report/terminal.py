@@ -7,8 +7,10 @@ escape sequences nor "[bold]" in a token do anything.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.style import Style
@@ -133,11 +135,10 @@ def terminal_svg(trace: Trace, *, width: int = 100, top: int | None = 10) -> str
 
 
 def _svg_format() -> str:
-    """rich's frame without its @font-face rules: the viewer's own monospace font serves."""
-    from rich._export_format import CONSOLE_SVG_FORMAT as frame
-
-    start = frame.index("@font-face")
-    return frame[:start] + frame[frame.index(".{unique_id}-matrix", start) :]
+    """rich's frame without its @font-face rules and credit: the viewer's own monospace font serves."""
+    start, end = CONSOLE_SVG_FORMAT.index("@font-face"), CONSOLE_SVG_FORMAT.index(".{unique_id}-matrix")
+    frame = CONSOLE_SVG_FORMAT[:start] + CONSOLE_SVG_FORMAT[end:]
+    return re.sub(r"<!--.*?-->", "", frame, flags=re.DOTALL)
 
 
 def _facts(trace: Trace, view: View) -> Iterator[tuple[str, str]]:
