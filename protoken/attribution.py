@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .bank import Bank
@@ -36,6 +37,11 @@ class Plan:
     objective: Objective
     method: Method
     backend: str
+
+    @property
+    def needs_sequence(self) -> bool:
+        """Whether hidden states of all positions must be recorded, not only of the deciding ones."""
+        return self.way in ("reverse", "forward")
 
 
 def make_plan(
@@ -199,6 +205,11 @@ def assemble(
         layer_totals=None if scores.layer_totals is None else scores.layer_totals.numpy(),
         info=info,
     )
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """Where the model came from, or its class."""
+    return str(getattr(model.config, "name_or_path", "") or type(model).__name__)
 
 
 def _picked(plan: Plan, device: torch.device) -> str:

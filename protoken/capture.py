@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,22 @@ class Capture:
         """Rows of the positions that chose the new tokens, [B, T, .], out of one of the lists of rows."""
         first = prompt_length - 1 if self.every else 0
         return torch.cat(kept, dim=1)[:, first : first + new_tokens]
+
+    def row(self, number: int, padding: int) -> Capture:
+        """What was recorded of one row of the batch, as if it had run alone and without its left padding."""
+
+        def of(kept: list[Tensor]) -> list[Tensor]:
+            return [tensor[number : number + 1] for tensor in kept]
+
+        whole = [torch.cat(of(self.sequence_hidden), dim=1)[:, padding:]] if self.sequence_hidden else []
+        return replace(
+            self,
+            sequence_hidden=whole,
+            hidden=of(self.hidden),
+            projection_inputs=of(self.projection_inputs),
+            projections=of(self.projections),
+            outputs=of(self.outputs),
+        )
 
     def sequence(self, length: int) -> Tensor:
         """Hidden states entering the first traced block at the first `length` positions, [B, length, d]."""

@@ -1,8 +1,12 @@
-"""One generation of one prompt by the model's own `generate`, with the traced blocks' inputs recorded on the way."""
+"""One call of the model's own `generate`, with the traced blocks' inputs recorded on the way.
+
+Every returned sequence becomes one of its own, without padding: under causal attention and position ids that count
+from the first real token, left padding changes nothing, so each is replayed alone and no neighbour can matter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,48 +84,99 @@ def _new_tokens(source: Mapping[str, Any], prompt_length: int) -> int:
 def generate(
     model: Any,
     architecture: Architecture,
-    prompt: Tensor,
     arguments: dict[str, Any],
     *,
+    call: Callable[..., Any],
+    prompt: Tensor,
+    attention_mask: Tensor | None,
     first_block: int,
     sequence: bool,
-    seed: int | None,
-) -> Generated:
-    """Generate once, at full speed, and return the sequence with its capture.
+    seed: int | None = None,
+) -> tuple[Any, list[Generated]]:
+    """Generate once, at full speed; return what the call returned, and every sequence with its capture.
 
     Args:
-        prompt: ids [1, P].
-        arguments: for `model.generate`.
+        arguments: what `call` is called with, prompt and mask included.
+        call: the model's own `generate`.
+        prompt: the same prompt ids [B, P] and mask, left-padded where prompts differ in length.
         first_block: number of the first traced block.
         sequence: record the first traced block's input at all positions, for the reverse and forward ways.
         seed: seed torch's generators for this generation only; the global state is put back.
 
     Raises:
-        GenerationError: `generate` returned something else than one sequence that starts with the prompt.
+        GenerationError: the result is not sequences that start with the prompts, or the padding is on the right.
     """
-    device = prompt.device
-    arguments = {"attention_mask": torch.ones_like(prompt), **arguments}
-    with capturing(architecture, first_block, sequence=sequence) as capture, _seeded(seed, device):
-        output = model.generate(prompt, **arguments)
-    response = _response(output, prompt)
-    if response.new_tokens and not capture.is_plain_decoding(response.prompt_length, response.new_tokens):
-        # Beams, drafts, guidance or chunks: what the hooks saw is not this sequence in order. Run it once more.
-        with capturing(architecture, first_block, sequence=sequence, every=True) as capture, torch.no_grad():
+    padding = _left_padding(prompt, attention_mask)
+    with capturing(architecture, first_block, sequence=sequence) as capture, _seeded(seed, prompt.device):
+        output = call(**arguments)
+    sequences = _sequences(output, prompt)
+    copies = sequences.shape[0] // prompt.shape[0]
+    config = arguments.get("generation_config") or model.generation_config
+    stops = _stop_tokens(arguments.get("eos_token_id", config.eos_token_id))
+    width = prompt.shape[1]
+    live = copies == 1 and capture.is_plain_decoding(width, sequences.shape[1] - width, prompt.shape[0])
+    found = []
+    for row, ids in enumerate(sequences):
+        skip = padding[row // copies]
+        end = width + _length(ids[width:].tolist(), stops)
+        response = Response(ids[None, skip:end], width - skip)
+        # Beams, drafts, guidance, chunks: what the hooks saw is not this sequence in order. Run it once more.
+        own = capture.row(row, skip) if live else _teacher_forced(model, architecture, response, first_block, sequence)
+        found.append(Generated(response, own))
+    return output, found
+
+
+def _teacher_forced(
+    model: Any, architecture: Architecture, response: Response, first_block: int, sequence: bool
+) -> Capture:
+    with capturing(architecture, first_block, sequence=sequence, every=True) as capture, torch.no_grad():
+        if response.new_tokens:
             run_whole(model, response.seen)
-    return Generated(response, capture)
+    return capture
 
 
-def _response(output: Any, prompt: Tensor) -> Response:
+def _sequences(output: Any, prompt: Tensor) -> Tensor:
     ids = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
-    length = prompt.shape[1]
-    if not isinstance(ids, Tensor) or ids.shape[0] != 1 or not torch.equal(ids[:, :length], prompt):
+    rows, width = prompt.shape
+    whole = isinstance(ids, Tensor) and ids.shape[0] % rows == 0 and ids.shape[1] >= width
+    if not whole or not torch.equal(ids[:, :width], prompt.repeat_interleave(ids.shape[0] // rows, 0)):
         raise GenerationError(
             "generate",
-            expected="one sequence of ids that begins with the prompt",
+            expected="sequences of ids that begin with the prompts",
             got=tuple(ids.shape) if isinstance(ids, Tensor) else type(output).__name__,
             remedy="Leave out what makes generate return something else",
         )
-    return Response(ids, length)
+    return ids
+
+
+def _left_padding(prompt: Tensor, attention_mask: Tensor | None) -> list[int]:
+    """Padding positions before each row's prompt."""
+    if attention_mask is None:
+        return [0] * prompt.shape[0]
+    mask = attention_mask.bool()
+    padding = (~mask).sum(1)
+    expected = torch.arange(mask.shape[1], device=mask.device)[None] >= padding[:, None]
+    if mask.shape != prompt.shape or not torch.equal(mask, expected):
+        raise GenerationError(
+            "attention_mask",
+            expected=f"ones of shape {tuple(prompt.shape)} after zeros on the left only",
+            got=f"shape {tuple(mask.shape)} with zeros elsewhere",
+            remedy='Pad on the left: tokenizer.padding_side = "left"',
+        )
+    return [int(count) for count in padding]
+
+
+def _stop_tokens(value: Any) -> set[int]:
+    if value is None:
+        return set()
+    if isinstance(value, Tensor):
+        value = value.flatten().tolist()
+    return set(value) if isinstance(value, list | tuple) else {int(value)}
+
+
+def _length(new_ids: list[int], stops: set[int]) -> int:
+    """Tokens up to and including the first stop token; what follows it in a batch is padding."""
+    return next((n for n, token in enumerate(new_ids, start=1) if token in stops), len(new_ids))
 
 
 @contextmanager

@@ -13,18 +13,18 @@ from .errors import ModelError
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give one module instance another `forward`; hooks on it still run. Restores what was there, instance or class."""
-    had_own = "forward" in module.__dict__
-    own = module.__dict__.get("forward")
-    module.forward = forward
+def replaced_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give one module instance another method; hooks on it still run. Restores what was there, instance or class."""
+    had_own = name in module.__dict__
+    own = module.__dict__.get(name)
+    module.__dict__[name] = method
     try:
         yield
     finally:
         if had_own:
-            module.forward = own  # type: ignore[assignment]
+            module.__dict__[name] = own
         else:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
 
 
 @contextmanager

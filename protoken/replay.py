@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .architectures import Architecture
 from .capture import run_whole
 from .errors import GenerationError
-from .patching import hooks, replaced_forward
+from .patching import hooks, replaced_method
 
 
 @dataclass
@@ -96,7 +96,7 @@ def replay(
     with hooks(*handles), ExitStack() as stack, torch.enable_grad():
         stack.enter_context(passed_through(architecture, first_block, blocks_return_tuples))
         if head is not None:
-            stack.enter_context(replaced_forward(architecture.head, head))
+            stack.enter_context(replaced_method(architecture.head, "forward", head))
         logits = run_whole(model, ids, attention_mask, **rows).logits
     missing = [name for name in layers if name not in taps]
     if missing:
@@ -147,5 +147,5 @@ def passed_through(architecture: Architecture, count: int, as_tuple: bool) -> It
 
     with ExitStack() as stack:
         for block in architecture.blocks[:count]:
-            stack.enter_context(replaced_forward(block, forward))
+            stack.enter_context(replaced_method(block, "forward", forward))
         yield

@@ -13,10 +13,11 @@ import time
 from os import PathLike
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .attachment import attachment_of, make_attachment
-from .attribution import Method, Way, assemble, attribute, make_plan
+from .attribution import Method, Way, assemble, attribute, make_plan, model_name
 from .bank import Rounds, select_rounds
 from .generation import check_arguments, complete_arguments, generate
 from .ledger import Ledger
@@ -83,15 +84,20 @@ def trace(
     check_ids(model, ids)
     arguments = complete_arguments(model, generate_arguments, len(ids))
 
+    row = as_row(ids, model.get_input_embeddings().weight.device)
+    mask = arguments.setdefault("attention_mask", torch.ones_like(row))
+
     began = time.perf_counter()
     with evaluation_mode(model):
-        generated = generate(
+        _, (generated,) = generate(
             model,
             own.architecture,
-            as_row(ids, model.get_input_embeddings().weight.device),
-            arguments,
+            {"inputs": row, **arguments},
+            call=model.generate,
+            prompt=row,
+            attention_mask=mask,
             first_block=plan.first_block,
-            sequence=plan.way in ("reverse", "forward"),
+            sequence=plan.needs_sequence,
             seed=seed,
         )
         generated_at = time.perf_counter()
@@ -102,7 +108,7 @@ def trace(
         bank,
         scores,
         plan,
-        model=str(getattr(model.config, "name_or_path", "") or type(model).__name__),
+        model=model_name(model),
         ledger=own.ledger.run,
         seed=seed,
         seconds_generate=generated_at - began,
