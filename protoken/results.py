@@ -8,7 +8,7 @@
 
 Scores s[k, t] are raw and additive, in the objective's unit (nats for the log-probability), with the
 aggregation weight included: the client's weight times <delta_k x_t, g_t>, summed over the traced layers.
-They satisfy conservation (design: sum over clients + residual == change):
+They satisfy conservation:
 
     sum_k totals[k] + residual == change        change = sum over layers, tokens of <(G - G_prev) x, g>
 
@@ -126,9 +126,7 @@ class Trace:
         order = sorted(range(len(self.client_ids)), key=lambda k: (-self.totals[k], self.client_ids[k]))
         shares = self.shares
         return [
-            ClientScore(
-                self.client_ids[k], float(self.totals[k]), float(shares[k]), rank, float(self.weights[k])
-            )
+            ClientScore(self.client_ids[k], float(self.totals[k]), float(shares[k]), rank, float(self.weights[k]))
             for rank, k in enumerate(order, start=1)
         ]
 
@@ -167,9 +165,7 @@ class Trace:
         i, j = operator.index(start), operator.index(stop)
         if not 0 <= i < j <= len(self.token_list):
             limit = f"0 <= start < stop <= {len(self.token_list)}"
-            raise ArgumentError(
-                "span", expected=limit, got=(i, j), remedy="Token indices are trace.tokens[n].index"
-            )
+            raise ArgumentError("span", expected=limit, got=(i, j), remedy="Token indices are trace.tokens[n].index")
         kept = self.token_list[i:j]
         totals, residual = scores[i:j].sum(axis=0), float(residuals[i:j].sum())
         return replace(

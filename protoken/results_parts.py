@@ -61,8 +61,7 @@ class TraceInfo:
         if self.objective not in UNITS:
             raise ArgumentError("objective", expected=" or ".join(UNITS), got=self.objective)
         clean: dict[str, Any] = {
-            name: utf8(name, getattr(self, name))
-            for name in ("method", "way", "backend", "model", "ledger", "created")
+            name: utf8(name, getattr(self, name)) for name in ("method", "way", "backend", "model", "ledger", "created")
         }
         clean["layers"] = tuple(utf8("layers", layer) for layer in self.layers)
         clean["rounds"] = tuple(operator.index(number) for number in self.rounds)

@@ -12,9 +12,7 @@ from protoken.results_parts import Token
 # no space after them; a line break always ends. "3.5" has no space after its dot and so stays whole.
 _END = re.compile(r"""(?:[.!?…]+["'”’»)\]*_]*(?=\s|$)|[。！？｡]+["”’»」』）)]*)[^\S\n]*|\n+\s*""")
 # Dots that end an abbreviation, or a list number at the start of a line.
-_NOT_END = re.compile(
-    r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|cf|e\.g|i\.e|approx|Fig|Eq|No)|(?:^|\n)\s*\d{1,3})\.$"
-)
+_NOT_END = re.compile(r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|cf|e\.g|i\.e|approx|Fig|Eq|No)|(?:^|\n)\s*\d{1,3})\.$")
 
 
 def sentence_ranges(tokens: Sequence[Token]) -> list[tuple[int, int]]:

@@ -346,9 +346,9 @@ def test_timing_names_its_price() -> None:
 
 
 def test_control_characters_are_drawn() -> None:
-    assert visible("a\x1b[31m\r\n\tb\x7f") == "a␛[31m␍\n\tb␡"
+    assert visible("a\x1b[31m\r\n\tb\x7f") == "a⟨U+001B⟩[31m⟨U+000D⟩\n\tb⟨U+007F⟩"
     assert visible("a\u202eb\u200b") == "a⟨U+202E⟩b⟨U+200B⟩"
-    assert visible("a\nb", lines=False) == "a␊b"
+    assert visible("a\nb", lines=False) == "a↵b"
 
 
 def test_joiners_stay_in_prose_and_are_drawn_in_names() -> None:

@@ -38,7 +38,7 @@ def figures(trace: Trace, view: View) -> list[tuple[str, str, str]]:
         (
             "Residual",
             f"{trace.residual:+.2g} {trace.unit}",
-            f"{trace.conservation_residual:.1e} of the scores' size",
+            f"{trace.conservation_residual:.1g} of the scores' size",
         ),
     ]
     if info.objective == "log_prob" and view.tokens:
@@ -46,8 +46,8 @@ def figures(trace: Trace, view: View) -> list[tuple[str, str, str]]:
         note = f"{each:+.3g} nats per token"
         figures.append(("Log-probability", f"{trace.objective_values.sum():+.4g} nats", note))
     plain, whole = info.seconds_generate, info.seconds_trace
-    extra = f", tracing added {(whole / plain - 1) * 100:.0f}\u00a0%" if 0 < plain <= whole else ""
-    figures.append(("Time, traced", seconds(whole), f"{seconds(plain)} generating{extra}"))
+    extra = f", +{(whole / plain - 1) * 100:.0f}\u00a0% to trace" if 0 < plain <= whole else ""
+    figures.append(("Time, traced", seconds(whole), f"{seconds(plain)} to generate{extra}"))
     return figures
 
 

@@ -163,6 +163,8 @@ def timing(trace: Trace) -> str:
 def accounting(trace: Trace) -> str:
     """Conservation in a sentence."""
     relative = trace.conservation_residual
+    if not relative:
+        return "clients account for the whole change exactly"
     if relative < 1e-3:
         return f"clients account for the whole change (off by {relative:.1e} of it)"
     return f"{percent(min(relative, 1.0))} of the scores' size belongs to no client"

@@ -1,8 +1,8 @@
 """Text from strangers (prompts, tokens, client names), made harmless and visible.
 
 Terminal escapes could rewrite the screen, bidirectional controls reorder what an auditor reads, and
-zero-width characters make two names look alike. None of them reaches a report: each is drawn instead, as
-its control picture ("\\x1b" as "␛") or as its code point ("⟨U+202E⟩"). Line breaks and tabs stay.
+zero-width characters make two names look alike. None of them reaches a report: each is drawn instead as its
+code point ("\\x1b" as "⟨U+001B⟩"), which every font has. Line breaks and tabs stay, or become ↵ and ⇥.
 """
 
 from __future__ import annotations
@@ -42,13 +42,11 @@ def pieces(text: str, *, lines: bool = True) -> Iterator[tuple[str, bool]]:
 
 
 def _picture(character: str, lines: bool) -> str | None:
-    if (lines and character in "\n\t") or character in _JOINERS:
+    if character in "\n\t":
+        return None if lines else "↵⇥"["\n\t".index(character)]
+    if character in _JOINERS:
         return None
     code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
     if unicodedata.category(character) in _CONTROL or character in _UNSEEN or 0xE0100 <= code <= 0xE01EF:
         return f"⟨U+{code:04X}⟩"
     return None
