@@ -135,6 +135,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def out_features(module: nn.Module) -> int:
+    """O of a linear layer."""
+    base = getattr(module, "base_layer", module)
+    return int(base.nf if isinstance(base, Conv1D) else base.out_features)
+
+
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """Find the blocks, the two traced layers and the head of a Hugging Face causal language model.
 
@@ -179,10 +185,12 @@ def _find_blocks(decoder: nn.Module) -> nn.ModuleList:
 
 
 def _by_structure(block: nn.Module, family: str) -> Family:
-    """The last linear layer under a child named like attention, and the last one under any other child."""
+    """The last linear layers back to the block's width: one under a child named like attention, one under the others."""
     linear = [name for name, module in block.named_modules() if is_linear(module)]
     attention = [name for name in linear if "attn" in name.split(".")[0] or "attention" in name.split(".")[0]]
     rest = [name for name in linear if name not in attention]
+    width = out_features(block.get_submodule(rest[-1])) if rest else None
+    attention = [name for name in attention if out_features(block.get_submodule(name)) == width]
     if not attention or not rest:
         raise ModelError(
             "model",

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.bloom.modeling_bloom import BloomGelu, bloom_gelu_forward
 
 from .architectures import Architecture
 from .capture import Capture, run_whole
-from .patching import hooks
+from .patching import hooks, replaced_method
 from .relevance import LocalRelevance, Response
 from .replay import passed_through, replaced_input, replay
 
@@ -131,6 +132,8 @@ def _push(
         ]
         with hooks(*handles), ExitStack() as stack:
             stack.enter_context(passed_through(architecture, first, returns_tuples))
+            for block in architecture.blocks[first:]:
+                _use_plain_formulas(block, stack)
             with suppress(_Reached):
                 run_whole(model, response.seen)
         return reached["h"], reached["y"]
@@ -144,6 +147,13 @@ def _push(
 
     pushed: tuple[Tensor, Tensor] = torch.func.vmap(tangent)(*directions)
     return pushed
+
+
+def _use_plain_formulas(block: nn.Module, stack: ExitStack) -> None:
+    """Bloom's GELU is an autograd.Function without a forward mode; the formula it wraps has one."""
+    for module in block.modules():
+        if type(module) is BloomGelu:
+            stack.enter_context(replaced_method(module, "forward", bloom_gelu_forward))
 
 
 def _added(module: nn.Module, value: Tensor) -> torch.utils.hooks.RemovableHandle:

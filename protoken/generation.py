@@ -138,15 +138,16 @@ def _teacher_forced(
 def _sequences(output: Any, prompt: Tensor) -> Tensor:
     ids = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
     rows, width = prompt.shape
-    whole = isinstance(ids, Tensor) and ids.shape[0] % rows == 0 and ids.shape[1] >= width
-    if not whole or not torch.equal(ids[:, :width], prompt.repeat_interleave(ids.shape[0] // rows, 0)):
-        raise GenerationError(
-            "generate",
-            expected="sequences of ids that begin with the prompts",
-            got=tuple(ids.shape) if isinstance(ids, Tensor) else type(output).__name__,
-            remedy="Leave out what makes generate return something else",
-        )
-    return ids
+    if isinstance(ids, Tensor) and ids.shape[0] % rows == 0 and ids.shape[1] >= width:
+        copies = ids.shape[0] // rows
+        if torch.equal(ids[:, :width], prompt.repeat_interleave(copies, 0)):
+            return ids
+    raise GenerationError(
+        "generate",
+        expected="sequences of ids that begin with the prompts",
+        got=tuple(ids.shape) if isinstance(ids, Tensor) else type(output).__name__,
+        remedy="Leave out what makes generate return something else",
+    )
 
 
 def _left_padding(prompt: Tensor, attention_mask: Tensor | None) -> list[int]:

@@ -115,7 +115,8 @@ def local_relevance(
     tapped = list(replayed.taps)
     sources = [replayed.hidden, *(replayed.taps[name].y for name in tapped)]
     values, (hidden_grad, *rest) = _backward(replayed, response.tokens, sources, objective)
-    grads = dict(zip(tapped, rest, strict=True))
+    # OPT's layers return [B * s, O]; the input's tap says what B and s are.
+    grads = {name: g.reshape(*replayed.taps[name].x.shape[:2], -1) for name, g in zip(tapped, rest, strict=True)}
     x = {name: replayed.taps[name].x[0] for name in layers}
     if projection in x:
         # What the stand-in attention fed to the projection is meaningless; generation's own input was recorded.
@@ -151,7 +152,7 @@ def reverse_relevance(
     error = replay_error(replayed.output[:, prompt - 1 : length], recorded)
     values, grads = _backward(replayed, response.tokens, [replayed.taps[name].y for name in layers], objective)
     matrices = {
-        name: _accumulated(grad.flatten(0, 1), replayed.taps[name].x.flatten(0, 1))
+        name: _accumulated(grad.flatten(0, -2), replayed.taps[name].x.flatten(0, 1))
         for name, grad in zip(layers, grads, strict=True)
     }
     return ReverseRelevance(matrices, values, error)

@@ -162,4 +162,4 @@ def _mask_of(model: PreTrainedModel, prompt: Tensor, arguments: dict[str, Any]) 
         if pad is not None and pad not in (stops if isinstance(stops, list) else [stops]):
             mask = ((prompt != pad).cumsum(1) > 0).long()
         arguments["attention_mask"] = mask
-    return mask  # type: ignore[no-any-return]
+    return mask

@@ -101,9 +101,14 @@ def test_two_calls_are_kept_apart(llama: TinyFederation) -> None:
 
 def test_patch_is_gone_afterwards_also_after_an_error(llama: TinyFederation) -> None:
     before = sorted(llama.model.__dict__)
-    with pytest.raises(KeyboardInterrupt), protoken.tracing(llama.model, ledger=llama.path):
-        assert "generate" in llama.model.__dict__
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with protoken.tracing(llama.model, ledger=llama.path):
+            assert "generate" in llama.model.__dict__
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert sorted(llama.model.__dict__) == before
 
 

@@ -18,14 +18,26 @@ _COMMON = {
     "pad_token_id": 0,
 }
 
+_GPT = {
+    "n_embd": 48,
+    "n_inner": 80,
+    "n_layer": 4,
+    "n_head": 4,
+    "vocab_size": 97,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_FULL_HEADS = {**_COMMON, "num_key_value_heads": 4}
+_GEMMA = {**_COMMON, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12}
+_FALCON = {**{k: v for k, v in _COMMON.items() if k != "intermediate_size"}, "ffn_hidden_size": 80}
+
+# The families most tests run on: plain, with biases, with alternating sliding windows and post-norms, tied and narrow.
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", _COMMON),
     "qwen2": ("qwen2", _COMMON),
-    "gemma3": (
-        "gemma3_text",
-        {**_COMMON, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12,
-         "layer_types": ["sliding_attention", "full_attention"] * 2},
-    ),
+    "gemma3": ("gemma3_text", {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2}),
     # SmolLM2's shape in small: a Llama with tied embeddings, 3 query heads per key head and a wide vocabulary.
     "smollm": (
         "llama",
@@ -34,14 +46,38 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }  # fmt: skip
 
+OTHER_FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "mistral": ("mistral", {**_COMMON, "sliding_window": 8}),
+    "qwen3": ("qwen3", {**_COMMON, "head_dim": 12}),
+    "gemma": ("gemma", {**_COMMON, "head_dim": 12}),
+    "gemma2": ("gemma2", _GEMMA),
+    "phi": ("phi", _FULL_HEADS),
+    "phi3": ("phi3", _COMMON),
+    "smollm3": ("smollm3", _COMMON),
+    "gpt2": ("gpt2", _GPT),
+    "gpt_bigcode": ("gpt_bigcode", _GPT),
+    "gpt_neox": ("gpt_neox", _FULL_HEADS),
+    "gptj": ("gptj", {**_GPT, "rotary_dim": 8}),
+    "opt": ("opt", {**_COMMON, "ffn_dim": 80, "word_embed_proj_dim": 48}),
+    "falcon": ("falcon", _FALCON),
+    "falcon-alibi": ("falcon", {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False}),
+    "bloom": ("bloom", {"hidden_size": 48, "n_layer": 4, "n_head": 4, "vocab_size": 97, "bos_token_id": 1,
+                        "eos_token_id": 2, "pad_token_id": 0}),
+    "starcoder2": ("starcoder2", _COMMON),
+    "olmo2": ("olmo2", _COMMON),
+    "granite": ("granite", {**_COMMON, "logits_scaling": 3.0, "residual_multiplier": 0.7}),
+    "cohere": ("cohere", _COMMON),
+    "stablelm": ("stablelm", {**_COMMON, "partial_rotary_factor": 0.5}),
+}  # fmt: skip
+
 
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of that family in evaluation mode; the caller's generator state is left alone."""
-    model_type, settings = CONFIGS[name]
+    model_type, settings = {**CONFIGS, **OTHER_FAMILIES}[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **settings)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
