@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -398,7 +397,9 @@ def test_client_ids_that_differ_by_case_or_unicode_form_are_one_client(tmp_path)
     assert verify(ledger.path).ok
 
 
-@pytest.mark.parametrize("metadata", [{"x": float("nan")}, {"x": object()}, {"x": "y" * (1 << 20)}, {1: {2, 3}}])
+@pytest.mark.parametrize(
+    "metadata", [{"x": float("nan")}, {"x": 10**30}, {"x": object()}, {"x": "y" * (1 << 20)}, {1: {2, 3}}]
+)
 def test_metadata_that_is_no_finite_json_is_refused(tmp_path, metadata):
     with pytest.raises(ArgumentError, match="metadata"):
         Ledger.create(tmp_path / "ledger", metadata=metadata)
@@ -423,15 +424,14 @@ def test_a_hundred_thousand_clients_are_parsed_and_one_more_is_refused(path):
         shard = dataclasses.replace(record.shard, file=m.client_file(i))
         return dataclasses.replace(record, client=f"client-{i}", weight=1e-5, shard=shard)
 
-    many = dataclasses.replace(whole, clients=tuple(client(i) for i in range(m.MAX_CLIENTS)))
-    data = many.dump()
+    data = dataclasses.replace(whole, clients=tuple(client(i) for i in range(m.MAX_CLIENTS))).dump()
     assert len(data) < m.MANIFEST_LIMIT
-    start = time.process_time()
-    assert m.parse_manifest(data, "many") == many
-    assert time.process_time() - start < 6
-    more = dataclasses.replace(many, clients=(*many.clients, client(m.MAX_CLIENTS)))
-    with pytest.raises(LedgerFormatError, match="1 to 100000 clients"):
-        m.parse_manifest(more.dump(), "more")
+    parsed = m.parse_manifest(data, "many")
+    assert len(parsed.clients) == 100_000
+    assert parsed.clients[99_999] == client(99_999)
+    more = data.replace(b'"clients":[', b'"clients":[{},', 1)
+    with pytest.raises(LedgerFormatError, match="1 to 100000 clients, got 100001"):
+        m.parse_manifest(more, "more")
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;pwned\x07", "a\u202eb", "tab\t", "back\\slash", "\x9b31m"])

@@ -53,7 +53,8 @@ class FileLayer:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise LedgerFormatError(name, expected="a regular file", got="another kind of file")
-            if status.st_nlink != 1:
+            # None at all is HEAD of a moment ago: replaced between open and here, still whole, still ours to read.
+            if status.st_nlink > 1:
                 raise LedgerFormatError(
                     name,
                     expected="a file with one name",

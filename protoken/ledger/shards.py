@@ -82,13 +82,6 @@ def encode_shard(tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> t
     return len(body).to_bytes(8, "little") + body, pieces
 
 
-def write_shard(files: FileLayer, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> ShardRef:
-    """Write and fsync one shard; ``file`` of the answer is ``name``."""
-    header, pieces = encode_shard(tensors, info)
-    files.write_file(name, header, *pieces)
-    return ShardRef(name, len(header) + sum(map(len, pieces)), hashlib.sha256(header).hexdigest())
-
-
 def read_index(files: FileLayer, ref: ShardRef) -> ShardIndex:
     """Read and check a shard's header against its size and hash. LedgerFormatError when anything is off."""
     handle = files.open_read(ref.file)

@@ -72,7 +72,10 @@ def check_metadata(metadata: Mapping[str, object] | None, *, limit: int = 1 << 2
             expected=f"at most {limit} bytes and {MAX_DEPTH} levels of JSON",
             got=f"{len(data)} bytes",
         )
-    copy = load(data, limit=limit, what="metadata")
+    try:
+        copy = load(data, limit=limit, what="metadata")
+    except LedgerFormatError as error:
+        raise ArgumentError("metadata", expected="integers of at most 19 digits", got=str(error)) from error
     assert isinstance(copy, dict)
     return copy
 

@@ -12,6 +12,7 @@ crash leaves is ignored by readers and removed by the next writer.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
@@ -27,6 +28,7 @@ from protoken.errors import (
     ConservationError,
     LedgerError,
     LedgerMismatchError,
+    NonFiniteError,
     ProtokenError,
 )
 from protoken.ledger import codecs, names, strictjson
@@ -229,6 +231,10 @@ class RoundWriter:
             change_norm = norm(rest)
             self._subtract_clients(name, rest)
             rest_norm = norm(rest)
+            if not math.isfinite(rest_norm):
+                raise NonFiniteError(
+                    f"residual of {name}", expected="weighted updates whose sum fits fp32", got="an overflow"
+                )
             self._check_conservation(name, rest_norm, change_norm, limit)
             if self._worth_keeping(relative(rest_norm, change_norm)):
                 residuals[name] = codecs.encode("fp32", rest)

@@ -1,0 +1,293 @@
+"""verify() on its own, and the corners of reading and writing that no other file of tests walks through."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from ledger_cases import (
+    NAMES,
+    WEIGHTS,
+    check_round,
+    commit_next,
+    federation,
+    forge_header,
+    forge_manifest,
+    parameters,
+    reopen,
+    round_data,
+    small_ledger,
+    updates,
+)
+
+from protoken.errors import (
+    ArgumentError,
+    CommitConflict,
+    DtypeError,
+    DurabilityError,
+    LayerError,
+    LedgerError,
+    LedgerFormatError,
+    NonFiniteError,
+)
+from protoken.ledger import ClientUpdate, Ledger, LowRank
+from protoken.ledger import manifest as m
+from protoken.ledger.files import FileLayer
+from protoken.ledger.transfer import copy_ledger
+from protoken.ledger.verify import verify
+
+
+@pytest.fixture
+def path(tmp_path):
+    return Path(small_ledger(tmp_path / "ledger", 3).path)
+
+
+def test_report_counts_what_it_read_and_tells_progress(path):
+    seen = []
+    report = verify(path, progress=lambda done, total: seen.append((done, total)), workers=2, conservation=True)
+    assert (report.ok, report.rounds, report.shards, report.signed) == (True, 3, 12, 0)
+    assert report.bytes == sum(f.stat().st_size for f in path.rglob("*.safetensors"))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert report.head == Ledger.open(path).head
+
+
+def test_a_broken_manifest_ends_the_chain_and_says_so(path):
+    place = path / "rounds/00000002/manifest.json"
+    place.write_bytes(place.read_bytes().replace(b"fedavg", b"fedsgd"))
+    report = verify(path)
+    assert [str(p).split(":")[0] for p in report.problems] == ["round 3", "round 2 and all before"]
+    assert report.rounds == 1
+    check_round(Ledger.open(path).round(3))
+
+
+def test_recorded_residual_that_is_not_the_true_one_is_found_by_adding_up(path):
+    forge_manifest(path, lambda v: v["parameters"][NAMES[0]].update(residual_norm=0.5))
+    assert verify(path).ok
+    problems = verify(path, conservation=True).problems
+    assert [p.where for p in problems] == ["round 3"]
+    assert "norm 0.5 as recorded" in str(problems[0])
+
+
+def test_a_base_that_is_not_the_last_aggregate_is_a_problem_unless_a_gap_is_recorded(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 1)
+    base = parameters(5)
+    states, mean = federation(base)
+    ledger.commit_round(base, mean, updates(states), allow_gap=True)
+    assert verify(ledger.path).ok
+    forge_manifest(Path(ledger.path), lambda v: v.update(gap=False))
+    assert "the last aggregate" in str(verify(ledger.path).problems[0])
+
+
+def test_a_tensor_that_belongs_to_no_parameter_is_a_problem(path):
+    def smuggle(header, info):
+        header["extra"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        info["sha256"]["extra"] = hashlib.sha256(b"").hexdigest()
+
+    forge_header(path, smuggle)
+    assert "tensors of the parameters only" in str(verify(path).problems[0])
+
+
+def test_factors_of_two_ranks_are_a_format_error(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    value = LowRank(torch.ones(2, 6), torch.ones(4, 2))
+    ledger.commit_round({"w": torch.zeros(4, 6)}, {"w": value.dense()}, [ClientUpdate("a", 1.0, delta={"w": value})])
+
+    def reshape(header, info):
+        header["w::a"]["shape"], header["w::b"]["shape"] = [1, 6], [4, 1]
+        header["w::a"]["shape"] = [2, 6]
+        header["w::b"].update(shape=[4, 1], dtype="F32")
+        header["w::b"]["data_offsets"][1] = header["w::b"]["data_offsets"][0] + 16
+
+    forge_header(Path(ledger.path), reshape)
+    with pytest.raises(LedgerFormatError):
+        Ledger.open(ledger.path).round(1).delta("a", "w")
+
+
+def test_updates_whose_sum_overflows_are_refused(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    huge = torch.full((2, 2), 3e38)
+    with pytest.raises(NonFiniteError, match="weighted updates whose sum fits fp32"):
+        ledger.commit_round(
+            {"w": torch.zeros(2, 2)},
+            {"w": -huge},
+            [ClientUpdate("a", 1.0, delta={"w": huge})],
+            codec="int8",
+        )
+    assert Ledger.open(ledger.path).rounds == ()
+
+
+def test_difference_that_overflows_is_refused(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    low, high = {"w": torch.full((2,), -3e38)}, {"w": torch.full((2,), 3e38)}
+    with pytest.raises(NonFiniteError, match="a difference that fits fp32"):
+        ledger.commit_round(low, low, [ClientUpdate("a", 1.0, state=high)])
+
+
+def test_arguments_of_other_types_are_named(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    with pytest.raises(DtypeError, match=r"expected a torch\.Tensor or LowRank, got list"):
+        ledger.commit_round({"w": [1.0]}, {}, [])
+    with pytest.raises(ArgumentError, match="examples of a: expected a whole number >= 0, got -1"):
+        ClientUpdate("a", 1.0, delta={}, examples=-1)
+    with pytest.raises(ArgumentError, match="at most 4096 characters"):
+        Ledger.create(tmp_path / "other", model="x" * 5000)
+    with pytest.raises(ArgumentError, match=r'"<round>:<hash>", as str\(ledger\.head\) gives it'):
+        ledger.require_pinned("12")
+    with pytest.raises(ArgumentError, match="run"):
+        Ledger.create(tmp_path / "other", run="a/b")
+    with pytest.raises(ArgumentError, match="rule"):
+        ledger.begin_round({"w": torch.zeros(1)}, rule="Fed Avg")
+    ledger.begin_round({"w": torch.zeros(1)}).close()  # the refused ones have let go of the lock
+
+
+def test_pinning_before_the_first_round_and_hash_of_genesis(path):
+    ledger = Ledger.open(path)
+    assert ledger.hash_of(0) == hashlib.sha256((path / "ledger.json").read_bytes()).hexdigest()
+    ledger.require_pinned(f"0:{ledger.hash_of(0)}")
+    assert "Ledger(" in repr(ledger)
+    assert repr(ledger.round(1)) == "Round(1, rule='fedavg', clients=3, parameters=2)"
+    assert ledger.round(1).codec == "fp32"
+
+
+def test_opening_with_another_runs_head_is_a_format_error(path, tmp_path):
+    other = small_ledger(tmp_path / "other", 1)
+    (path / "HEAD").write_bytes((Path(other.path) / "HEAD").read_bytes().replace(b"run-1", b"run-2"))
+    with pytest.raises(LedgerFormatError, match="the head of run run-1"):
+        Ledger.open(path)
+    head = json.loads((path / "HEAD").read_bytes())
+    (path / "HEAD").write_text(json.dumps(head))
+    with pytest.raises(LedgerFormatError, match="canonical JSON"):
+        Ledger.open(path)
+
+
+def test_two_creators_make_one_ledger(tmp_path):
+    """Both pass the check for an empty folder; the lock decides."""
+    results: list[object] = []
+    barrier = threading.Barrier(4)
+
+    def create() -> None:
+        barrier.wait()
+        try:
+            results.append(Ledger.create(tmp_path / "ledger"))
+        except (CommitConflict, ArgumentError) as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=create) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = [r for r in results if isinstance(r, Ledger)]
+    assert len(made) == 1
+    assert Ledger.open(tmp_path / "ledger").run == made[0].run
+
+
+def test_head_replaced_between_open_and_fstat_is_still_read(path):
+    """A reader may hold the HEAD of a moment ago; it has no name any more and is whole."""
+
+    class Slow(FileLayer):
+        def size(self, handle: int) -> int:
+            return super().size(handle)
+
+        def open_read(self, name: str) -> int:
+            handle = super().open_read(name)
+            if name == "HEAD" and not self.done:
+                self.done = True
+                commit_next(reopen(path))
+                assert os.fstat(handle).st_nlink == 0
+            return handle
+
+        done = False
+
+    assert Ledger.open(path, files=Slow(path)).rounds == (1, 2, 3)
+    assert Ledger.open(path).rounds == (1, 2, 3, 4)
+
+
+def test_too_many_clients_and_too_large_a_manifest_are_refused(tmp_path, monkeypatch):
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    base, mean, given = round_data(1)
+    monkeypatch.setattr(m, "MAX_CLIENTS", 2)
+    with pytest.raises(ArgumentError, match="at most 2 clients in a round"):
+        ledger.commit_round(base, mean, given)
+    monkeypatch.undo()
+    monkeypatch.setattr(m, "MANIFEST_LIMIT", 100)
+    with pytest.raises(ArgumentError, match="a manifest of at most 100 bytes"):
+        ledger.commit_round(base, mean, given)
+    monkeypatch.undo()
+    commit_next(ledger)
+
+
+def test_an_unreadable_file_is_a_ledger_error(path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(LedgerError, match="a readable file, got Input/output error"):
+        Ledger.open(path)
+
+
+def test_read_only_folder_reads_and_does_not_write(path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    ledger = Ledger.open(path)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    check_round(ledger.round(2))
+    with pytest.raises(DurabilityError, match="mkdir to succeed, got Permission denied"):
+        commit_next(ledger)
+    monkeypatch.undo()
+    assert commit_next(ledger).number == 4
+
+
+def test_change_factors_and_quarantined_tensor_say_what_they_are_for(path):
+    read = Ledger.open(path).round(1)
+    with pytest.raises(DtypeError, match="a parameter recorded as factors, got fp32"):
+        read.change_factors(NAMES[0])
+    with pytest.raises(LayerError, match="one kept from a quarantined update"):
+        read.quarantined_tensor("alice", NAMES[0])
+
+
+def test_signed_ledger_with_residual_is_copied_whole(tmp_path):
+    pytest.importorskip("cryptography")
+    key = bytes(32)
+    files = FileLayer(tmp_path / "ledger", sync=False)
+    ledger = Ledger.create(tmp_path / "ledger", signing_key=key, files=files)
+    base = parameters(0)
+    states, mean = federation(base)
+    given = [ClientUpdate(c, w, state=states[c]) for c, w in WEIGHTS.items()]
+    ledger.commit_round(base, {n: t + 1 for n, t in mean.items()}, given)
+    copy = copy_ledger(ledger, tmp_path / "copy")
+    report = verify(copy.path, server_key=ledger.genesis.server_key)
+    assert (report.ok, report.signed, report.shards) == (True, 1, 5)
+
+
+def test_opening_reads_two_small_files_whatever_the_number_of_clients(tmp_path):
+    """1,000 clients: opening does not touch the manifest; the first round asked for reads one."""
+    path = tmp_path / "ledger"
+    ledger = Ledger.create(path, files=FileLayer(path, sync=False))
+    value = LowRank(torch.ones(8, 16), torch.ones(16, 8))
+    with ledger.begin_round({"w": value}, keep_residual="never") as writer:
+        for i in range(1000):
+            writer.add(ClientUpdate(f"client-{i:04d}", 1e-3, delta={"w": value}))
+        writer.commit({"w": value})
+
+    class Counting(FileLayer):
+        opened: list[str] = []  # noqa: RUF012
+
+        def open_read(self, name: str) -> int:
+            self.opened.append(name)
+            return super().open_read(name)
+
+    again = Ledger.open(path, files=Counting(path))
+    assert Counting.opened == ["ledger.json", "HEAD"]
+    assert len(again.clients) == 1000
+    assert Counting.opened == ["ledger.json", "HEAD", "rounds/00000001/manifest.json"]
+    assert again.round(1).factors("client-0999", "w")[2] == 1.0
+    assert Counting.opened[3:] == 4 * ["rounds/00000001/clients/000999.safetensors"]
+    assert verify(path).ok
