@@ -24,7 +24,7 @@ from ledger_cases import check_round, commit_next, reopen, small_ledger
 
 from protoken.ledger import Ledger
 from protoken.ledger.files import FileLayer
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 T = TypeVar("T")
 

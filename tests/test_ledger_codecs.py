@@ -12,7 +12,7 @@ from protoken.errors import ArgumentError, DtypeError, NonFiniteError, ShapeErro
 from protoken.ledger import ClientUpdate, Ledger, LowRank, tensor_digest
 from protoken.ledger.codecs import check_codec, decode, encode
 from protoken.ledger.tensors import concatenate, parameter_digest
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 # Largest error of an element as a share of the element itself, and of its row's largest.
 OF_ELEMENT = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11, "int8": 0.0, "fp8": 2.0**-4}

@@ -21,7 +21,7 @@ from ledger_cases import check_round, commit_next, contents, reopen, round_data,
 from protoken.errors import CommitConflict, DurabilityError, LedgerError, StaleSnapshot
 from protoken.ledger import Ledger
 from protoken.ledger.files import FileLayer
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 T = TypeVar("T")
 CASES = float(os.environ.get("PROTOKEN_FUZZ_CASES", "1"))

@@ -27,7 +27,7 @@ from protoken.ledger import ClientUpdate, Ledger, LowRank, strictjson
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
 from protoken.ledger.shards import ShardRef, parse_header
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 CASES = float(os.environ.get("PROTOKEN_FUZZ_CASES", "1"))
 FUZZ = settings(

@@ -32,7 +32,7 @@ from protoken.ledger import ClientUpdate, Ledger, LowRank
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
 from protoken.ledger.names import escape_terminal
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 SHARD = "rounds/00000002/clients/000000.safetensors"
 MANIFEST = "rounds/00000002/manifest.json"

@@ -18,7 +18,7 @@ from protoken.errors import ArgumentError, LayerError, LedgerError, LedgerFormat
 from protoken.ledger import LowRank
 from protoken.ledger.checkpoints import load, load_adapter, load_through_model
 from protoken.ledger.importers import import_folder, import_round, resolve_weights
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 LAYERS = ["*.self_attn.o_proj.weight", "*.mlp.down_proj.weight"]
 

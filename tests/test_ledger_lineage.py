@@ -30,7 +30,7 @@ from protoken.ledger.lineage import (
     lineage_residual,
 )
 from protoken.ledger.transfer import copy_ledger, export_rounds, prune
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from protoken.errors import ArgumentError, SignatureError
 from protoken.ledger import ClientUpdate, Ledger
 from protoken.ledger.files import FileLayer
 from protoken.ledger.signatures import generate_key, public_key, sign_update
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 pytest.importorskip("cryptography")
 SERVER = bytes(range(32))

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -39,8 +41,9 @@ from protoken.errors import (
 from protoken.ledger import ClientUpdate, Ledger, LowRank
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
+from protoken.ledger.summary import list_ledger, show_round
 from protoken.ledger.transfer import copy_ledger
-from protoken.ledger.verify import verify
+from protoken.ledger.verification import verify
 
 
 @pytest.fixture
@@ -291,3 +294,35 @@ def test_opening_reads_two_small_files_whatever_the_number_of_clients(tmp_path):
     assert again.round(1).factors("client-0999", "w")[2] == 1.0
     assert Counting.opened[3:] == 4 * ["rounds/00000001/clients/000999.safetensors"]
     assert verify(path).ok
+
+
+def test_documented_check_of_a_shard_by_hand_gives_the_manifests_hash(path):
+    """The program printed in docs/ledger-format.md, run as it stands there."""
+    document = (Path(__file__).parents[1] / "docs/ledger-format.md").read_text("utf-8")
+    program = document.partition("```python\n")[2].partition("```")[0]
+    for record in Ledger.open(path).round(2).clients:
+        shard = path / "rounds/00000002" / record.shard.file
+        done = subprocess.run([sys.executable, "-c", program, shard], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == record.shard.sha256
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert subprocess.run([sys.executable, "-c", program, shard], capture_output=True).returncode != 0
+
+
+def test_summaries_are_plain_json(path):
+    ledger = reopen(path)
+    base, _, given = round_data(4)
+    ledger.commit_round(base, base, given)  # a change of 0 with updates that are not: an infinite relative residual
+    listed = json.loads(json.dumps(list_ledger(ledger), allow_nan=False))
+    assert [row["round"] for row in listed["rounds"]] == [1, 2, 3, 4]
+    assert listed["head"] == str(ledger.head)
+    assert listed["rounds"][0]["bytes"] == sum(
+        f.stat().st_size for f in (path / "rounds/00000001").rglob("*.safetensors")
+    )
+    assert listed["rounds"][0]["largest_relative_residual"] < 1e-5
+    assert listed["rounds"][3]["largest_relative_residual"] is None
+    shown = json.loads(json.dumps(show_round(ledger.round(1)), allow_nan=False))
+    assert [c["client"] for c in shown["clients"]] == list(WEIGHTS)
+    assert shown["parameters"][NAMES[0]]["base"] == ledger.round(1).base_digest[NAMES[0]]
+    assert list_ledger(small_ledger(path.parent / "empty", 0))["rounds"] == []

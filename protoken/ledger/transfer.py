@@ -16,7 +16,7 @@ from protoken.ledger.ledger import Ledger, RoundChoice, read_pruned
 from protoken.ledger.manifest import GENESIS_LIMIT, MANIFEST_LIMIT, Head
 from protoken.ledger.rounds import Round, folder
 from protoken.ledger.signatures import SIGNATURE_FILE_BYTES
-from protoken.ledger.verify import check_shard
+from protoken.ledger.verification import check_shard
 
 _PIECE = 1 << 24
 
