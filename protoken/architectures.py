@@ -138,7 +138,7 @@ def is_linear(module: nn.Module) -> bool:
 def out_features(module: nn.Module) -> int:
     """O of a linear layer."""
     base = getattr(module, "base_layer", module)
-    return int(base.nf if isinstance(base, Conv1D) else base.out_features)
+    return int(getattr(base, "nf" if isinstance(base, Conv1D) else "out_features"))
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
