@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from .cli_ledger import app as ledger_app
 from .errors import ProtokenError
+from .report.visible import visible
 
 app = typer.Typer(
     name="protoken",
@@ -20,6 +23,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure on this machine; every figure comes with its spread.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(ledger_app, name="ledger")
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")]
 
@@ -60,11 +64,12 @@ def trace(
 
     from .evaluation.base_model import load_base
 
+    opened = protoken.Ledger.open(ledger)
     base = load_base(model)
     result = protoken.trace(
         base.model,
         prompt,
-        ledger=ledger,
+        ledger=opened,
         tokenizer=base.tokenizer,
         rounds=_rounds(rounds),
         blocks=blocks,
@@ -141,6 +146,6 @@ def main() -> None:
     try:
         app()
     except ProtokenError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=" ")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        console = Console(stderr=True, highlight=False)
+        console.print(Text.assemble((type(error).__name__, "bold red"), " ", visible(str(error))), soft_wrap=True)
         sys.exit(2)

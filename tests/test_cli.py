@@ -1,0 +1,107 @@
+"""The command line, run as a user runs it: output, exit status, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from character_tokenizer import character_tokenizer
+from tiny_federation import tiny_federation
+from typer.testing import CliRunner
+
+import protoken
+from protoken.cli import app
+from protoken.ledger import export_rounds
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint `model`, its ledger `ledger`."""
+    path = tmp_path_factory.mktemp("cli")
+    federation = tiny_federation(path, "smollm", rounds=2)
+    federation.model.save_pretrained(path / "model")
+    character_tokenizer().save_pretrained(path / "model")
+    federation.path.rename(path / "ledger")
+    return path
+
+
+def protoken_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "protoken", *arguments], capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_env_names_versions_native_modules_and_backends() -> None:
+    result = run(app, ["env"])
+    assert result.exit_code == 0
+    for expected in ("torch", "protoken._C", "client_scores", "cpp"):
+        assert expected in result.output
+
+
+def test_trace_prints_a_ranking_and_writes_page_and_json(folder: Path, tmp_path: Path) -> None:
+    arguments = ["trace", "hello", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    files = ["--html", str(tmp_path / "t.html"), "--json", str(tmp_path / "t.json")]
+    result = run(app, [*arguments, *files, "--max-new-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    for client in ("ada", "bob", "cleo", "null"):
+        assert client in result.output
+    loaded = protoken.Trace.load(tmp_path / "t.json")
+    assert len(loaded.token_list) == 4
+    assert "<html" in (tmp_path / "t.html").read_text()
+
+
+def test_error_is_one_line_with_exit_status_2(folder: Path) -> None:
+    done = protoken_command("trace", "x", "--model", str(folder / "model"), "--ledger", str(folder / "nothing"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Error" in done.stderr.split()[0]
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_ledger_ls_show_and_verify(folder: Path) -> None:
+    ledger = str(folder / "ledger")
+    rows = json.loads(run(app, ["ledger", "ls", ledger, "--json"]).output)
+    assert [row["round"] for row in rows] == [1, 2]
+    shown = json.loads(run(app, ["ledger", "show", ledger, "1", "--json"]).output)
+    assert {client["client"] for client in shown["clients"]} == {"ada", "bob", "cleo", "null"}
+    assert "ada" in run(app, ["ledger", "show", ledger]).output
+    assert run(app, ["ledger", "verify", ledger, "--conservation"]).exit_code == 0
+
+
+def test_verify_fails_on_a_changed_byte(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(folder / "ledger", tmp_path / "ledger")
+    shard = max((tmp_path / "ledger").rglob("*.safetensors"), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(data)
+    result = run(app, ["ledger", "verify", str(tmp_path / "ledger")])
+    assert result.exit_code == 1
+    assert "NOT SOUND" in result.output
+
+
+def test_ledger_import_reads_a_folder_per_round(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    names = ["model.layers.0.mlp.down_proj.weight"]
+    start = {names[0]: torch.zeros(3, 5)}
+    step = {"a": torch.ones(3, 5), "b": -torch.ones(3, 5) * 3}
+    (tmp_path / "runs" / "round-1" / "clients").mkdir(parents=True)
+    save_file(start, tmp_path / "runs" / "global.safetensors")
+    save_file({names[0]: torch.full((3, 5), -1.0)}, tmp_path / "runs" / "round-1" / "global.safetensors")
+    for client, delta in step.items():
+        save_file({names[0]: delta}, tmp_path / "runs" / "round-1" / "clients" / f"{client}.safetensors")
+    result = run(app, ["ledger", "import", str(tmp_path / "ledger"), str(tmp_path / "runs")])
+    assert result.exit_code == 0, result.output
+    record = protoken.Ledger.open(tmp_path / "ledger").round(1)
+    assert torch.equal(record.delta("b", names[0]), step["b"])
+    assert record.relative_residual[names[0]] < 1e-6
+    assert export_rounds(protoken.Ledger.open(tmp_path / "ledger"), tmp_path / "out")
