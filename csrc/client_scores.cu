@@ -69,11 +69,16 @@ static void require_int(const char* name, int64_t value) {
 
 // Fills the parameters; addresses inside the workspace are offsets until `bind` adds its base. Returns its size.
 static int64_t plan(ScoreParams& p, const ScoresCall& call, int64_t first_layer, const Device& device) {
-  const int full = call.format == kF32 ? 3 : call.format == kHalf ? 1 : 2;
-  p.planes_x = call.planes_x == 1 && call.vectors && call.format != kF16 ? 1 : full;
+  p.planes_x = call.planes_x == 1 && call.vectors && call.format != kF16 ? 1 : full_planes(call.format);
   const bool wgmma = call.vectors && p.planes_x == 1 && call.tokens > 16 && call.path != kPathMma && device.major == 9;
-  const int widest = widest_tile(call.format, p.planes_x, wgmma);
-  p.tile_tokens = call.tokens <= 16 || !call.vectors ? 16 : call.tokens <= 64 ? 64 : widest;
+  const auto fits = [&](int tile) {  // the widest image a layer may have
+    const int width = static_cast<int>(round_up(max_width(tile, p.planes_x), stage_columns(call.format)));
+    const ImageShape shape = {tile, p.planes_x, width, per_load(call.format), 0};
+    return shared_bytes(static_cast<int>(shape.elements() * 2), tile, wgmma) <= device.shared_bytes;
+  };
+  p.tile_tokens = widest_tile(call.format, p.planes_x, wgmma);
+  if (call.tokens <= 64 || !fits(p.tile_tokens)) p.tile_tokens = 64;
+  if (call.tokens <= 16 || !call.vectors || !fits(64)) p.tile_tokens = 16;
   p.descriptor = wgmma ? 1 : 0;
   p.e = per_load(call.format);
   p.half = call.format == kHalf ? 1 : 0;

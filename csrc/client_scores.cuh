@@ -46,7 +46,9 @@ struct LaunchShape {
 PT_BOTH constexpr int widest_tile(int format, int planes_x, bool wgmma) {
   return planes_x == 1 && (wgmma || format_bytes(format) > 1) ? 128 : 64;
 }
-PT_BOTH constexpr int max_width(int tokens, int planes_x) { return tokens == 16 ? 1024 : planes_x < 3 ? 512 : 256; }
+PT_BOTH constexpr int max_width(int tokens, int planes_x) {
+  return tokens == 16 ? (planes_x < 3 ? 1024 : 768) : (planes_x < 3 ? 512 : 256);
+}
 PT_BOTH constexpr int unit_rows(int tokens) { return tokens == 16 ? 64 : 128; }
 PT_BOTH constexpr int teams(int tokens, bool wgmma) { return wgmma && tokens == 64 ? 3 : 2; }
 PT_BOTH constexpr int blocks_per_sm(int tokens) { return tokens == 16 ? 2 : 1; }

@@ -336,7 +336,7 @@ std::string launch_instance(const ScoreParams& params, const LaunchShape& shape,
 
 template <int kFormat>
 std::string launch_scores(const ScoreParams& params, const LaunchShape& shape, bool vectors, cudaStream_t stream) {
-  constexpr int kFull = kFormat == kF32 ? 3 : kFormat == kHalf ? 1 : 2;  // planes that hold any tokens' value
+  constexpr int kFull = full_planes(kFormat);
   const int tokens = params.tile_tokens, planes = params.planes_x;
   if (!vectors) return launch_instance<kFormat, kFull, 16, false, false>(params, shape, stream);
   if (planes == kFull && kFull > 1) {

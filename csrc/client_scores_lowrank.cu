@@ -355,16 +355,17 @@ static void read_job(LowRankJob& job, const int64_t* row) {
 }
 
 static int64_t plan(LowRankParams& p, const LowRankCall& call, int64_t first_job, const Device& device) {
-  const int full = call.format == kF32 ? 3 : call.format == kHalf ? 1 : 2;
-  p.planes_x = call.planes_x == 1 && (call.format == kBF16 || call.format == kHalf) ? 1 : full;
-  p.tile_tokens = call.tokens <= 16 ? 16 : 64;
+  p.planes_x = call.planes_x == 1 && (call.format == kBF16 || call.format == kHalf) ? 1 : full_planes(call.format);
+  const auto image = [&](int tile) {
+    return static_cast<int>(ImageShape{tile, p.planes_x, stage_columns(call.format), per_load(call.format), 0}.elements() * 2);
+  };
+  p.tile_tokens = call.tokens <= 16 || lowrank_shared(image(64), 64, false) > device.shared_bytes ? 16 : 64;
   p.tiles = static_cast<int32_t>(ceil_div(call.tokens, p.tile_tokens));
   p.tokens = call.tokens;
   p.e = per_load(call.format);
   p.half = call.format == kHalf ? 1 : 0;
   p.count = static_cast<int32_t>(least(kJobs, call.jobs - first_job));
-  const ImageShape shape = {p.tile_tokens, p.planes_x, stage_columns(call.format), p.e, 0};
-  p.image_bytes = static_cast<int32_t>(shape.elements() * 2);
+  p.image_bytes = image(p.tile_tokens);
   for (int j = 0; j < p.count; ++j) read_job(p.jobs[j], call.table + (first_job + j) * kLowRankColumns);
   // Long blocks first: the short ones then fill the gaps at the end.
   std::stable_sort(p.jobs, p.jobs + p.count, [](const LowRankJob& a, const LowRankJob& b) {
@@ -381,7 +382,7 @@ static int64_t plan(LowRankParams& p, const LowRankCall& call, int64_t first_job
     job.blocks = static_cast<int32_t>(needed);
     for (Factor& factor : job.factors) {
       if (factor.inner > (int64_t{1} << 31) - 4096) throw std::invalid_argument("client_scores_lowrank: O and I must fit into 31 bits");
-      factor.stages = static_cast<int32_t>(ceil_div(factor.inner, shape.width));
+      factor.stages = static_cast<int32_t>(ceil_div(factor.inner, stage_columns(call.format)));
       factor.segment_stages = static_cast<int32_t>(ceil_div(factor.stages, kSegments));
       factor.image = reinterpret_cast<const uint16_t*>(place(end, static_cast<int64_t>(p.tiles) * factor.stages * p.image_bytes));
     }
@@ -443,8 +444,8 @@ void client_scores_lowrank(const LowRankCall& call, const Device& device, void* 
     check_launch("pack_lowrank");
     switch (call.format) {
       case kF32: launch_tile<kF32, 3>(*p, device, stream); break;
-      case kBF16: p->planes_x == 1 ? launch_tile<kBF16, 1>(*p, device, stream) : launch_tile<kBF16, 2>(*p, device, stream); break;
-      case kF16: launch_tile<kF16, 2>(*p, device, stream); break;
+      case kBF16: p->planes_x == 1 ? launch_tile<kBF16, 1>(*p, device, stream) : launch_tile<kBF16, 3>(*p, device, stream); break;
+      case kF16: launch_tile<kF16, 3>(*p, device, stream); break;
       case kHalf: launch_tile<kHalf, 1>(*p, device, stream); break;
       default: throw std::invalid_argument("unknown format code " + std::to_string(call.format));
     }

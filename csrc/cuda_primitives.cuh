@@ -57,11 +57,6 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
 }
-__device__ __forceinline__ uint16_t float_to_bf16(float value) {  // round to nearest even
-  uint16_t bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
 // bytes of a (0..3) and b (4..7), four selectors
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);

@@ -7,7 +7,7 @@
 // token tile is read, or laid out, in the same order (`inner_slot`).
 //
 // Everything is computed as products of bf16 with fp32 accumulation. What bf16 does not hold exactly is split into
-// planes that it does: fp32 = 3 planes of 8 bits, fp16 = 2; the tokens' values likewise, 1 plane when they are bf16.
+// planes that it does: fp32 = 3 planes of 8 bits, fp16 = 2; the tokens' values likewise, 1 plane when they are bf16 and 3 when not.
 #pragma once
 
 #include "cuda_primitives.cuh"
@@ -20,6 +20,8 @@ PT_BOTH constexpr int format_bytes(int format) {
   return format == kF32 ? 4 : format == kI8 || format == kE4M3 ? 1 : 2;
 }
 PT_BOTH constexpr int format_planes(int format) { return format == kF32 ? 3 : format == kF16 ? 2 : 1; }
+// Planes that hold any float the tokens may have.
+PT_BOTH constexpr int full_planes(int format) { return format == kHalf ? 1 : 3; }
 PT_BOTH constexpr int per_load(int format) { return 16 / format_bytes(format); }       // E
 PT_BOTH constexpr int group_columns(int format) { return 4 * per_load(format); }       // columns of a quad's load
 PT_BOTH constexpr int products(int format) { return per_load(format) / 4; }            // matrix products per group
@@ -67,11 +69,9 @@ PT_BOTH uint64_t wgmma_descriptor(uint32_t shared_address, int tokens) {
 
 // ---- planes ----------------------------------------------------------------------------------------------
 
-// Plane of a value: truncated to bf16, then what is left, and so on; the last one of a value that does not fit
-// is rounded.
-__device__ __forceinline__ uint16_t value_plane(float value, int plane, int planes) {
+// Plane of a value: truncated to bf16, then what is left, and so on; 3 planes hold every fp32 exactly.
+__device__ __forceinline__ uint16_t value_plane(float value, int plane) {
   for (int p = 0; p < plane; ++p) value -= bits_float(float_bits(value) & 0xffff0000u);
-  if (plane == planes - 1 && plane > 0) return float_to_bf16(value);
   return static_cast<uint16_t>(float_bits(value) >> 16);
 }
 template <int kPlanes>
@@ -199,7 +199,7 @@ __device__ __forceinline__ void pack_value(const Matrix& from, int64_t tokens, i
   }
   const float value = inside ? load_float(from.data, at, from.dtype) : 0.0f;
   for (int p = 0; p < shape.planes; ++p)
-    image[shape.offset(p, token, column)] = value_plane(value, p, shape.planes);
+    image[shape.offset(p, token, column)] = value_plane(value, p);
 }
 
 }  // namespace protoken::cuda

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, installed as protoken.kernels. Free of imports on purpose."""
+"""Triton kernels, one file per op; imported by `protoken.dispatch` when first needed, so nothing is imported here."""

@@ -92,7 +92,7 @@ def launch_client_scores(
         scale = 0 if bank.scale is None else bank.scale.data_ptr()
         rows.append(
             (
-                (HALF if half else CODES[bank.dtype], 1 if half or x.dtype == torch.bfloat16 else 2, vectors),
+                (HALF if half else CODES[bank.dtype], 1 if half or x.dtype == torch.bfloat16 else 3, vectors),
                 [
                     *_matrix(x),
                     *_matrix(grad),
@@ -119,7 +119,7 @@ def launch_client_scores_lowrank(
         x, grad = xs[layer], grads[layer]
         half = bank.dtype == x.dtype == grad.dtype == torch.float16
         exact = half or x.dtype == grad.dtype == torch.bfloat16
-        key = (HALF if half else CODES[bank.dtype], 1 if exact else 2)
+        key = (HALF if half else CODES[bank.dtype], 1 if exact else 3)
         if "cuda_jobs" not in bank.cache:
             bank.cache["cuda_jobs"] = _jobs(bank)
         jobs, complete = bank.cache["cuda_jobs"]
@@ -137,9 +137,7 @@ def launch_client_scores_lowrank(
         )
 
 
-def why_not_client_scores_lowrank(
-    xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank]
-) -> str | None:
+def why_not_client_scores_lowrank(xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank]) -> str | None:
     largest = max((bank.max_rank for bank in banks), default=0)
     return f"serves ranks up to {MAX_RANK}, not {largest}" if largest > MAX_RANK else None
 
@@ -211,9 +209,7 @@ def _jobs(bank: LowRankBank) -> tuple[list[tuple[list[int], list[int], Tensor | 
             _mode(table[members, 3], b_inner, b_rank, bank.rows, rank, bank.dtype.itemsize),
         ]
         held = 0 if numbers is None else numbers.data_ptr()
-        jobs.append(
-            ([*clients, a_rank, a_inner, b_inner, b_rank, len(members), held, rank], modes, numbers)
-        )
+        jobs.append(([*clients, a_rank, a_inner, b_inner, b_rank, len(members), held, rank], modes, numbers))
     return jobs, complete
 
 

@@ -1,0 +1,167 @@
+"""Every Triton kernel compiles to machine code for the GPUs we serve; needs no GPU, only Triton's own ptxas."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+TARGETS = [80, 90, pytest.param(100, marks=pytest.mark.slow)]
+I64, I32 = "i64", "i32"
+# module, kernel, pointer and number arguments with their types, compile-time flags; the rest of the arguments is i32.
+KERNELS = {
+    "client_scores-bf16": (
+        "client_scores",
+        "_client_scores_kernel",
+        {"table": "*i64", "parts": "*fp32"},
+        {
+            "BANK": "bfloat16",
+            "X": "bfloat16",
+            "G": "float32",
+            "MODE": 0,
+            "SCALED": False,
+            "FLOAT8": False,
+            "ALIGNED": True,
+            "SPAN": 256,
+            "BT": 64,
+            "BO": 64,
+            "BI": 64,
+        },
+    ),
+    "client_scores-fp8-with-fp32-tokens": (
+        "client_scores",
+        "_client_scores_kernel",
+        {"table": "*i64", "parts": "*fp32"},
+        {
+            "BANK": "int8",
+            "X": "float32",
+            "G": "float32",
+            "MODE": 1,
+            "SCALED": True,
+            "FLOAT8": True,
+            "ALIGNED": True,
+            "SPAN": 256,
+            "BT": 16,
+            "BO": 64,
+            "BI": 128,
+        },
+    ),
+    "client_scores-fp32": (
+        "client_scores",
+        "_client_scores_kernel",
+        {"table": "*i64", "parts": "*fp32"},
+        {
+            "BANK": "float32",
+            "X": "float32",
+            "G": "float32",
+            "MODE": 2,
+            "SCALED": False,
+            "FLOAT8": False,
+            "ALIGNED": False,
+            "SPAN": 256,
+            "BT": 128,
+            "BO": 64,
+            "BI": 64,
+        },
+    ),
+    "client_totals-int8": (
+        "client_totals",
+        "_client_totals_kernel",
+        {"table": "*i64", "parts": "*fp32"},
+        {"BANK": "int8", "M": "float32", "SCALED": True, "FLOAT8": False, "ALIGNED": True, "BO": 8, "BI": 512},
+    ),
+    "client_scores_lowrank-bf16": (
+        "client_scores_lowrank",
+        "_client_scores_lowrank_kernel",
+        {"table": "*i64", "numbers": "*i64", "scale": "*fp32", "x": "*bf16", "grad": "*bf16", "out": "*fp32"},
+        {
+            "BANK": "bfloat16",
+            "X": "bfloat16",
+            "G": "bfloat16",
+            "MODE_X": 0,
+            "MODE_G": 0,
+            "CLIENTS": 8,
+            "BR": 64,
+            "BT": 64,
+            "BC": 64,
+        },
+    ),
+    "client_scores_lowrank-fp32": (
+        "client_scores_lowrank",
+        "_client_scores_lowrank_kernel",
+        {"table": "*i64", "numbers": "*i64", "scale": "*fp32", "x": "*fp32", "grad": "*fp32", "out": "*fp32"},
+        {
+            "BANK": "float32",
+            "X": "float32",
+            "G": "float32",
+            "MODE_X": 2,
+            "MODE_G": 2,
+            "CLIENTS": 1,
+            "BR": 64,
+            "BT": 16,
+            "BC": 64,
+        },
+    ),
+    "capture_append": (
+        "capture_append",
+        "_capture_append_kernel",
+        {"buffer": "*bf16", "step": "*fp32", "cursor": "*i64"},
+        {"NARROWS": True, "BLOCK": 1024},
+    ),
+    "logits": (
+        "relevance_head",
+        "_logits_kernel",
+        {"normed": "*fp32", "weight": "*bf16", "bias": "*bf16", "logits": "*fp32", "scale": "fp32"},
+        {"MODE": 1, "BIAS": False, "BT": 64, "BV": 64, "BD": 64},
+    ),
+    "stats": (
+        "relevance_head",
+        "_stats_kernel",
+        {"logits": "*fp32", "top": "*fp32", "mass": "*fp32", "shrink": "*fp32", "cap": "fp32"},
+        {"CAPPED": True, "BLOCK": 1024},
+    ),
+    "mean": (
+        "relevance_head",
+        "_mean_kernel",
+        {"logits": "*fp32", "weight": "*bf16", "top": "*fp32", "shrink": "*fp32", "mean": "*fp32", "cap": "fp32"},
+        {"MODE": 1, "CAPPED": True, "BT": 64, "BV": 64, "BD": 64},
+    ),
+    "sum_parts": ("common", "_sum_parts_kernel", {"parts": "*fp32", "out": "*fp32"}, {"BLOCK": 256}),
+}
+
+
+def compile_kernel(name: str, capability: int) -> tuple[int, int]:
+    """(bytes of machine code, matrix instructions in the PTX)."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel, types, flags = KERNELS[name]
+    function = getattr(importlib.import_module(f"protoken.kernels.{module}"), kernel)
+    constants = {key: getattr(tl, value) if isinstance(value, str) else value for key, value in flags.items()}
+    signature = {key: "constexpr" if key in constants else types.get(key, I32) for key in function.arg_names}
+    compiled = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", capability, 32))
+    ptx = compiled.asm["ptx"]
+    return len(compiled.asm["cubin"]), ptx.count("mma.sync") + ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_kernel_compiles(name: str, capability: int) -> None:
+    if capability < 89 and "fp8" in name:
+        pytest.skip("float8_e4m3fn needs compute capability 8.9 in Triton; the launcher says so")
+    size, matrix_instructions = compile_kernel(name, capability)
+    assert size > 0
+    if "bf16" in name or name in ("logits", "mean"):
+        assert matrix_instructions > 0
+
+
+def test_the_package_of_kernels_imports_nothing() -> None:
+    tree = ast.parse((Path(__file__).parents[1] / "kernels" / "__init__.py").read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
