@@ -7,7 +7,8 @@ round changed, <g_t, (G - G_prev) x_t>, is projected the same way, and the diffe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Scores:
         change: its sum over tokens and layers.
         objective: f_t, [T].
         residual_tokens, residual: what the weighted updates leave of the change.
+        standard_errors: of the totals, [K], where they were sampled.
+        settings: what the method chose and counted, for the record.
     """
 
     tokens: Tensor | None
@@ -42,6 +45,8 @@ class Scores:
     objective: Tensor
     residual_tokens: Tensor | None
     residual: float
+    standard_errors: Tensor | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def totals(self) -> Tensor:
@@ -65,6 +70,10 @@ class Scores:
             per_token = change_tokens - tokens.sum(1)
         scores = Scores(tokens, layer_totals, change_tokens, change, objective, per_token, 0.0)
         return replace(scores, residual=change - float(scores.totals.sum()))
+
+    def noting(self, *, standard_errors: Tensor | None = None, **settings: Any) -> Scores:
+        """The same scores with their standard errors and the settings they came from."""
+        return replace(self, standard_errors=standard_errors, settings=settings)
 
     @staticmethod
     def empty(layers: int, clients: int) -> Scores:

@@ -1,0 +1,119 @@
+"""Aumann-Shapley values: the clients' updates integrated along the straight path from start to G.
+
+    phi_k = rho_k * integral_0^1 < delta_k, df/dW at start + a (G - start) > da
+          ~ rho_k * < delta_k, sum_i w_i grad_i >        m Gauss-Legendre nodes a_i with weights w_i
+
+All clients are projected onto the same averaged gradient, read once. By construction and up to quadrature:
+completeness (sum_k phi_k + the residual's share = f(G) - f(start)), an absent client is 0, equal updates score
+equally, layers add up, and a client split in two scores as the sum of its parts.
+
+What it answers: how the change of the response's log-probability divides among updates that all grow together.
+Cost: m forward and backward passes over the response (per token: m * K forward-mode passes), two forward passes for
+the completeness residual, one pass over the clients' bytes, and one gradient of the moving parameters in memory.
+Limits: an interaction that needs one client complete and another absent is not on the diagonal; a large residual says
+that m is too small or that the server did more than a weighted mean.
+
+Source: Aumann and Shapley, Values of Non-Atomic Games (1974); as integrated gradients, arXiv 1703.01365.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..ops import client_totals, client_totals_reference
+from ..projection import Scores
+from .game import Game
+
+DEFAULT_NODES = 4
+
+
+def aumann_shapley_scores(
+    game: Game, nodes: int = DEFAULT_NODES, *, per_token: bool = False, backend: str = "auto"
+) -> Scores:
+    """Scores of the response, per layer (reverse way) or per token (forward way).
+
+    Args:
+        nodes: m, gradients taken along the path.
+        per_token: scores [T, K] by forward mode in place of totals by layer [L, K].
+        backend: who projects; see `protoken.trace`.
+
+    Returns:
+        Scores whose `change` is f(G) - f(start) and whose `residual` is what the clients leave of it: the server's
+        own residual and the quadrature's error.
+    """
+    positions, weights = gauss_legendre(nodes)
+    end = game.value_at_end()
+    change = end - game.value_at_start()
+    if per_token:
+        tokens, totals = _tokens(game, positions, weights), None
+    else:
+        tokens, totals = None, _totals(game, positions, weights, backend)
+    scores = Scores.of_weighted_deltas(
+        tokens=tokens,
+        layer_totals=totals,
+        change_tokens=change if per_token else None,
+        change=float(change.sum()),
+        objective=end,
+    )
+    return scores.noting(nodes=nodes, evaluations=2, gradients=nodes)
+
+
+def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
+    """Positions and weights of the m-point rule on [0, 1]; exact for polynomials up to degree 2m - 1.
+
+    Raises:
+        ArgumentError: not a whole number of 1 or more.
+    """
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or not 1 <= nodes <= 256:
+        raise ArgumentError("nodes", expected="a whole number from 1 to 256", got=nodes)
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    return ((x + 1) / 2).tolist(), (w / 2).tolist()
+
+
+def averaged_gradient(game: Game, positions: list[float], weights: list[float]) -> dict[str, Tensor]:
+    """sum_i w_i * gradient at start + a_i (G - start), by parameter, in fp32 or fp64."""
+    total: dict[str, Tensor] = {}
+    for position, weight in zip(positions, weights, strict=True):
+        _, grads = game.gradient(game.on_path(position))
+        for name, grad in grads.items():
+            if name in total:
+                total[name].add_(grad, alpha=weight)
+            else:
+                total[name] = grad * weight
+    return total
+
+
+def project(game: Game, gradient: dict[str, Tensor], backend: str = "auto") -> Tensor:
+    """rho_k * < delta_k, gradient > by parameter and client, fp64 [L, K]."""
+    updates = game.updates
+    rows = []
+    for name in updates.names:
+        matrix = _as_matrix(gradient[name])
+        bank = [_as_matrix(delta[name].to(matrix.device)) for delta in updates.deltas]
+        if matrix.dtype == torch.float64:
+            rows.append(client_totals_reference(matrix, torch.stack(bank)))
+        else:
+            rows.append(client_totals(matrix, bank, backend=backend).double())
+    return torch.stack(rows).cpu() * updates.weights
+
+
+def _totals(game: Game, positions: list[float], weights: list[float], backend: str) -> Tensor:
+    return project(game, averaged_gradient(game, positions, weights), backend)
+
+
+def _tokens(game: Game, positions: list[float], weights: list[float]) -> Tensor:
+    updates = game.updates
+    scores = torch.zeros(game.response.new_tokens, len(updates.clients), dtype=torch.float64)
+    for position, weight in zip(positions, weights, strict=True):
+        here = game.on_path(position)
+        for k, delta in enumerate(updates.deltas):
+            scores[:, k] += weight * game.tangent(here, delta)
+    return scores * updates.weights
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """The op's [O, I] view of any parameter: vectors as one row, stacked experts as more rows."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.reshape(-1, tensor.shape[-1])

@@ -1,0 +1,198 @@
+"""The clients' updates as points in weight space, and a model that stands at such a point for a while.
+
+    start = G - sum of the chosen rounds' changes            (G_{r-1} for the last round, G_0 for all rounds)
+    point(c, a) = start + a * change + sum_k (c_k - a) * rho_k * delta_k
+
+With a = 0 and c in {0, 1}^K that is the coalition start + sum_{k in S} rho_k delta_k; with all c_k = a it is the
+straight path from start to G, what the server did beyond the weighted mean included. Points are formed in fp32 (fp64
+for a model in double precision), since bf16 would round most updates away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, LayerError, LedgerMismatchError, UnknownClientError
+from ..ledger import Ledger, Round
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What K clients changed in the chosen parameters.
+
+    Attributes:
+        clients: K ids; quarantined updates are left out, their effect is part of the change alone.
+        weights: fp64 [K]: rho_k of the one round, or 1 where weighted deltas were summed over several rounds.
+        rounds: the rounds covered.
+        names: the model's parameters that move.
+        deltas: per client name -> delta_k as stored (one round) or sum_r rho_k^r delta_k^r in fp32 (several).
+        change: name -> the rounds' changes summed, fp32.
+    """
+
+    clients: tuple[str, ...]
+    weights: Tensor
+    rounds: tuple[int, ...]
+    names: tuple[str, ...]
+    deltas: tuple[Mapping[str, Tensor], ...]
+    change: Mapping[str, Tensor]
+
+
+def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names: Sequence[str]) -> Updates:
+    """The updates of `rounds` to the parameters `names`.
+
+    Raises:
+        LayerError: a round holds no such parameter.
+        LedgerMismatchError: the model has no such parameter, or one of another shape.
+    """
+    records = [ledger.round(number) for number in rounds]
+    _check_names(records, model, names)
+    present = {name for record in records for name in participants(record)}
+    if len(records) == 1:
+        (record,) = records
+        weights = participants(record)
+        return Updates(
+            clients=tuple(weights),
+            weights=torch.tensor(list(weights.values()), dtype=torch.float64),
+            rounds=tuple(rounds),
+            names=tuple(names),
+            deltas=tuple(dict(record.deltas(client, names)) for client in weights),
+            change={name: record.change(name) for name in names},
+        )
+    clients = tuple(sorted(present))
+    return Updates(
+        clients=clients,
+        weights=torch.ones(len(clients), dtype=torch.float64),
+        rounds=tuple(rounds),
+        names=tuple(names),
+        deltas=tuple(_lineage(records, client, names) for client in clients),
+        change={name: torch.stack([r.change(name).float() for r in records]).sum(0) for name in names},
+    )
+
+
+def participants(record: Round) -> dict[str, float]:
+    """Aggregation weights by client, of the updates that can be read."""
+    return {client.client: client.weight for client in record.clients if client.quarantined is None}
+
+
+def _lineage(records: Sequence[Round], client: str, names: Sequence[str]) -> dict[str, Tensor]:
+    total = {name: torch.zeros(records[0].parameters[name].shape) for name in names}
+    for record in records:
+        weight = participants(record).get(client)
+        if weight is not None:
+            for name, delta in record.deltas(client, names):
+                total[name].add_(delta.float(), alpha=weight)
+    return total
+
+
+def shift_without(
+    ledger: Ledger, rounds: Sequence[int], names: Sequence[str], without: Collection[str], *, reaggregate: bool = True
+) -> dict[str, Tensor]:
+    """What is to be added to G when these clients had not taken part, fp32 by parameter name.
+
+        reaggregate      sum_r sum_j (rho'_j - rho_j) delta_j,  rho'_j = rho_j / (1 - sum of the absent's weights)
+        otherwise        - sum_r sum_{k absent} rho_k delta_k
+
+    The first is FedAvg over the others, the second takes the contribution out and puts nothing in its place. The
+    server's residual stays, and so do the others' updates, which without the absent would have been others. A round
+    in which only the absent took part is left without any update.
+
+    Raises:
+        ArgumentError: nobody is absent.
+        UnknownClientError: a client took part in none of the rounds.
+    """
+    absent = set(without)
+    records = [ledger.round(number) for number in rounds]
+    known = {client for record in records for client in participants(record)}
+    if not absent:
+        raise ArgumentError("without", expected="at least one client", got=sorted(absent))
+    if absent - known:
+        raise UnknownClientError("without", expected=f"clients of rounds {list(rounds)}", got=sorted(absent - known))
+    shift = {name: torch.zeros(records[0].parameters[name].shape) for name in names}
+    for record in records:
+        weights = participants(record)
+        left = sum(weight for client, weight in weights.items() if client not in absent)
+        missing = sum(weight for client, weight in weights.items() if client in absent)
+        for client, weight in weights.items():
+            if client in absent:
+                alpha = -weight
+            else:
+                alpha = weight * missing / left if reaggregate and missing and left else 0.0
+            if alpha:
+                for name, delta in record.deltas(client, names):
+                    shift[name].add_(delta.float(), alpha=alpha)
+    return shift
+
+
+@contextmanager
+def weights_at(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with `shift` added to its parameters, in the model's own dtype, for the length of the `with`.
+
+    The parameters' own storage is set aside, not written to: afterwards every parameter holds the tensor it held
+    before, bit for bit, whatever happened inside. Parameter objects stay the same, so tied weights move together.
+    """
+    own: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    try:
+        for name, addend in shift.items():
+            parameter = model.get_parameter(name)
+            data = parameter.data
+            if addend.shape != data.shape:
+                raise LedgerMismatchError("shift", expected=f"{name} of shape {tuple(data.shape)}", got=addend.shape)
+            moved = (wide(data) + addend.to(data.device)).to(data.dtype)
+            own[name] = (parameter, data)
+            parameter.data = moved
+        yield
+    finally:
+        for parameter, data in own.values():
+            parameter.data = data
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is in fp64: what weights are added up in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def point(
+    start: Mapping[str, Tensor], updates: Updates, coefficients: Tensor, along: float = 0.0
+) -> dict[str, Tensor]:
+    """start + along * change + sum_k (c_k - along) rho_k delta_k, by name.
+
+    Clients are added one after the other in their fixed order, from the start each time: a client whose delta is
+    zero changes no bit, and nothing drifts over many points.
+    """
+    found = {}
+    for name, origin in start.items():
+        value = origin.clone()
+        if along:
+            value.add_(updates.change[name].to(value), alpha=along)
+        for k, delta in enumerate(updates.deltas):
+            factor = float((coefficients[k] - along) * updates.weights[k])
+            if factor:
+                value.add_(delta[name].to(value), alpha=factor)
+        found[name] = value
+    return found
+
+
+def _check_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        for record in records:
+            if name not in record.parameters:
+                raise LayerError(
+                    "layers",
+                    expected=f"parameters that round {record.number} of the ledger holds",
+                    got=name,
+                    remedy=f"It holds {', '.join(list(record.parameters)[:6])}",
+                )
+        theirs = tuple(records[0].parameters[name].shape)
+        ours = tuple(parameters[name].shape) if name in parameters else None
+        if ours != theirs:
+            raise LedgerMismatchError(
+                "ledger",
+                expected=f"{name} of the ledger's shape {theirs}",
+                got="no such parameter in the model" if ours is None else ours,
+            )
