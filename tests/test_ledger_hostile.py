@@ -459,6 +459,7 @@ def test_bad_update_that_was_aggregated_is_kept_flagged_and_out_of_the_way(tmp_p
     assert record.quarantined is not None
     assert "finite numbers" in record.quarantined
     assert record.weight == 0.3
+    assert [c.client for c in committed.usable] == ["alice", "carol"]
     with pytest.raises(NonFiniteError, match="quarantined in round 1"):
         committed.delta("bob", NAMES[0])
     kept = committed.quarantined_tensor("bob", NAMES[0])

@@ -126,7 +126,7 @@ def test_writing_a_signed_ledger_needs_its_key(tmp_path):
     with pytest.raises(ArgumentError, match="an Ed25519PrivateKey or its 32 bytes"):
         Ledger.open(ledger.path, signing_key="secret")
     again = Ledger.open(ledger.path, signing_key=SERVER)
-    assert again.commit_round(mean, newer, given).number == 2
+    assert again.refresh().commit_round(mean, newer, given).number == 2
     assert verify(ledger.path, server_key=public_key(SERVER)).ok
 
 

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from protoken.errors import (
@@ -152,7 +153,9 @@ class Ledger:
 
     def refresh(self) -> Ledger:
         """A new snapshot of the same ledger, pinned to this one: StaleSnapshot if the ledger went back."""
-        return Ledger.open(self.path, pinned=self._head, check=self._cache.check, files=self._files)
+        return Ledger.open(
+            self.path, pinned=self._head, signing_key=self._key, check=self._cache.check, files=self._files
+        )
 
     # ---- what is there -------------------------------------------------------------------------------------
 
@@ -160,7 +163,7 @@ class Ledger:
         return f"Ledger({str(self.path)!r}, run={self.run!r}, rounds={self._head.round})"
 
     @property
-    def path(self) -> os.PathLike[str]:
+    def path(self) -> Path:
         return self._files.root
 
     @property

@@ -24,7 +24,7 @@ from protoken.ledger.tensors import LowRank, concatenate
 def lineage_clients(rounds: Sequence[Round]) -> tuple[str, ...]:
     """Everybody with a usable update in one of the rounds, sorted; those absent from the last round included."""
     _require(rounds)
-    return tuple(sorted({c.client for r in rounds for c in r.clients if c.quarantined is None}))
+    return tuple(sorted({c.client for r in rounds for c in r.usable}))
 
 
 def lineage_delta(rounds: Sequence[Round], client: str, parameter: str) -> Tensor:

@@ -63,6 +63,11 @@ class Round:
         return self._manifest.clients
 
     @property
+    def usable(self) -> tuple[ClientRecord, ...]:
+        """The participants whose updates can be used: all but the quarantined ones."""
+        return tuple(record for record in self.clients if record.quarantined is None)
+
+    @property
     def parameters(self) -> dict[str, ParameterSpec]:
         return self._manifest.parameters
 
@@ -105,7 +110,7 @@ class Round:
 
     @property
     def relative_residual(self) -> dict[str, float]:
-        """residual_norm over the norm of the change; 0 when both are 0, infinite when only the change is."""
+        """residual_norm over the norm of the change; 0 when both are 0, infinite when only the change is 0."""
         return {name: relative(spec.residual_norm, spec.change_norm) for name, spec in self.parameters.items()}
 
     def has_client(self, client: str) -> bool:
@@ -189,10 +194,9 @@ class Round:
     def computed_residual(self, parameter: str) -> Tensor:
         """The same, added up from the stored change and deltas even where a shard holds it."""
         rest = self.change(parameter)
-        for record in self.clients:
-            if record.quarantined is None:
-                layout, parts = self._read(record.shard, parameter, record.client)
-                add_weighted(rest, layout, parts, -record.weight)
+        for record in self.usable:
+            layout, parts = self._read(record.shard, parameter, record.client)
+            add_weighted(rest, layout, parts, -record.weight)
         self._require_finite(parameter, rest)
         return rest
 
