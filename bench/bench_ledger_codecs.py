@@ -18,6 +18,7 @@ import platform
 import shutil
 import tempfile
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--federation", required=True, type=Path)
+    parser.add_argument("--parameters", nargs="+", default=["*"], help="patterns; those of the traced layers suffice")
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--json", type=Path)
@@ -47,8 +49,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32, use_safetensors=True).eval()
     trained = load_file(arguments.federation / "trained.safetensors")
+    trained = {n: t for n, t in trained.items() if any(fnmatchcase(n, p) for p in arguments.parameters)}
     base = {name: model.get_parameter(name).detach().clone() for name in trained}
-    model.load_state_dict(trained, strict=False)
+    model.load_state_dict(load_file(arguments.federation / "trained.safetensors"), strict=False)
     updates = summed_updates(Ledger.open(arguments.federation / "ledger"), list(trained))
     rows: list[dict[str, Any]] = []
     truth: list[protoken.Trace] = []
@@ -72,11 +75,11 @@ def main() -> None:
             ]  # fmt: skip
         finally:
             shutil.rmtree(folder)
-        truth = truth or traces
+        truth, shard_bytes = truth or traces, read.clients[0].shard.size
         rows.append({
             "codec": codec,
-            "bytes_per_client": read.clients[0].shard.size,
-            "share_of_fp32": read.clients[0].shard.size / (rows[0]["bytes_per_client"] if rows else read.clients[0].shard.size),
+            "bytes_per_client": shard_bytes,
+            "share_of_fp32": shard_bytes / (rows[0]["bytes_per_client"] if rows else shard_bytes),
             "update_error": lost / size,
             "seconds_commit": seconds,
             **fidelity(truth, traces),

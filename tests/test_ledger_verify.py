@@ -326,3 +326,27 @@ def test_summaries_are_plain_json(path):
     assert [c["client"] for c in shown["clients"]] == list(WEIGHTS)
     assert shown["parameters"][NAMES[0]]["base"] == ledger.round(1).base_digest[NAMES[0]]
     assert list_ledger(small_ledger(path.parent / "empty", 0))["rounds"] == []
+
+
+def test_a_previous_hash_hidden_where_the_walk_would_find_it_is_refused(path):
+    """The walk down the chain looks for the last "previous" in the bytes; here that is another field's."""
+    forge_manifest(path, lambda v: json.dumps({**v, "zzz": {"previous": "0" * 64}}, separators=(",", ":")).encode())
+    with pytest.raises(LedgerFormatError):
+        Ledger.open(path).round(2)
+    with pytest.raises(LedgerFormatError):
+        Ledger.open(path).round(3)
+    place = path / "rounds/00000003/manifest.json"
+    tail = place.read_bytes().replace(b',"zzz":{"previous":"' + b"0" * 64 + b'"}', b"")
+    forge_manifest(path, lambda v: tail.replace(b'"rule":', b'"previous":"' + b"0" * 64 + b'","rule":'))
+    with pytest.raises(LedgerFormatError):
+        Ledger.open(path).round(1)
+    with pytest.raises(LedgerFormatError):
+        Ledger.open(path).round(3)
+
+
+def test_walking_the_chain_reads_each_manifest_once_and_parses_none_of_them(path, monkeypatch):
+    parsed = []
+    original = m.parse_manifest
+    monkeypatch.setattr(m, "parse_manifest", lambda data, what: parsed.append(what) or original(data, what))
+    assert Ledger.open(path).round(1).number == 1
+    assert parsed == ["rounds/00000001/manifest.json"]
