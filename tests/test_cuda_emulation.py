@@ -1,0 +1,293 @@
+"""The CUDA kernels, compiled as C++ with one fiber per thread, against the fp64 references.
+
+What this shows without a GPU: which element every lane loads, how fragments, descriptors and images are laid out,
+how work is cut into units, and that barriers are met. csrc/cuda_emulation.h says what it does not show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to build the emulated kernels")
+COMPILER = shutil.which("g++")
+if COMPILER is None:
+    pytest.skip("g++ is needed to build the emulated kernels", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+NAME = "_C_cuda_emulated"
+SOURCES = ["cuda_bindings.cpp", "cuda_device.cpp", "client_scores.cu", "client_scores_lowrank.cu", "client_totals.cu"]
+SOURCES += [f"client_scores_{name}.cu" for name in ("bf16", "e4m3", "f16", "f32", "half", "i8")]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-DPROTOKEN_EMULATE",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-U_FORTIFY_SOURCE",
+]
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+RMS = 3e-6  # products are exact, sums are fp32
+
+
+def build(folder: Path) -> Path:
+    """Compile the kernels once per state of the sources."""
+    target = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+
+    def compile_one(source: str) -> str:
+        made = str(folder / f"{source}.o")
+        command = [str(COMPILER), *FLAGS, *includes, "-x", "c++", "-c", str(ROOT / "csrc" / source), "-o", made]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-4000:]
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    half_made = folder / f"{NAME}.part"
+    subprocess.run([str(COMPILER), "-shared", "-o", str(half_made), *objects], check=True)
+    half_made.rename(target)
+    return target
+
+
+def load(name: str, path: Path, loader: type | None = None) -> ModuleType:
+    chosen = loader(name, str(path)) if loader else None
+    spec = importlib.util.spec_from_file_location(name, path, loader=chosen)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Iterator[ModuleType]:
+    """A copy of protoken.ops.cuda over the emulated module."""
+    import protoken
+
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").glob("*.c*")) + sorted((ROOT / "csrc").glob("cuda_*")):
+        digest.update(path.read_bytes())
+    digest.update(sys.version.encode())
+    target = build(Path(tempfile.gettempdir()) / f"protoken-emulation-{digest.hexdigest()[:16]}")
+    emulated = load(NAME, target, importlib.machinery.ExtensionFileLoader)
+    before, had = sys.modules.get("protoken._C_cuda"), getattr(protoken, "_C_cuda", None)
+    sys.modules["protoken._C_cuda"] = emulated
+    protoken._C_cuda = emulated
+    try:
+        yield load("emulated_cuda_backend", ROOT / "protoken" / "ops" / "cuda.py")
+    finally:
+        if before is None:
+            del sys.modules["protoken._C_cuda"]
+        else:
+            sys.modules["protoken._C_cuda"] = before
+        if had is None:
+            del protoken._C_cuda
+        else:
+            protoken._C_cuda = had
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bank_of(name: str, clients: int, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    if name == "int8":
+        generator = torch.Generator().manual_seed(3)
+        bank = torch.randint(-128, 128, (clients, rows, columns), generator=generator, dtype=torch.int8)
+    else:
+        bank = normal(clients, rows, columns, seed=3, dtype=DTYPES[name])
+    return bank, normal(clients, rows, seed=4).abs() + 0.1 if name in ("int8", "fp8") else None
+
+
+def assert_close(got: Tensor, reference: Tensor) -> None:
+    assert got.shape == reference.shape
+    error = float((got.double() - reference.double()).norm() / reference.double().norm())
+    assert error <= RMS, f"relative RMS error {error:.2e}, allowed {RMS:.0e}"
+
+
+def poisoned(*shape: int) -> Tensor:
+    return torch.full(shape, float("nan"))
+
+
+@pytest.mark.parametrize("tokens_dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.parametrize(
+    ("clients", "tokens", "rows", "columns"), [(3, 1, 70, 64), (5, 20, 65, 272), (1, 70, 64, 48), (2, 7, 63, 61)]
+)
+@pytest.mark.parametrize("path", [0, 1], ids=["auto", "mma"])
+def test_client_scores(
+    cuda: ModuleType, name: str, tokens_dtype: str, clients: int, tokens: int, rows: int, columns: int, path: int
+) -> None:
+    from protoken.ops import DenseBank, client_scores_reference
+
+    x = normal(tokens, columns, seed=1, dtype=DTYPES[tokens_dtype])
+    grad = normal(tokens, rows, seed=2, dtype=DTYPES[tokens_dtype])
+    bank, scale = bank_of(name, clients, rows, columns)
+    out = poisoned(1, clients, tokens)
+    cuda.launch_client_scores(out, [x], [grad], [DenseBank.of(bank, scale)], path=path)
+    assert_close(out[0], client_scores_reference(x, grad, bank, scale=scale))
+
+
+@pytest.mark.parametrize("tokens", [3, 100], ids=["narrow", "wide"])
+def test_client_scores_over_several_chunks_units_and_blocks(cuda: ModuleType, tokens: int) -> None:
+    from protoken.ops import DenseBank, client_scores_reference
+
+    x, grad = (normal(tokens, n, seed=n, dtype=torch.bfloat16) for n in (1160, 130))
+    bank = normal(2, 130, 1160, seed=3, dtype=torch.bfloat16)
+    out = poisoned(1, 2, tokens)
+    cuda.launch_client_scores(out, [x], [grad], [DenseBank.of(bank)])
+    assert_close(out[0], client_scores_reference(x, grad, bank))
+
+
+def test_client_scores_of_layers_of_two_shapes_with_clients_apart(cuda: ModuleType) -> None:
+    from protoken.ops import DenseBank, client_scores_reference
+
+    shapes = [(24, 40), (72, 24), (24, 40)]
+    xs = [normal(6, columns, seed=10 + n) for n, (_, columns) in enumerate(shapes)]
+    grads = [normal(6, rows, seed=20 + n).T.contiguous().T for n, (rows, _) in enumerate(shapes)]
+    parts = [[normal(*shape, seed=100 * n + k) for k in range(3)] for n, shape in enumerate(shapes)]
+    out = poisoned(3, 3, 6)
+    cuda.launch_client_scores(out, xs, grads, [DenseBank.of(part) for part in parts])
+    for n in range(3):
+        assert_close(out[n], client_scores_reference(xs[n], grads[n], torch.stack(parts[n])))
+
+
+@pytest.mark.parametrize("columns", [40, 33], ids=["aligned", "odd"])
+def test_client_scores_of_a_transposed_bank_and_of_every_other_client(cuda: ModuleType, columns: int) -> None:
+    from protoken.ops import DenseBank, client_scores_reference
+
+    x, grad = normal(7, columns, seed=1), normal(7, 24, seed=2)
+    bank = normal(6, columns, 24, seed=3).transpose(1, 2)[::2]
+    out = poisoned(1, 3, 7)
+    cuda.launch_client_scores(out, [x], [grad], [DenseBank.of(bank)])
+    assert_close(out[0], client_scores_reference(x, grad, bank))
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_client_scores_do_not_depend_on_the_order_or_the_number_of_clients(cuda: ModuleType, tokens: int) -> None:
+    from protoken.ops import DenseBank
+
+    x, grad, bank = normal(tokens, 80, seed=1), normal(tokens, 200, seed=2), normal(5, 200, 80, seed=3)
+    order = torch.tensor([4, 1, 0, 3, 2])
+    outs = []
+    for chosen in (bank, bank[order], bank[:2]):
+        out = poisoned(1, chosen.shape[0], tokens)
+        cuda.launch_client_scores(out, [x], [grad], [DenseBank.of(chosen)])
+        outs.append(out[0])
+    assert torch.equal(outs[0][order], outs[1])
+    assert torch.equal(outs[0][:2], outs[2])
+
+
+def test_null_client_scores_exactly_zero(cuda: ModuleType) -> None:
+    from protoken.ops import DenseBank
+
+    bank = normal(3, 64, 64, seed=3)
+    bank[1] = 0
+    out = poisoned(1, 3, 4)
+    cuda.launch_client_scores(out, [normal(4, 64, seed=1)], [normal(4, 64, seed=2)], [DenseBank.of(bank)])
+    assert torch.equal(out[0, 1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("path", [1, 2], ids=["whole", "split"])
+@pytest.mark.parametrize("stored", ["rank-last", "rank-first"])
+@pytest.mark.parametrize(
+    ("name", "tokens_dtype"), [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "bf16")]
+)
+@pytest.mark.parametrize(
+    ("clients", "tokens", "rows", "columns", "rank"),
+    [(20, 5, 72, 136, 8), (5, 20, 65, 61, 3), (3, 1, 64, 64, 64), (7, 9, 40, 56, 2), (9, 2, 24, 17, 1)],
+)
+def test_client_scores_lowrank(
+    cuda: ModuleType,
+    name: str,
+    tokens_dtype: str,
+    stored: str,
+    path: int,
+    clients: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    rank: int,
+) -> None:
+    from protoken.ops import LowRankBank, client_scores_lowrank_reference
+
+    x = normal(tokens, columns, seed=1, dtype=DTYPES[tokens_dtype])
+    grad = normal(tokens, rows, seed=2, dtype=DTYPES[tokens_dtype])
+    a = normal(clients, rank, columns, seed=3, dtype=DTYPES[name])
+    b = normal(clients, rows, rank, seed=4, dtype=DTYPES[name])
+    if stored == "rank-first":
+        b = b.transpose(1, 2).contiguous().transpose(1, 2)
+    scale = normal(clients, seed=5).abs() + 0.5
+    out = poisoned(1, clients, tokens)
+    cuda.launch_client_scores_lowrank(out, [x], [grad], [LowRankBank.of(a, b, scale)], path=path)
+    assert_close(out[0], client_scores_lowrank_reference(x, grad, a, b, scale))
+
+
+def test_client_scores_lowrank_is_the_same_bits_whole_or_split_and_for_any_clients(cuda: ModuleType) -> None:
+    from protoken.ops import LowRankBank
+
+    x, grad = normal(5, 1100, seed=1), normal(5, 200, seed=2)
+    a, b = normal(20, 8, 1100, seed=3), normal(20, 200, 8, seed=4)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    outs = []
+    for path, chosen in ((1, slice(None)), (2, slice(None)), (1, order), (2, slice(0, 3))):
+        out = poisoned(1, a[chosen].shape[0], 5)
+        cuda.launch_client_scores_lowrank(out, [x], [grad], [LowRankBank.of(a[chosen], b[chosen])], path=path)
+        outs.append(out[0])
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0][order], outs[2])
+    assert torch.equal(outs[0][:3], outs[3])
+
+
+def test_client_scores_lowrank_of_mixed_ranks_and_layouts(cuda: ModuleType) -> None:
+    from protoken.ops import LowRankBank, client_scores_lowrank_reference
+
+    x, grad = normal(4, 56, seed=1), normal(4, 40, seed=2)
+    ranks = [4, 1, 0, 17, 4, 64]
+    a = [normal(rank, 56, seed=10 + k) for k, rank in enumerate(ranks)]
+    b = [normal(40, rank, seed=20 + k) for k, rank in enumerate(ranks)]
+    b[4] = b[4].T.contiguous().T
+    out = poisoned(1, 6, 4)
+    cuda.launch_client_scores_lowrank(out, [x], [grad], [LowRankBank.of(a, b)])
+    assert_close(out[0], client_scores_lowrank_reference(x, grad, a, b))
+    assert torch.equal(out[0, 2], torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.parametrize(("clients", "rows", "columns"), [(1, 1, 1), (70, 5, 7), (3, 70, 64), (2, 130, 352)])
+def test_client_totals(cuda: ModuleType, name: str, clients: int, rows: int, columns: int) -> None:
+    from protoken.ops import DenseBank, client_totals_reference
+
+    bank, scale = bank_of(name, clients, rows, columns)
+    ms = [normal(rows, columns, seed=1), normal(columns, rows, seed=2).T]
+    turned = bank.transpose(1, 2).contiguous().transpose(1, 2)
+    out = poisoned(2, clients)
+    cuda.launch_client_totals(out, ms, [DenseBank.of(bank, scale), DenseBank.of(turned, scale)])
+    for n in range(2):
+        assert_close(out[n], client_totals_reference(ms[n], bank, scale=scale))
