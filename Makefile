@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= out
 
+# The CUDA module takes minutes to compile: here only where a device can run it. Wheels carry it wherever nvcc is found.
+PROTOKEN_CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,0)
+
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
@@ -19,7 +22,7 @@ $(VENV)/torch: constraints.txt
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	PROTOKEN_CUDA=$(PROTOKEN_CUDA) $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(VENV)/demo-model: $(VENV)/torch
