@@ -13,9 +13,9 @@
 namespace protoken {
 namespace {
 
-constexpr int64_t kTaskRanks = 96;     // ranks, of one or more clients, per task
-constexpr int64_t kTokenBlock = 384;   // tokens whose projections a core holds at once
-constexpr int64_t kFewTokens = 8;      // up to here lanes run along the factors, beyond along the tokens
+constexpr int64_t kTaskRanks = 96;    // ranks, of one or more clients, per task
+constexpr int64_t kTokenBlock = 384;  // tokens whose projections a core holds at once
+constexpr int64_t kFewTokens = 8;     // up to here lanes run along the factors, beyond along the tokens
 
 struct Layer {
   const LowRankLayer* given;
@@ -225,8 +225,8 @@ Layer prepare(const Kernels& kernels, const LowRankLayer& given, int64_t clients
 
 }  // namespace
 
-void client_scores_lowrank(const LowRankLayer* given, int64_t layer_count, int64_t clients, int64_t tokens,
-                           float* out, int64_t threads) {
+void client_scores_lowrank(const LowRankLayer* given, int64_t layer_count, int64_t clients, int64_t tokens, float* out,
+                           int64_t threads) {
   require(layer_count > 0 && clients > 0 && tokens > 0, "layers, clients and tokens must be positive");
   const Kernels& kernels = active_kernels();
   std::vector<Layer> layers;
@@ -251,7 +251,8 @@ void client_scores_lowrank(const LowRankLayer* given, int64_t layer_count, int64
     float* own = memory.data() + member * per_member;
     const Scratch scratch{own, own + held, own + 2 * held, own + 2 * held + tiles};
     Job(kernels, *layer, tokens, scratch)
-        .run(first, std::min(first + layer->group, clients), out + ((layer - layers.data()) * clients + first) * tokens);
+        .run(first, std::min(first + layer->group, clients),
+             out + ((layer - layers.data()) * clients + first) * tokens);
   });
 }
 

@@ -15,18 +15,18 @@ struct LowRankClient {  // strides in elements
 static_assert(sizeof(LowRankClient) == 7 * sizeof(int64_t), "a row of the bank's table has seven int64");
 
 struct LowRankLayer {
-  const float* x;     // [T, I], contiguous
-  const float* grad;  // [T, O], contiguous
-  int64_t rows;       // O
-  int64_t columns;    // I
-  int64_t dtype;      // DtypeCode of the factors: fp32, bf16 or fp16
+  const float* x;                // [T, I], contiguous
+  const float* grad;             // [T, O], contiguous
+  int64_t rows;                  // O
+  int64_t columns;               // I
+  int64_t dtype;                 // DtypeCode of the factors: fp32, bf16 or fp16
   const LowRankClient* clients;  // [K]
   const float* scale;            // [K]
 };
 static_assert(sizeof(LowRankLayer) == 7 * sizeof(int64_t), "a row of the table has seven int64");
 
 // out [layers, clients, tokens]. Throws std::invalid_argument.
-void client_scores_lowrank(const LowRankLayer* layers, int64_t layer_count, int64_t clients, int64_t tokens,
-                           float* out, int64_t threads);
+void client_scores_lowrank(const LowRankLayer* layers, int64_t layer_count, int64_t clients, int64_t tokens, float* out,
+                           int64_t threads);
 
 }  // namespace protoken

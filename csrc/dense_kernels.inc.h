@@ -14,7 +14,6 @@ struct Count {
 using V = Simd::V;
 constexpr int W = Simd::W;
 constexpr int kPanelWidth = W * Simd::kPanelVectors;
-constexpr int64_t kPackAbove = 64;  // tokens from which copying fp32 rows together pays
 
 template <int Dtype>
 constexpr float load_factor() {  // what load_as leaves out
@@ -31,29 +30,43 @@ inline V load_tail(const char* p, int64_t n) {
   return Simd::load_as<Dtype>(padded);
 }
 
-// acc[j][t] += row j * x[t], lane by lane, over n columns.
+constexpr int64_t kShortRow = 8192;
+
+// acc[j][t] += row j * x[t], lane by lane, over n columns. A step takes one cache line of every row.
 template <int Dtype, int R, int TB>
 inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], const char* rows, int64_t row_stride,
-                                                           const float* x, int64_t x_stride, int64_t n) {
+                                                           const float* x, int64_t x_stride, int64_t n,
+                                                           Simd::NanFlag& nan) {
   constexpr int64_t size = item_size(Dtype);
-  // One cache line ahead per row and step keeps more lines in flight than the hardware's own streams.
-  constexpr int64_t ahead = 1024;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
+  constexpr int U = W * size >= 64 ? 1 : 64 / (W * size);
+  // Fetched ahead, since the hardware's streams end with every page and start anew with every row: the same columns of
+  // the next rows when rows are short, else some lines further.
+  const int64_t ahead = n * size <= kShortRow ? R * row_stride : 1024;
+  const auto add = [&](int64_t i) __attribute__((always_inline)) {
     V values[R];
 #pragma GCC unroll 8
-    for (int j = 0; j < R; ++j) {
-      const char* p = rows + j * row_stride + i * size;
-      if (W * size >= 32 || (i * size) % 64 == 0) prefetch(p + ahead);
-      values[j] = Simd::load_as<Dtype>(p);
-    }
+    for (int j = 0; j < R; ++j) values[j] = Simd::load_as<Dtype>(rows + j * row_stride + i * size);
 #pragma GCC unroll 8
     for (int t = 0; t < TB; ++t) {
       const V xs = Simd::load(x + t * x_stride + i);
 #pragma GCC unroll 8
       for (int j = 0; j < R; ++j) acc[j][t] = Simd::fma(values[j], xs, acc[j][t]);
     }
+  };
+  int64_t i = 0;
+  for (; i + U * W <= n; i += U * W) {
+#pragma GCC unroll 8
+    for (int j = 0; j < R; ++j) {
+      prefetch(rows + j * row_stride + i * size + ahead);
+      if constexpr (Dtype == kFloat8E4M3) nan.line(rows + j * row_stride + i * size);
+    }
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) add(i + u * W);
   }
+  if constexpr (Dtype == kFloat8E4M3) {
+    for (int j = 0; j < R; ++j) nan.bytes(rows + j * row_stride + i * size, n - i);
+  }
+  for (; i + W <= n; i += W) add(i);
   if (i < n) {
 #pragma GCC unroll 8
     for (int j = 0; j < R; ++j) {
@@ -65,15 +78,18 @@ inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], cons
 }
 
 template <int Dtype, int R, int TB>
-void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t column, int64_t n, int64_t token, V* sums) {
+void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t column, int64_t n, int64_t token, V* sums,
+                    Simd::NanFlag& nan) {
   V acc[R][TB];
   for (int j = 0; j < R; ++j) {
     for (int t = 0; t < TB; ++t) acc[j][t] = Simd::zero();
   }
   const char* rows = c.rows + row * c.row_stride + column * item_size(Dtype);
-  accumulate_dots<Dtype, R, TB>(acc, rows, c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n);
+  accumulate_dots<Dtype, R, TB>(acc, rows, c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n, nan);
+#pragma GCC unroll 8
   for (int j = 0; j < R; ++j) {
     const float scale = c.scale ? c.scale[row + j] : 1.0f;
+#pragma GCC unroll 8
     for (int t = 0; t < TB; ++t) {
       const float weight = c.grad[(token + t) * c.grad_stride + row + j] * scale;
       sums[token + t] = Simd::fma(acc[j][t], Simd::set1(weight), sums[token + t]);
@@ -89,78 +105,95 @@ constexpr int dot_rows() {
 
 template <int Dtype, int TB>
 void dense_dot_block(const DenseChunk& c, int64_t row, int64_t row_end, int64_t column, int64_t n, int64_t token,
-                     V* sums) {
+                     V* sums, Simd::NanFlag& nan) {
   constexpr int R = dot_rows<TB>();
-  for (; row + R <= row_end; row += R) dense_dot_tile<Dtype, R, TB>(c, row, column, n, token, sums);
-  for (; row < row_end; ++row) dense_dot_tile<Dtype, 1, TB>(c, row, column, n, token, sums);
+  for (; row + R <= row_end; row += R) dense_dot_tile<Dtype, R, TB>(c, row, column, n, token, sums, nan);
+  for (; row < row_end; ++row) dense_dot_tile<Dtype, 1, TB>(c, row, column, n, token, sums, nan);
 }
 
-constexpr int kDotBlock = W == 16 ? 8 : 4;  // tokens that one pass of the dot form takes
-constexpr int64_t kDotTokens = 16;
+constexpr int kDotBlock = W == 16 ? 6 : 4;  // tokens that one pass of the dot form takes
+constexpr int64_t kDotTokens = 8;
 
 template <int Dtype>
 void dense_dot(const DenseChunk& c, float* partial, float*) {
   V sums[kDotTokens];
   for (int64_t t = 0; t < c.tokens; ++t) sums[t] = Simd::zero();
   // Columns per block: the tokens' values stay in the first-level cache while all rows of the chunk pass.
-  const int64_t block = c.tokens == 1 ? c.columns : (8192 / c.tokens) / 64 * 64;
+  const int64_t block = c.tokens == 1 ? c.columns : (4096 / c.tokens) / 64 * 64;
   const int64_t group = c.tokens <= kDotBlock ? c.row_count : 24;  // rows that every pass over tokens finds in cache
-  bool nan = false;
+  Simd::NanFlag nan;
   for (int64_t column = 0; column < c.columns; column += block) {
     const int64_t n = column + block < c.columns ? block : c.columns - column;
     for (int64_t row = 0; row < c.row_count; row += group) {
       const int64_t row_end = row + group < c.row_count ? row + group : c.row_count;
-      if constexpr (Dtype == kFloat8E4M3) {
-        for (int64_t o = row; o < row_end; ++o) {
-          nan |= Simd::has_nan(reinterpret_cast<const uint8_t*>(c.rows) + o * c.row_stride + column, n);
-        }
-      }
       for (int64_t token = 0; token < c.tokens; token += kDotBlock) {
         switch (c.tokens - token) {
-          case 1: dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums); break;
-          case 2: dense_dot_block<Dtype, 2>(c, row, row_end, column, n, token, sums); break;
-          case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums); break;
-          case 4: dense_dot_block<Dtype, 4>(c, row, row_end, column, n, token, sums); break;
-          case 5: dense_dot_block<Dtype, kDotBlock < 5 ? kDotBlock : 5>(c, row, row_end, column, n, token, sums); break;
-          case 6: dense_dot_block<Dtype, kDotBlock < 6 ? kDotBlock : 6>(c, row, row_end, column, n, token, sums); break;
-          case 7: dense_dot_block<Dtype, kDotBlock < 7 ? kDotBlock : 7>(c, row, row_end, column, n, token, sums); break;
-          default: dense_dot_block<Dtype, kDotBlock>(c, row, row_end, column, n, token, sums); break;
+          case 1: dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums, nan); break;
+          case 2: dense_dot_block<Dtype, 2>(c, row, row_end, column, n, token, sums, nan); break;
+          case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums, nan); break;
+          case 4: dense_dot_block<Dtype, 4>(c, row, row_end, column, n, token, sums, nan); break;
+          case 5:
+            dense_dot_block < Dtype, kDotBlock<5 ? kDotBlock : 5>(c, row, row_end, column, n, token, sums, nan);
+            break;
+          default: dense_dot_block<Dtype, kDotBlock>(c, row, row_end, column, n, token, sums, nan); break;
         }
       }
     }
   }
   for (int64_t t = 0; t < c.tokens; ++t) {
-    partial[t] = nan ? std::numeric_limits<float>::quiet_NaN() : Simd::sum(sums[t]) * load_factor<Dtype>();
+    partial[t] = nan.any() ? std::numeric_limits<float>::quiet_NaN() : Simd::sum(sums[t]) * load_factor<Dtype>();
   }
 }
 
-// acc[j][v] += d(j, i) * panel[i] over n columns; d(j, i) = d[j * row + i], or d[i * column + j] when Adjacent.
-template <int R, int NT, bool Adjacent>
-inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], const float* d, int64_t stride, int64_t n,
-                                                            const float* panel) {
-  for (int64_t i = 0; i < n; ++i) {
+// Memory that a later step will read: pieces of 1 KiB, `stride` bytes apart.
+struct Ahead {
+  const char* base;
+  int64_t stride;
+};
+
+// acc[j][v] += d(j, i) * panel[i] over n columns; d(j, i) = d[j * stride + i], or d[i * stride + j] when Adjacent.
+// Stride, where not 0, is the stride known to the compiler. One line of `ahead` is fetched per column.
+template <int R, int NT, bool Adjacent, int64_t Stride = 0>
+inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], const float* d, int64_t given, int64_t n,
+                                                            const float* panel, Ahead ahead) {
+  const int64_t stride = Stride ? Stride : given;
+  const auto add = [&](int64_t i) __attribute__((always_inline)) {
     V xs[NT];
 #pragma GCC unroll 4
     for (int v = 0; v < NT; ++v) xs[v] = Simd::load(panel + i * (NT * W) + v * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
       const V value = Simd::set1(Adjacent ? d[i * stride + j] : d[j * stride + i]);
 #pragma GCC unroll 4
       for (int v = 0; v < NT; ++v) acc[j][v] = Simd::fma(value, xs[v], acc[j][v]);
     }
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const char* line = ahead.base;
+    for (int64_t end = i + 16, k = i; k < end; ++k, line += 64) {
+      __builtin_prefetch(line, 0, 2);
+      add(k);
+    }
+    ahead.base += ahead.stride;
   }
+  for (; i < n; ++i) add(i);
 }
 
-template <int R, int NT>
+template <int R, int NT, int64_t Stride>
 void dense_panel_tile(const float* rows, int64_t stride, int64_t n, const float* x, const float* grad,
-                      const float* scale, float* sums) {
+                      const float* scale, float* sums, Ahead ahead) {
   V acc[R][NT];
+#pragma GCC unroll 16
   for (int j = 0; j < R; ++j) {
+#pragma GCC unroll 4
     for (int v = 0; v < NT; ++v) acc[j][v] = Simd::zero();
   }
-  accumulate_panel<R, NT, false>(acc, rows, stride, n, x);
+  accumulate_panel<R, NT, false, Stride>(acc, rows, stride, n, x, ahead);
+#pragma GCC unroll 4
   for (int v = 0; v < NT; ++v) {
     V sum = Simd::load(sums + v * W);
+#pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
       const V weight = Simd::load(grad + j * (NT * W) + v * W);
       sum = Simd::fma(acc[j][v], scale ? Simd::mul(weight, Simd::set1(scale[j])) : weight, sum);
@@ -169,22 +202,45 @@ void dense_panel_tile(const float* rows, int64_t stride, int64_t n, const float*
   }
 }
 
-template <int NT>
-void dense_panel_rows(const DenseChunk& c, const float* rows, int64_t stride, int64_t n, const float* x,
-                      const float* grad, float* sums) {
-  constexpr int R = Simd::kPanelRows;
+// Rows of an accumulator tile for NT vectors of tokens; a stride unknown to the compiler needs a pointer per row.
+template <int NT, int64_t Stride>
+constexpr int panel_rows() {
+  if (Stride == 0) return Simd::kPanelRows;
+  return Simd::kPanelRows * Simd::kPanelVectors / NT > 16 ? 16 : Simd::kPanelRows * Simd::kPanelVectors / NT;
+}
+
+// What a tile of rows fetches while it computes: its own next columns while the first tokens pass, else its share of
+// the next tokens' panel.
+struct Fetch {
+  const char* rows;  // the chunk's next columns, or null
+  int64_t row_stride;
+  const float* panel;  // the next panel, or null
+  int64_t panel_bytes;
+
+  Ahead tile(int64_t row, int64_t all_rows, const float* self) const {
+    if (rows != nullptr) return {rows + row * row_stride, row_stride};
+    if (panel == nullptr) return {reinterpret_cast<const char*>(self), 0};
+    return {reinterpret_cast<const char*>(panel) + panel_bytes / 1024 * row / all_rows * 1024, 1024};
+  }
+};
+
+template <int NT, int64_t Stride = kTileStride>
+void dense_panel_rows(const DenseChunk& c, const float* rows, int64_t n, const float* x, const float* grad, float* sums,
+                      const Fetch& fetch) {
+  constexpr int R = panel_rows<NT, Stride>();
+  const int64_t stride = Stride ? Stride : c.row_stride / static_cast<int64_t>(sizeof(float));
   int64_t row = 0;
   const auto step = [&](auto tile) {
     (void)tile;
     constexpr int count = decltype(tile)::value;
-    dense_panel_tile<count, NT>(rows + row * stride, stride, n, x, grad + row * (NT * W),
-                                c.scale ? c.scale + row : nullptr, sums);
+    dense_panel_tile<count, NT, Stride>(rows + row * stride, stride, n, x, grad + row * (NT * W),
+                                        c.scale ? c.scale + row : nullptr, sums, fetch.tile(row, c.row_count, rows));
     row += count;
   };
   while (row + R <= c.row_count) step(Count<R>{});
-  if (row + 4 <= c.row_count) step(Count<4>{});
-  if (row + 2 <= c.row_count) step(Count<2>{});
-  if (row < c.row_count) step(Count<1>{});
+  if (R > 8 && row + 8 <= c.row_count) step(Count<8>{});
+  while (row + 4 <= c.row_count) step(Count<4>{});
+  while (row < c.row_count) step(Count<1>{});
 }
 
 // n contiguous elements as fp32 into dst, load_factor left out.
@@ -201,58 +257,69 @@ inline void convert_row(float* dst, const char* src, int64_t n) {
 
 template <int Dtype>
 void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
+  constexpr int64_t size = item_size(Dtype);
   const int64_t padded = (c.tokens + W - 1) / W * W;
   for (int64_t t = 0; t < padded; ++t) partial[t] = 0.0f;
-  bool nan = false;
+  Simd::NanFlag nan;
   for (int64_t column = 0; column < c.columns; column += kBlock) {
     const int64_t n = column + kBlock < c.columns ? kBlock : c.columns - column;
-    const char* source = c.rows + column * item_size(Dtype);
-    const float* rows = reinterpret_cast<const float*>(source);
-    int64_t stride = c.row_stride / static_cast<int64_t>(sizeof(float));
-    if (Dtype != kFloat32 || c.tokens > kPackAbove) {
-      for (int64_t o = 0; o < c.row_count; ++o) {
-        if constexpr (Dtype == kFloat8E4M3) {
-          nan |= Simd::has_nan(reinterpret_cast<const uint8_t*>(source) + o * c.row_stride, n);
-        }
-        convert_row<Dtype>(scratch + o * kTileStride, source + o * c.row_stride, n);
+    const char* source = c.rows + column * size;
+    // One vector of tokens does not pay for a copy of fp32 rows: they are read where they lie.
+    const bool in_place = Dtype == kFloat32 && padded == W;
+    for (int64_t o = 0; o < c.row_count && !in_place; ++o) {
+      if constexpr (Dtype == kFloat8E4M3) {
+        nan.bytes(source + o * c.row_stride, n);
       }
-      rows = scratch;
-      stride = kTileStride;
+      convert_row<Dtype>(scratch + o * kTileStride, source + o * c.row_stride, n);
     }
     for (int64_t token = 0; token < padded; token += kPanelWidth) {
       const int64_t width = padded - token < kPanelWidth ? padded - token : kPanelWidth;
       const float* x = c.x_panels + token * c.columns + column * width;
       const float* grad = c.grad_panels + token * c.all_rows + c.first_row * width;
+      Fetch fetch{nullptr, c.row_stride, nullptr, 0};
+      if (token == 0 && column + n < c.columns) {
+        fetch.rows = source + n * size;
+      } else if (token + width < padded) {
+        fetch.panel = x + width * c.columns;
+        fetch.panel_bytes = n * width * static_cast<int64_t>(sizeof(float));
+      }
+      if (in_place) {
+        dense_panel_rows<1, 0>(c, reinterpret_cast<const float*>(source), n, x, grad, partial, fetch);
+        continue;
+      }
       switch (width / W) {
-        case 1: dense_panel_rows<1>(c, rows, stride, n, x, grad, partial + token); break;
-        case 2:
-          dense_panel_rows<(Simd::kPanelVectors < 2 ? 1 : 2)>(c, rows, stride, n, x, grad, partial + token);
-          break;
-        default: dense_panel_rows<Simd::kPanelVectors>(c, rows, stride, n, x, grad, partial + token); break;
+        case 1: dense_panel_rows<1>(c, scratch, n, x, grad, partial + token, fetch); break;
+        case 2: dense_panel_rows<2>(c, scratch, n, x, grad, partial + token, fetch); break;
+        default: dense_panel_rows<Simd::kPanelVectors>(c, scratch, n, x, grad, partial + token, fetch); break;
       }
     }
   }
   for (int64_t t = 0; t < c.tokens; ++t) {
-    partial[t] = nan ? std::numeric_limits<float>::quiet_NaN() : partial[t] * load_factor<Dtype>();
+    partial[t] = nan.any() ? std::numeric_limits<float>::quiet_NaN() : partial[t] * load_factor<Dtype>();
   }
 }
 
-// Four (eight for few lanes) running sums hide the latency of the adds; doubles join them at the end.
+// Eight running sums hide the latency of the adds; doubles join them at the end.
 template <int Dtype>
 double dot(const char* d, const float* m, int64_t n) {
   constexpr int U = 8;
   constexpr int64_t size = item_size(Dtype);
   V acc[U];
   for (int u = 0; u < U; ++u) acc[u] = Simd::zero();
+  Simd::NanFlag nan;
   int64_t i = 0;
   for (; i + U * W <= n; i += U * W) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       const char* p = d + (i + u * W) * size;
-      if (W * size >= 32 || (u * W * size) % 64 == 0) prefetch(p + 2048);
+      if ((u * W * size) % 64 == 0) {  // known once unrolled: once per line
+        prefetch(p + 2048);
+        if (Dtype == kFloat8E4M3 && U * W * size >= 64) nan.line(p);
+      }
       acc[u] = Simd::fma(Simd::load_as<Dtype>(p), Simd::load(m + i + u * W), acc[u]);
     }
   }
+  [[maybe_unused]] const int64_t whole = U * W * size >= 64 ? i : 0;
   for (; i + W <= n; i += W) acc[0] = Simd::fma(Simd::load_as<Dtype>(d + i * size), Simd::load(m + i), acc[0]);
   double total = 0;
   for (int u = 0; u < U; ++u) total += static_cast<double>(Simd::sum(acc[u]));
@@ -261,8 +328,9 @@ double dot(const char* d, const float* m, int64_t n) {
     std::memcpy(last, m + i, static_cast<size_t>(n - i) * sizeof(float));
     total += static_cast<double>(Simd::sum(Simd::mul(load_tail<Dtype>(d + i * size, n - i), Simd::load(last))));
   }
-  if (Dtype == kFloat8E4M3 && Simd::has_nan(reinterpret_cast<const uint8_t*>(d), n)) {
-    return std::numeric_limits<double>::quiet_NaN();
+  if constexpr (Dtype == kFloat8E4M3) {
+    nan.bytes(d + whole, n - whole);
+    if (nan.any()) return std::numeric_limits<double>::quiet_NaN();
   }
   return total * load_factor<Dtype>();
 }

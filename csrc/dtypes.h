@@ -13,10 +13,10 @@ enum DtypeCode : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3,
 
 // Bytes of one element, or 0 for a code that does not exist.
 constexpr int64_t item_size(int64_t dtype) {
-  return dtype == kFloat32                            ? 4
-         : dtype == kBfloat16 || dtype == kFloat16    ? 2
-         : dtype == kInt8 || dtype == kFloat8E4M3     ? 1
-                                                      : 0;
+  return dtype == kFloat32                         ? 4
+         : dtype == kBfloat16 || dtype == kFloat16 ? 2
+         : dtype == kInt8 || dtype == kFloat8E4M3  ? 1
+                                                   : 0;
 }
 
 static inline float bits_to_float(uint32_t bits) {

@@ -7,22 +7,22 @@
 namespace protoken {
 
 constexpr int64_t kDtypes = 5;
-constexpr int64_t kChunkRows = 96;   // rows of a client's matrix per task: fixed, so that sums never depend on threads
-constexpr int64_t kBlock = 256;      // columns that the panel form multiplies at once
+constexpr int64_t kChunkRows = 96;  // rows of a client's matrix per task: fixed, so that sums never depend on threads
+constexpr int64_t kBlock = 256;     // columns that the panel form multiplies at once
 constexpr int64_t kTileStride = kBlock + 16;  // of converted rows; not a power of two, or they would share cache sets
-constexpr int64_t kRankMax = 64;     // ranks that one low-rank projection handles at once
+constexpr int64_t kRankMax = 64;              // ranks that one low-rank projection handles at once
 
 // Some rows of one client's matrix, each contiguous, and the inputs in the two layouts the kernels read.
 struct DenseChunk {
-  const char* rows;       // the first row
-  int64_t row_stride;     // bytes
+  const char* rows;    // the first row
+  int64_t row_stride;  // bytes
   int64_t row_count;
-  int64_t columns;        // I
-  const float* scale;     // [row_count], or null
-  int64_t tokens;         // T
-  const float* x;         // dot form: [T, x_stride], zero beyond I
+  int64_t columns;     // I
+  const float* scale;  // [row_count], or null
+  int64_t tokens;      // T
+  const float* x;      // dot form: [T, x_stride], zero beyond I
   int64_t x_stride;
-  const float* grad;      // dot form: [T, grad_stride], at the chunk's first row
+  const float* grad;  // dot form: [T, grad_stride], at the chunk's first row
   int64_t grad_stride;
   const float* x_panels;     // panel form: per block of tokens [I, width]
   const float* grad_panels;  // panel form: per block of tokens [all rows, width]
@@ -42,9 +42,9 @@ struct Factor {
 
 struct Kernels {
   const char* name;
-  int64_t lanes;         // panels are padded to a multiple of this many tokens
-  int64_t panel;         // tokens in a full panel
-  int64_t dot_tokens;    // up to this many tokens the dot form is used
+  int64_t lanes;       // panels are padded to a multiple of this many tokens
+  int64_t panel;       // tokens in a full panel
+  int64_t dot_tokens;  // up to this many tokens the dot form is used
 
   // partial[t] = sum over the chunk's rows o of grad[t, o] scale[o] < row o, x[t] >. The dot form runs lanes along the
   // row and fits few tokens; the panel form runs lanes along the tokens. scratch: kChunkRows * kTileStride floats.

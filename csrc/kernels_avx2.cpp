@@ -3,9 +3,8 @@
 
 #if defined(__x86_64__)
 
-#include "simd_avx2.h"
-
 #include "lowrank_kernels.inc.h"
+#include "simd_avx2.h"
 
 namespace protoken {
 

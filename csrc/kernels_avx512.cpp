@@ -3,9 +3,8 @@
 
 #if defined(__x86_64__)
 
-#include "simd_avx512.h"
-
 #include "lowrank_kernels.inc.h"
+#include "simd_avx512.h"
 
 namespace protoken {
 

@@ -15,8 +15,9 @@ void project_rows_tile(const Factor& f, int64_t row, int64_t column, int64_t n, 
   for (int j = 0; j < R; ++j) {
     for (int t = 0; t < TB; ++t) acc[j][t] = Simd::zero();
   }
+  Simd::NanFlag nan;  // of float8 only, which no factor is
   const char* rows = f.base + row * f.rank_stride + column * item_size(Dtype);
-  accumulate_dots<Dtype, R, TB>(acc, rows, f.rank_stride, values + column, stride, n);
+  accumulate_dots<Dtype, R, TB>(acc, rows, f.rank_stride, values + column, stride, n, nan);
   for (int j = 0; j < R; ++j) {
     for (int t = 0; t < TB; ++t) out[t * f.rank + row + j] += Simd::sum(acc[j][t]);
   }
@@ -114,9 +115,15 @@ void project_dot(const Factor& f, const float* values, int64_t stride, int64_t t
       const float* v = values + token * stride;
       float* o = out + token * f.rank;
       switch (tokens - token) {
-        case 1: rows ? project_rows<Dtype, 1>(f, v, stride, o) : project_lanes<Dtype, 1>(f, first, last, v, stride, o); break;
-        case 2: rows ? project_rows<Dtype, 2>(f, v, stride, o) : project_lanes<Dtype, 2>(f, first, last, v, stride, o); break;
-        case 3: rows ? project_rows<Dtype, 3>(f, v, stride, o) : project_lanes<Dtype, 3>(f, first, last, v, stride, o); break;
+        case 1:
+          rows ? project_rows<Dtype, 1>(f, v, stride, o) : project_lanes<Dtype, 1>(f, first, last, v, stride, o);
+          break;
+        case 2:
+          rows ? project_rows<Dtype, 2>(f, v, stride, o) : project_lanes<Dtype, 2>(f, first, last, v, stride, o);
+          break;
+        case 3:
+          rows ? project_rows<Dtype, 3>(f, v, stride, o) : project_lanes<Dtype, 3>(f, first, last, v, stride, o);
+          break;
         default: rows ? project_rows<Dtype, 4>(f, v, stride, o) : project_lanes<Dtype, 4>(f, first, last, v, stride, o);
       }
     }
@@ -131,7 +138,7 @@ void project_panel_tile(const float* d, int64_t stride, int64_t n, const float* 
   for (int j = 0; j < R; ++j) {
     for (int v = 0; v < NT; ++v) acc[j][v] = Simd::load(out + j * padded + v * W);
   }
-  accumulate_panel<R, NT, Adjacent>(acc, d, stride, n, panel);
+  accumulate_panel<R, NT, Adjacent>(acc, d, stride, n, panel, {reinterpret_cast<const char*>(d), 0});
   for (int j = 0; j < R; ++j) {
     for (int v = 0; v < NT; ++v) Simd::store(out + j * padded + v * W, acc[j][v]);
   }
@@ -211,7 +218,7 @@ void project_panel(const Factor* factors, int64_t count, const float* panels, in
         float* o = out + row * padded + token;
         switch (width / W) {
           case 1: project_tile<1>(tile, factors[f].rank, n, panel, o, padded); break;
-          case 2: project_tile<(Simd::kPanelVectors < 2 ? 1 : 2)>(tile, factors[f].rank, n, panel, o, padded); break;
+          case 2: project_tile<2>(tile, factors[f].rank, n, panel, o, padded); break;
           default: project_tile<Simd::kPanelVectors>(tile, factors[f].rank, n, panel, o, padded); break;
         }
       }

@@ -11,11 +11,14 @@ TokenVectors::TokenVectors(const Kernels& kernels, const float* source, int64_t 
       tokens(token_count),
       columns(column_count),
       panels(as_panels),
-      in_place(!as_panels && column_count % kernels.lanes == 0),
-      stride(round_up(column_count, kernels.lanes)),
+      in_place(!as_panels && token_count == 1 && column_count % kernels.lanes == 0),
+      // One line more than needed: rows a power of two apart would share the same few sets of the cache.
+      stride(round_up(column_count, 16) + 16),
       width(kernels.panel),
       lanes(kernels.lanes),
-      tasks(as_panels ? (token_count + kernels.panel - 1) / kernels.panel : in_place ? 0 : token_count),
+      tasks(as_panels  ? (token_count + kernels.panel - 1) / kernels.panel
+            : in_place ? 0
+                       : token_count),
       copy(in_place    ? 0
            : as_panels ? product(padded_tokens(kernels, token_count), column_count)
                        : product(token_count, stride)) {}

@@ -17,7 +17,7 @@ struct TokenVectors {
   const float* values;
   int64_t tokens, columns;
   bool panels;
-  bool in_place;   // rows that need no padding are read where they lie
+  bool in_place;   // a single row that needs no padding is read where it lies
   int64_t stride;  // of rows
   int64_t width;   // of a full panel
   int64_t lanes;

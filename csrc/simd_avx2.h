@@ -32,7 +32,7 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
 
-  // 8 elements as fp32; float8 comes out times 2^-8 (see load_factor), and its NaN as a number (see has_nan).
+  // 8 elements as fp32; float8 comes out times 2^-8 (see load_factor), and its NaN as a number (see NanFlag).
   template <int Dtype>
   static V load_as(const void* p) {
     if constexpr (Dtype == kFloat32) {
@@ -51,19 +51,25 @@ struct Simd {
     }
   }
 
-  // Whether any of n float8 bytes is NaN (0x7f or 0xff).
-  static bool has_nan(const uint8_t* p, int64_t n) {
-    const __m256i magnitude = _mm256_set1_epi8(0x7f);
+  // Remembers whether any float8 byte it saw was NaN (0x7f or 0xff).
+  struct NanFlag {
     __m256i found = _mm256_setzero_si256();
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
-      found = _mm256_or_si256(found, _mm256_cmpeq_epi8(_mm256_and_si256(bytes, magnitude), magnitude));
+
+    void line(const void* p) {
+      const __m256i magnitude = _mm256_set1_epi8(0x7f);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i bytes = _mm256_loadu_si256(static_cast<const __m256i*>(p) + half);
+        found = _mm256_or_si256(found, _mm256_cmpeq_epi8(_mm256_and_si256(bytes, magnitude), magnitude));
+      }
     }
-    bool nan = _mm256_movemask_epi8(found) != 0;
-    for (; i < n; ++i) nan |= (p[i] & 0x7f) == 0x7f;
-    return nan;
-  }
+    void bytes(const char* p, int64_t n) {
+      for (; n >= 64; n -= 64, p += 64) line(p);
+      alignas(32) char last[64] = {};
+      std::memcpy(last, p, static_cast<size_t>(n > 0 ? n : 0));
+      line(last);
+    }
+    bool any() const { return _mm256_movemask_epi8(found) != 0; }
+  };
 };
 
 }  // namespace

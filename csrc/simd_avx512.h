@@ -28,7 +28,7 @@ struct Simd {
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static float sum(V v) { return _mm512_reduce_add_ps(v); }
 
-  // 16 elements as fp32; float8 comes out times 2^-8 (see load_factor), and its NaN as a number (see has_nan).
+  // 16 elements as fp32; float8 comes out times 2^-8 (see load_factor), and its NaN as a number (see NanFlag).
   template <int Dtype>
   static V load_as(const void* p) {
     if constexpr (Dtype == kFloat32) {
@@ -49,21 +49,23 @@ struct Simd {
     }
   }
 
-  // Whether any of n float8 bytes is NaN (0x7f or 0xff).
-  static bool has_nan(const uint8_t* p, int64_t n) {
-    const __m512i magnitude = _mm512_set1_epi8(0x7f);
+  // Remembers whether any float8 byte it saw was NaN (0x7f or 0xff).
+  struct NanFlag {
     __mmask64 found = 0;
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-      found |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(_mm512_loadu_si512(p + i), magnitude), magnitude);
+
+    void line(const void* p) { see(_mm512_loadu_si512(p)); }
+    void bytes(const char* p, int64_t n) {
+      for (; n >= 64; n -= 64, p += 64) line(p);
+      if (n > 0) see(_mm512_maskz_loadu_epi8(~0ull >> (64 - n), p));
     }
-    if (i < n) {
-      const __mmask64 tail = ~0ull >> (64 - (n - i));
-      const __m512i last = _mm512_maskz_loadu_epi8(tail, p + i);
-      found |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(last, magnitude), magnitude);
+    bool any() const { return found != 0; }
+
+   private:
+    void see(__m512i line) {
+      const __m512i magnitude = _mm512_set1_epi8(0x7f);
+      found |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(line, magnitude), magnitude);
     }
-    return found != 0;
-  }
+  };
 };
 
 }  // namespace

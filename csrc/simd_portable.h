@@ -41,11 +41,16 @@ struct Simd {
     return v;
   }
 
-  static bool has_nan(const uint8_t* p, int64_t n) {
-    bool nan = false;
-    for (int64_t i = 0; i < n; ++i) nan |= (p[i] & 0x7f) == 0x7f;
-    return nan;
-  }
+  // Remembers whether any float8 byte it saw was NaN (0x7f or 0xff).
+  struct NanFlag {
+    bool found = false;
+
+    void line(const void* p) { bytes(static_cast<const char*>(p), 64); }
+    void bytes(const char* p, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) found |= (p[i] & 0x7f) == 0x7f;
+    }
+    bool any() const { return found; }
+  };
 };
 
 }  // namespace
