@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from ledger_cases import NAMES, federation, forge_manifest, forge_shard, parameters, reopen, updates
 
 from protoken.errors import LedgerError, LedgerFormatError, ProtokenError
-from protoken.ledger import ClientUpdate, Ledger, LowRank, strictjson
-from protoken.ledger import manifest as m
+from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing, strictjson
 from protoken.ledger.files import FileLayer
 from protoken.ledger.shards import ShardRef, parse_header
 from protoken.ledger.verification import verify
@@ -148,13 +147,13 @@ def test_any_manifest_is_parsed_or_a_format_error(original, edits):
     data = json.loads((original / "rounds/00000002/manifest.json").read_bytes())
     text = json.dumps(mutate(data, edits)).encode()
     start = time.process_time()
-    parsed, error = attempt(lambda: m.parse_manifest(text, "manifest"))
+    parsed, error = attempt(lambda: parsing.parse_manifest(text, "manifest"))
     if parsed is None:
         assert isinstance(error, LedgerFormatError)
         assert str(error).isprintable()
         assert str(error).isascii()
     else:
-        assert m.parse_manifest(parsed.dump(), "again") == parsed
+        assert parsing.parse_manifest(parsed.dump(), "again") == parsed
         assert abs(math.fsum(c.weight for c in parsed.clients) - 1) < 1e-5 or parsed.rule not in ("fedavg", "fedprox")
     assert time.process_time() - start < SECOND
 

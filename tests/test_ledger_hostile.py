@@ -28,7 +28,7 @@ from ledger_cases import (
 )
 
 from protoken.errors import ArgumentError, LedgerError, LedgerFormatError, NonFiniteError
-from protoken.ledger import ClientUpdate, Ledger, LowRank
+from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
 from protoken.ledger.names import escape_terminal
@@ -426,12 +426,12 @@ def test_a_hundred_thousand_clients_are_parsed_and_one_more_is_refused(path):
 
     data = dataclasses.replace(whole, clients=tuple(client(i) for i in range(m.MAX_CLIENTS))).dump()
     assert len(data) < m.MANIFEST_LIMIT
-    parsed = m.parse_manifest(data, "many")
+    parsed = parsing.parse_manifest(data, "many")
     assert len(parsed.clients) == 100_000
     assert parsed.clients[99_999] == client(99_999)
     more = data.replace(b'"clients":[', b'"clients":[{},', 1)
     with pytest.raises(LedgerFormatError, match="1 to 100000 clients, got 100001"):
-        m.parse_manifest(more, "more")
+        parsing.parse_manifest(more, "more")
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;pwned\x07", "a\u202eb", "tab\t", "back\\slash", "\x9b31m"])

@@ -38,7 +38,7 @@ from protoken.errors import (
     LedgerFormatError,
     NonFiniteError,
 )
-from protoken.ledger import ClientUpdate, Ledger, LowRank
+from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
 from protoken.ledger.summary import list_ledger, show_round
@@ -346,7 +346,7 @@ def test_a_previous_hash_hidden_where_the_walk_would_find_it_is_refused(path):
 
 def test_walking_the_chain_reads_each_manifest_once_and_parses_none_of_them(path, monkeypatch):
     parsed = []
-    original = m.parse_manifest
-    monkeypatch.setattr(m, "parse_manifest", lambda data, what: parsed.append(what) or original(data, what))
+    original = parsing.parse_manifest
+    monkeypatch.setattr(parsing, "parse_manifest", lambda data, what: parsed.append(what) or original(data, what))
     assert Ledger.open(path).round(1).number == 1
     assert parsed == ["rounds/00000001/manifest.json"]

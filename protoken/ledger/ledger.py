@@ -28,7 +28,7 @@ from protoken.errors import (
     UnknownRoundError,
 )
 from protoken.ledger import manifest as m
-from protoken.ledger import names, strictjson
+from protoken.ledger import names, parsing, strictjson
 from protoken.ledger.files import FileLayer
 from protoken.ledger.rounds import Round, ShardCache, folder
 from protoken.ledger.updates import ClientUpdate, Value
@@ -137,7 +137,7 @@ class Ledger:
         """
         files = files or FileLayer(path)
         data = files.read("ledger.json", m.GENESIS_LIMIT)
-        genesis, head = m.parse_genesis(data), m.parse_head(files.read("HEAD", m.HEAD_LIMIT))
+        genesis, head = parsing.parse_genesis(data), parsing.parse_head(files.read("HEAD", m.HEAD_LIMIT))
         if head.run != genesis.run or (head.round == 0 and head.sha256 != m.sha256(data)):
             raise LedgerFormatError("HEAD", expected=f"the head of run {genesis.run}", got=f"one of {head.run}")
         ledger = cls(files, genesis, m.sha256(data), head, check=check, key=signing_key)
@@ -341,7 +341,7 @@ class Ledger:
         self._pruned = read_pruned(self._files)
 
     def _require_current(self) -> None:
-        found = m.parse_head(self._files.read("HEAD", m.HEAD_LIMIT))
+        found = parsing.parse_head(self._files.read("HEAD", m.HEAD_LIMIT))
         if found != self._head:
             raise CommitConflict(
                 "ledger",
@@ -403,7 +403,7 @@ class Ledger:
 
     def _read_manifest(self, number: int) -> m.Manifest:
         what, data = f"{folder(number)}/manifest.json", self._checked_bytes(number)
-        found = m.parse_manifest(data, what)
+        found = parsing.parse_manifest(data, what)
         if found.run != self.run or found.round != number:
             raise LedgerFormatError(
                 what,
