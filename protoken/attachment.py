@@ -14,6 +14,8 @@ from .architectures import Architecture, architecture_of
 from .bank import Bank, build_bank
 from .errors import LayerError, LedgerMismatchError, ModelError
 from .ledger import Ledger, tensor_digest
+from .methods.weights import Updates, read_updates
+from .verification import check_layer
 
 
 @dataclass
@@ -27,27 +29,51 @@ class Attachment:
     verify: bool
     checked: set[str] = field(default_factory=set)
     banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
+    updates: dict[tuple[Any, ...], Updates] = field(default_factory=dict)
 
     def bank(self, model: nn.Module, layers: Sequence[str], rounds: Sequence[int]) -> Bank:
         """The bank of these layers and rounds, after checking once that the model's weights are the ledger's."""
         if self.verify:
-            self._check_weights(model, [layer for layer in layers if layer not in self.checked])
+            self._check_layers(model, layers)
         key = (tuple(layers), tuple(rounds))
         if key not in self.banks:
             # One bank at a time: alternating between many selections must not pile up memory.
             self.banks.clear()
-            self.banks[key] = build_bank(self.ledger, model, layers, rounds)
+            self.banks[key] = build_bank(self.ledger, model, layers, rounds, self.round)
         return self.banks[key]
 
-    def _check_weights(self, model: nn.Module, layers: Sequence[str]) -> None:
-        recorded = self.ledger.round(self.round).aggregate_digest
+    def moving(self, model: nn.Module, names: Sequence[str], rounds: Sequence[int]) -> Updates:
+        """The updates of these parameters and rounds, after checking once that the weights are the ledger's."""
+        if self.verify:
+            self.check_weights(model, names)
+        key = (tuple(names), tuple(rounds))
+        if key not in self.updates:
+            self.updates.clear()
+            self.updates[key] = read_updates(self.ledger, model, rounds, names)
+        return self.updates[key]
+
+    def _check_layers(self, model: nn.Module, layers: Sequence[str]) -> None:
         for layer in layers:
-            name = f"{layer}.weight"
+            if layer not in self.checked:
+                check_layer(model, layer, self.ledger, self.round)
+                self.checked.add(layer)
+
+    def check_weights(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Compare parameters with the ledger's digests, each once.
+
+        Raises:
+            LayerError: the ledger does not record one of them.
+            LedgerMismatchError: the model's weights are not those of the round.
+        """
+        recorded = self.ledger.round(self.round).aggregate_digest
+        for name in names:
+            if name in self.checked:
+                continue
             if name not in recorded:
                 raise LayerError(
                     "layers",
                     expected=f"layers that round {self.round} of the ledger records",
-                    got=layer,
+                    got=name.removesuffix(".weight"),
                     remedy=f"Recorded are {', '.join(sorted(recorded)[:8])}",
                 )
             digest = tensor_digest(model.get_parameter(name).detach())
@@ -58,7 +84,7 @@ class Attachment:
                     got=f"{recorded[name][:12]} after round {self.round}",
                     remedy=self._remedy(name, digest),
                 )
-            self.checked.add(layer)
+            self.checked.add(name)
 
     def _remedy(self, name: str, digest: str) -> str:
         for number in self.ledger.rounds:

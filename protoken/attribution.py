@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
-from .bank import Bank
+from .attachment import Attachment
+from .bank import Bank, Rounds, select_rounds
 from .dispatch import choose
 from .errors import ArgumentError
 from .forward_mode import forward_scores
 from .generation import Generated
+from .ledger import Ledger
 from .methods.paper import client_weights, paper_scores
+from .methods.replayed import REPLAYED, Settings, moving_parameters, replayed_scores
+from .methods.weights import Updates
 from .projection import Scores, project_local, project_reverse
 from .relevance import Objective, Response, local_relevance, reverse_relevance
 from .results import Trace, TraceInfo
@@ -24,7 +28,21 @@ from .text import tokens_of
 from .versions import versions
 
 Way = Literal["auto", "local", "reverse", "forward"]
-Method = Literal["protoken", "paper"]
+Method = Literal[
+    "protoken",
+    "paper",
+    "aumann_shapley",
+    "shapley",
+    "leave_one_out",
+    "chance",
+    "aggregation_weight",
+    "update_norm",
+    "cosine",
+    "client_log_prob",
+    "activation_only",
+    "head_only",
+    "tracefl",
+]
 
 
 @dataclass(frozen=True)
@@ -37,23 +55,32 @@ class Plan:
     objective: Objective
     method: Method
     backend: str
+    blocks: int | None = 1
+    patterns: tuple[str, ...] | None = None
+    settings: Settings = Settings()
+
+    @property
+    def replays(self) -> bool:
+        """Whether the finished response is replayed at other weights, instead of scored from what was captured."""
+        return self.method in REPLAYED
 
     @property
     def needs_sequence(self) -> bool:
         """Whether hidden states of all positions must be recorded, not only of the deciding ones."""
-        return self.way in ("reverse", "forward")
+        return self.way in ("reverse", "forward") and not self.replays
 
 
 def make_plan(
     architecture: Architecture,
-    blocks: int,
+    blocks: int | None,
     layers: list[str] | None,
     way: Way,
     objective: Objective | None,
     method: Method,
     backend: str,
+    settings: Settings | None = None,
 ) -> Plan:
-    """Resolve the caller's choices.
+    """Resolve the caller's choices; `blocks` is 1 for the first-order methods, and all that is recorded for others.
 
     Raises:
         ArgumentError: an unknown word, or a way that is not exact for these layers.
@@ -63,7 +90,9 @@ def make_plan(
     _check_word("way", way, get_args(Way))
     objective = objective or ("logit" if method == "paper" else "log_prob")
     _check_word("objective", objective, get_args(Objective))
-    names = architecture.traced_layers(blocks, layers)
+    if method in REPLAYED:
+        return _replay_plan(architecture, blocks, layers, way, objective, method, backend, settings or Settings())
+    names = architecture.traced_layers(1 if blocks is None else blocks, layers)
     return Plan(
         layers=names,
         first_block=min(architecture.block_of(name) for name in names),
@@ -72,6 +101,46 @@ def make_plan(
         method=method,
         backend=backend,
     )
+
+
+def _replay_plan(
+    architecture: Architecture,
+    blocks: int | None,
+    layers: list[str] | None,
+    way: Way,
+    objective: Objective,
+    method: Method,
+    backend: str,
+    settings: Settings,
+) -> Plan:
+    """Of a method that replays the response: totals (reverse) or tokens (forward) for aumann_shapley alone."""
+    ways = ("auto", "reverse", "forward") if method == "aumann_shapley" else ("auto",)
+    if way not in ways:
+        raise ArgumentError("way", expected=f'one of {", ".join(ways)} for method "{method}"', got=way)
+    if blocks is not None or layers is not None:
+        architecture.traced_layers(len(architecture.blocks) if blocks is None else blocks, layers)
+    chosen = "replay" if method != "aumann_shapley" else "forward" if way == "forward" else "reverse"
+    return Plan(
+        layers=(),
+        first_block=len(architecture.blocks) - 1,
+        way=chosen,
+        objective=objective,
+        method=method,
+        backend=backend,
+        blocks=blocks,
+        patterns=None if layers is None else tuple(layers),
+        settings=replace(settings, per_token=chosen == "forward"),
+    )
+
+
+def read_source(own: Attachment, model: PreTrainedModel, plan: Plan, rounds: Rounds) -> Bank | Updates:
+    """The clients' updates that a plan needs: the traced layers' bank, or every parameter that moves."""
+    numbers = select_rounds(own.ledger, rounds, own.round)
+    if not plan.replays:
+        return own.bank(model, plan.layers, numbers)
+    patterns = None if plan.patterns is None else list(plan.patterns)
+    names = moving_parameters(plan.method, own.ledger, numbers, model, own.architecture, plan.blocks, patterns)
+    return own.moving(model, names, numbers)
 
 
 def _choose_way(architecture: Architecture, names: tuple[str, ...], way: Way) -> str:
@@ -100,9 +169,28 @@ def local_layers(architecture: Architecture) -> set[str]:
     }
 
 
-def attribute(model: nn.Module, architecture: Architecture, generated: Generated, bank: Bank, plan: Plan) -> Scores:
+def attribute(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    generated: Generated,
+    bank: Bank | Updates,
+    plan: Plan,
+    ledger: Ledger,
+) -> Scores:
     """Scores of the response under the plan; a response without tokens has none."""
     capture, response = generated.capture, generated.response
+    if isinstance(bank, Updates):
+        return replayed_scores(
+            plan.method,
+            model,
+            architecture,
+            response,
+            bank,
+            ledger,
+            objective=plan.objective,
+            settings=plan.settings,
+            backend=plan.backend,
+        )
     if response.new_tokens == 0:
         return Scores.empty(len(plan.layers), len(bank.clients))
     if plan.method == "paper":
@@ -167,7 +255,7 @@ def _paper(model: nn.Module, response: Response, bank: Bank, plan: Plan) -> Scor
 def assemble(
     tokenizer: Any,
     response: Response,
-    bank: Bank,
+    bank: Bank | Updates,
     scores: Scores,
     plan: Plan,
     *,
@@ -182,8 +270,9 @@ def assemble(
         method=plan.method,
         way=plan.way,
         objective=plan.objective,
-        layers=plan.layers,
+        layers=_layers_of(scores, bank, plan),
         rounds=bank.rounds,
+        settings=scores.settings,
         backend=_picked(plan, response.ids.device),
         versions=versions(),
         generate_arguments={name: _printable(value) for name, value in generate_arguments.items()},
@@ -203,8 +292,15 @@ def assemble(
         residual=scores.residual,
         change=scores.change,
         layer_totals=None if scores.layer_totals is None else scores.layer_totals.numpy(),
+        standard_errors=None if scores.standard_errors is None else scores.standard_errors.numpy(),
         info=info,
     )
+
+
+def _layers_of(scores: Scores, source: Bank | Updates, plan: Plan) -> tuple[str, ...]:
+    """The layers of the record. A baseline's totals are of the whole model at once: its one row has no layer's name."""
+    layers = source.layers if isinstance(source, Updates) else plan.layers
+    return layers if scores.layer_totals is None or len(scores.layer_totals) == len(layers) else ("all",)
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -213,7 +309,7 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def _picked(plan: Plan, device: torch.device) -> str:
-    if plan.method == "paper":
+    if plan.method == "paper" or (plan.replays and plan.way != "reverse"):
         return "torch"
     op = "client_totals" if plan.way == "reverse" else "client_scores"
     return choose(op, plan.backend, device).name

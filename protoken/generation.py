@@ -107,7 +107,7 @@ def generate(
         GenerationError: the result is not sequences that start with the prompts, or the padding is on the right.
     """
     padding = _left_padding(prompt, attention_mask)
-    with capturing(architecture, first_block, sequence=sequence) as capture, _seeded(seed, prompt.device):
+    with capturing(architecture, first_block, sequence=sequence) as capture, seeded(seed, prompt.device):
         output = call(**arguments)
     sequences = _sequences(output, prompt)
     copies = sequences.shape[0] // prompt.shape[0]
@@ -181,7 +181,7 @@ def _length(new_ids: list[int], stops: set[int]) -> int:
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return

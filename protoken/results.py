@@ -18,6 +18,7 @@ Nothing here imports torch or transformers: a saved trace opens on a machine tha
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,21 @@ import numpy as np
 
 from protoken.errors import ArgumentError
 from protoken.results_checks import Array, check_sums, finite, frozen_array, utf8
-from protoken.results_parts import UNITS, ClientScore, Objective, Token, TokenScore, TraceInfo
+from protoken.results_parts import (
+    UNITS,
+    WITHOUT_CONSERVATION,
+    ClientScore,
+    Objective,
+    Token,
+    TokenScore,
+    TraceInfo,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
+
+    from protoken.counterfactual import Counterfactual
 
 __all__ = ["ClientScore", "Objective", "Token", "TokenScore", "Trace", "TraceInfo"]
 
@@ -48,6 +59,7 @@ class Trace:
     residual, change  sum(totals) + residual == change
     layer_totals      [L, K] totals by layer of info.layers, or None
     start             where token 0 stands in the generation this trace was cut from
+    standard_errors   [K] of the totals, where they were sampled, else None
 
     Errors: ShapeError, DtypeError, NonFiniteError, ArgumentError name the field that does not fit.
     """
@@ -67,6 +79,7 @@ class Trace:
     layer_totals: Array | None
     info: TraceInfo
     start: int = 0
+    standard_errors: Array | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -91,10 +104,11 @@ class Trace:
             "token_scores": ((tokens, clients), "[T, K]"),
             "token_residual": ((tokens,), "[T]"),
             "layer_totals": ((len(self.info.layers), clients), "[L, K]"),
+            "standard_errors": ((clients,), "[K]"),
         }
         for name, (shape, axes) in shapes.items():
             value = getattr(self, name)
-            optional = name in ("token_scores", "token_residual", "layer_totals")
+            optional = name in ("token_scores", "token_residual", "layer_totals", "standard_errors")
             put(name, None if value is None and optional else frozen_array(name, value, shape, axes))
         for name in ("residual", "change"):
             put(name, finite(name, getattr(self, name)))
@@ -105,8 +119,8 @@ class Trace:
 
     @property
     def unit(self) -> str:
-        """Unit of every score: "nats" for the log-probability, "logit units" for the logit."""
-        return UNITS[self.info.objective]
+        """Unit of every score: "nats" for the log-probability, "logit units" for the logit; baselines have their own."""
+        return WITHOUT_CONSERVATION.get(self.info.method) or UNITS[self.info.objective]
 
     @property
     def text(self) -> str:
@@ -179,6 +193,7 @@ class Trace:
             residual=residual,
             change=float(totals.sum()) + residual,
             layer_totals=None,
+            standard_errors=None,
             start=self.start + i,
         )
 
@@ -198,6 +213,35 @@ class Trace:
                 remedy="Trace again in a way that scores tokens, such as the local way",
             )
         return self.token_scores, self.token_residual
+
+    # ---- asking again -----------------------------------------------------------------------------------
+
+    def counterfactual(
+        self,
+        without: str | Collection[str],
+        *,
+        reaggregate: bool = True,
+        generate: bool = False,
+        model: Any = None,
+        ledger: Any = None,
+        tokenizer: Any = None,
+    ) -> Counterfactual:
+        """How likely were these tokens if these clients had not taken part? See `protoken.counterfactual`.
+
+        ``generate``: also answer the prompt anew without them. ``model`` and ``ledger`` are needed for a trace that
+        was loaded, or whose model is gone.
+        """
+        from protoken.counterfactual import counterfactual
+
+        return counterfactual(
+            self,
+            without,
+            reaggregate=reaggregate,
+            generate=generate,
+            model=model,
+            ledger=ledger,
+            tokenizer=tokenizer,
+        )
 
     # ---- looking -------------------------------------------------------------------------------------
 

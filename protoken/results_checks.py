@@ -85,14 +85,16 @@ def plain(value: object) -> Any:
 def check_sums(trace: Trace) -> None:
     """Conservation, and totals that are the sums of their tokens; else numbers on one page contradict.
 
-    sum(totals) + residual == change (but for method "paper"), and per token sums likewise, within SUM_TOLERANCE
+    sum(totals) + residual == change (but for "paper" and the baselines), and per token sums likewise, within SUM_TOLERANCE
     of the magnitudes.
     """
+    from protoken.results_parts import WITHOUT_CONSERVATION
+
     totals, scores, inside = trace.totals, trace.token_scores, trace.token_residual
     size = float(np.abs(totals).sum()) + abs(trace.residual) + abs(trace.change)
     sums = [("change", float(totals.sum()) + trace.residual, trace.change)]
-    if trace.info.method == "paper":
-        # The published scores are of full weights, not of updates: only their tokens add up, not the change.
+    if trace.info.method in WITHOUT_CONSERVATION:
+        # The published scores are of full weights, and baselines of nothing that adds up: only their tokens do.
         sums = []
     if scores is not None and inside is not None:
         size += float(np.abs(scores).sum()) + float(np.abs(inside).sum())

@@ -45,6 +45,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
         "change": trace.change,
         "conservation_residual": trace.conservation_residual,
         "layer_totals": None if trace.layer_totals is None else trace.layer_totals.tolist(),
+        "standard_errors": None if trace.standard_errors is None else trace.standard_errors.tolist(),
         "info": {
             "method": info.method,
             "way": info.way,
@@ -59,6 +60,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
             "seconds_generate": info.seconds_generate,
             "seconds_trace": info.seconds_trace,
             "generate_arguments": info.generate_arguments,
+            "settings": info.settings,
             "created": info.created,
         },
     }
@@ -78,9 +80,9 @@ def from_dict(data: object) -> Trace:
         raise TraceFormatError("schema", expected=SCHEMA, got=repr(entry.get("schema"))[:80], remedy=remedy)
     names = "prompt prompt_ids response start tokens clients weights totals token_scores objective_values"
     names += " token_residual residual change layer_totals info"
-    _keys("trace", entry, {*names.split(), "format", "schema"}, _DERIVED)
+    _keys("trace", entry, {*names.split(), "format", "schema"}, {*_DERIVED, "standard_errors"})
     facts = _object("info", entry["info"])
-    _keys("info", facts, set(TraceInfo.__dataclass_fields__), set())
+    _keys("info", facts, set(TraceInfo.__dataclass_fields__) - {"settings"}, {"settings"})
     try:
         return Trace(
             prompt=entry["prompt"],
@@ -98,6 +100,7 @@ def from_dict(data: object) -> Trace:
             layer_totals=_optional_numbers("layer_totals", entry["layer_totals"], 2),
             info=_info(facts),
             start=_integers("start", [entry["start"]])[0],
+            standard_errors=_optional_numbers("standard_errors", entry.get("standard_errors"), 1),
         )
     except TraceFormatError:
         raise
@@ -223,8 +226,8 @@ def _info(facts: dict[str, Any]) -> TraceInfo:
         "layers": tuple(_list("layers", facts["layers"])),
         "rounds": tuple(_integers("rounds", facts["rounds"])),
     }
-    for name in ("versions", "generate_arguments"):
-        _object(name, facts[name])
+    for name in ("versions", "generate_arguments", "settings"):
+        _object(name, facts.get(name, {}))
     if facts["seed"] is not None:
         _integers("seed", [facts["seed"]])
     if not isinstance(facts["objective"], str):

@@ -13,6 +13,19 @@ from protoken.results_checks import finite, plain, utf8
 Objective = Literal["log_prob", "logit"]
 UNITS: dict[str, str] = {"log_prob": "nats", "logit": "logit units"}
 
+WITHOUT_CONSERVATION: dict[str, str | None] = {
+    "paper": None,
+    "chance": "random units",
+    "aggregation_weight": "weight",
+    "update_norm": "norm units",
+    "cosine": "cosine",
+    "client_log_prob": None,
+    "activation_only": "activation units",
+    "head_only": None,
+    "tracefl": "standard deviations",
+}
+"""Methods whose scores need not add up to the change, with the unit of their scores; None: the objective's."""
+
 
 @dataclass(frozen=True)
 class Token:
@@ -39,6 +52,7 @@ class TraceInfo:
     seconds_generate    wall seconds of plain generation
     seconds_trace       wall seconds of the whole trace, generation included
     generate_arguments  as given to ``generate``, in JSON's types
+    settings            the method's own: nodes, sampled orders, evaluations
     created             ISO 8601 with time zone
     """
 
@@ -55,6 +69,7 @@ class TraceInfo:
     seconds_generate: float = 0.0
     seconds_trace: float = 0.0
     generate_arguments: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
@@ -68,6 +83,7 @@ class TraceInfo:
         clean["versions"] = {utf8("versions", k): utf8("versions", v) for k, v in self.versions.items()}
         clean["seed"] = None if self.seed is None else operator.index(self.seed)
         clean["generate_arguments"] = plain(self.generate_arguments)
+        clean["settings"] = plain(self.settings)
         for name in ("seconds_generate", "seconds_trace"):
             clean[name] = finite(name, getattr(self, name))
         for name, value in clean.items():

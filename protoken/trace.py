@@ -17,10 +17,12 @@ import torch
 from transformers import PreTrainedModel
 
 from .attachment import attachment_of, make_attachment
-from .attribution import Method, Way, assemble, attribute, make_plan, model_name
-from .bank import Rounds, select_rounds
+from .attribution import Method, Way, assemble, attribute, make_plan, model_name, read_source
+from .bank import Rounds
+from .counterfactual import remember
 from .generation import check_arguments, complete_arguments, generate
 from .ledger import Ledger
+from .methods.replayed import Settings
 from .patching import evaluation_mode, refuse_inference_mode
 from .relevance import Objective
 from .results import Trace
@@ -34,12 +36,14 @@ def trace(
     ledger: Ledger | str | PathLike[str] | None = None,
     tokenizer: Any = None,
     rounds: Rounds = "last",
-    blocks: int = 1,
+    blocks: int | None = None,
     layers: list[str] | None = None,
     way: Way = "auto",
     objective: Objective | None = None,
     method: Method = "protoken",
     backend: str = "auto",
+    nodes: int = 4,
+    pairs: int | None = None,
     chat: bool | None = None,
     seed: int | None = None,
     **generate_arguments: Any,
@@ -52,14 +56,20 @@ def trace(
         ledger: the federation's ledger or its path, unless one was attached with `protoken.attach`.
         tokenizer: likewise.
         rounds: "last", "all" (each client's weighted deltas summed: its lineage), a number, or several.
-        blocks: trace the last `blocks` blocks: attention out-projection and MLP-final layer of each.
+        blocks: trace the last `blocks` blocks: attention out-projection and MLP-final layer of each. None: one block
+            for "protoken" and "paper", and every parameter that the ledger records for the other methods.
         layers: names or shell patterns of linear layers to trace in those blocks instead.
         way: "local" (scores per token, one block), "forward" (scores per token, any number of blocks) or "reverse"
             (totals of the whole response only, any number of blocks, cheapest for many clients); "auto" takes the
             local way where it is exact (the last block's two default layers), else the forward way.
         objective: "log_prob" (default) or "logit" (the paper's, and the default of method "paper").
-        method: "protoken", or "paper": the published algorithm as it stands, slow, for comparison.
+        method: "protoken" (first order at G); "paper" (the published algorithm as it stands, slow, for comparison);
+            "aumann_shapley", "shapley", "leave_one_out" (beyond first order: the response is replayed at other
+            weights), or a baseline: "chance", "aggregation_weight", "update_norm", "cosine", "client_log_prob",
+            "activation_only", "head_only", "tracefl". See docs/methods.md for what each answers and costs.
         backend: who computes the projection: "auto", "cuda", "triton", "cpp" or "torch".
+        nodes: gradients along the path of "aumann_shapley" (totals; way="forward" scores every token).
+        pairs: sampled pairs of orders of "shapley"; None: exact up to 8 clients, 16 pairs above.
         chat: wrap text in the tokenizer's chat template; None: if it has one.
         seed: seed of this generation alone.
         **generate_arguments: for the model's own `generate`. Without a length, 64 new tokens at most.
@@ -78,8 +88,9 @@ def trace(
     check_arguments(generate_arguments)
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
-    plan = make_plan(own.architecture, blocks, layers, way, objective, method, backend)
-    bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
+    settings = Settings(nodes=nodes, pairs=pairs, seed=seed or 0)
+    plan = make_plan(own.architecture, blocks, layers, way, objective, method, backend, settings)
+    bank = read_source(own, model, plan, rounds)
     ids = encode_prompt(tokenizer, prompt, chat)
     check_ids(model, ids)
     arguments = complete_arguments(model, generate_arguments, len(ids))
@@ -101,8 +112,8 @@ def trace(
             seed=seed,
         )
         generated_at = time.perf_counter()
-        scores = attribute(model, own.architecture, generated, bank, plan)
-    return assemble(
+        scores = attribute(model, own.architecture, generated, bank, plan, own.ledger)
+    trace = assemble(
         tokenizer,
         generated.response,
         bank,
@@ -115,3 +126,5 @@ def trace(
         seconds_trace=time.perf_counter() - began,
         generate_arguments=generate_arguments,
     )
+    remember(trace, model, own)
+    return trace

@@ -19,11 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attachment import Attachment, attachment_of, make_attachment
-from .attribution import Method, Plan, Way, assemble, attribute, make_plan, model_name
-from .bank import Bank, Rounds, select_rounds
+from .attribution import Method, Plan, Way, assemble, attribute, make_plan, model_name, read_source
+from .bank import Bank, Rounds
+from .counterfactual import remember
 from .errors import GenerationError
 from .generation import Generated, generate
 from .ledger import Ledger
+from .methods.replayed import Settings
+from .methods.weights import Updates
 from .patching import evaluation_mode, refuse_inference_mode, replaced_method
 from .relevance import Objective
 from .results import Trace
@@ -56,12 +59,14 @@ def tracing(
     ledger: Ledger | str | PathLike[str] | None = None,
     tokenizer: Any = None,
     rounds: Rounds = "last",
-    blocks: int = 1,
+    blocks: int | None = None,
     layers: list[str] | None = None,
     way: Way = "auto",
     objective: Objective | None = None,
     method: Method = "protoken",
     backend: str = "auto",
+    nodes: int = 4,
+    pairs: int | None = None,
 ) -> Iterator[Tape]:
     """Trace every `model.generate(...)` inside the `with`.
 
@@ -74,8 +79,9 @@ def tracing(
     """
     refuse_inference_mode(model)
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
-    plan = make_plan(own.architecture, blocks, layers, way, objective, method, backend)
-    bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
+    settings = Settings(nodes=nodes, pairs=pairs)
+    plan = make_plan(own.architecture, blocks, layers, way, objective, method, backend, settings)
+    bank = read_source(own, model, plan, rounds)
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
     recorder = _Recorder(model, model.generate, own, tokenizer, plan, bank)
     with replaced_method(model, "generate", recorder.generate):
@@ -91,7 +97,7 @@ class _Recorder:
     own: Attachment
     tokenizer: Any
     plan: Plan
-    bank: Bank
+    bank: Bank | Updates
     tape: Tape = field(default_factory=Tape)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -116,8 +122,8 @@ class _Recorder:
 
     def _trace(self, generated: Generated, seconds_generate: float, arguments: dict[str, Any]) -> Trace:
         began = time.perf_counter()
-        scores = attribute(self.model, self.own.architecture, generated, self.bank, self.plan)
-        return assemble(
+        scores = attribute(self.model, self.own.architecture, generated, self.bank, self.plan, self.own.ledger)
+        trace = assemble(
             self.tokenizer,
             generated.response,
             self.bank,
@@ -129,6 +135,8 @@ class _Recorder:
             seconds_trace=seconds_generate + time.perf_counter() - began,
             generate_arguments={k: v for k, v in arguments.items() if not isinstance(v, Tensor)},
         )
+        remember(trace, self.model, self.own)
+        return trace
 
 
 def _prompt_of(inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ the same hidden states at every point: they run once, and each evaluation costs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -76,9 +76,7 @@ class Game:
 
     def on_path(self, along: float) -> dict[str, Tensor]:
         """The moving parameters at start + along * (G - start)."""
-        return {
-            name: value.add(self.updates.change[name].to(value), alpha=along) for name, value in self.start.items()
-        }
+        return {name: value.add(self.updates.change[name].to(value), alpha=along) for name, value in self.start.items()}
 
     def coalition(self, members: Tensor) -> Tensor:
         """v(S) per token for a mask [K] of members."""
@@ -110,6 +108,32 @@ class Game:
         tangent: Tensor = result[1]
         return tangent.double().cpu()
 
+    def taps(self, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Input [T, I], output [T, O] and df/d output [T, O] of layers at the deciding positions, at G."""
+        prompt, count = self.response.prompt_length, self.response.new_tokens
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                # Frozen or not: adding a zero that wants a gradient starts the graph here.
+                output = output + torch.zeros_like(output).requires_grad_()
+                seen[name] = (args[0].detach(), output)
+                return output.clone()
+
+            return hook
+
+        handles = [self.model.get_submodule(name).register_forward_hook(tap(name)) for name in layers]
+        with torch.enable_grad(), self._entered(), hooks(*handles):
+            total = self._values(self.end).sum()
+            grads = torch.autograd.grad(total, [seen[name][1] for name in layers])
+
+        def rows(tensor: Tensor) -> Tensor:
+            flat = tensor.detach().reshape(-1, tensor.shape[-1])
+            # The head is already given the deciding positions only.
+            return flat if flat.shape[0] == count else flat[prompt - 1 : prompt - 1 + count]
+
+        return {n: (rows(seen[n][0]), rows(seen[n][1]), rows(g)) for n, g in zip(layers, grads, strict=True)}
+
     # ---- the replay --------------------------------------------------------------------------------------
 
     def _values(self, weights: Mapping[str, Tensor]) -> Tensor:
@@ -140,9 +164,10 @@ class Game:
             self._tuples = isinstance(output, tuple)
 
         block = self.architecture.blocks[self._first]
-        with hooks(
-            block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)
-        ), torch.no_grad():
+        with (
+            hooks(block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)),
+            torch.no_grad(),
+        ):
             self._values(self.end)
         self._hidden = kept[-1]
 

@@ -34,9 +34,7 @@ Value = Callable[[int], Tensor]
 """v of a coalition given as a bit mask, fp64 [T]."""
 
 
-def shapley_scores(
-    game: Game, *, pairs: int | None = None, seed: int = 0, exact_up_to: int = EXACT_UP_TO
-) -> Scores:
+def shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0, exact_up_to: int = EXACT_UP_TO) -> Scores:
     """Shapley values per token; with standard errors of the totals when they are sampled.
 
     Args:

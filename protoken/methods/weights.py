@@ -41,6 +41,11 @@ class Updates:
     deltas: tuple[Mapping[str, Tensor], ...]
     change: Mapping[str, Tensor]
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The parameters by the names of their layers: "….weight" left out, "….bias" and others kept."""
+        return tuple(name.removesuffix(".weight") for name in self.names)
+
 
 def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names: Sequence[str]) -> Updates:
     """The updates of `rounds` to the parameters `names`.
@@ -156,9 +161,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def point(
-    start: Mapping[str, Tensor], updates: Updates, coefficients: Tensor, along: float = 0.0
-) -> dict[str, Tensor]:
+def point(start: Mapping[str, Tensor], updates: Updates, coefficients: Tensor, along: float = 0.0) -> dict[str, Tensor]:
     """start + along * change + sum_k (c_k - along) rho_k delta_k, by name.
 
     Clients are added one after the other in their fixed order, from the start each time: a client whose delta is

@@ -1,0 +1,197 @@
+"""What if these clients had not taken part? The same response under the model that the others would have made.
+
+    G without S = G + sum_r sum_j (rho'_j - rho_j) delta_j        rho' = rho over the others, scaled up to sum to 1
+
+Every token of the response is replayed there by teacher forcing: what it loses in log-probability is what it owes to
+the absent. With `generate`, the prompt is also answered anew by that model. The updates of the others stay what they
+were: this is the server's counterfactual, not a new training run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from .attachment import Attachment, attachment_of, make_attachment
+from .errors import ModelError
+from .ledger import Ledger
+from .methods.game import Game
+from .methods.replayed import moving_parameters
+from .methods.weights import shift_without, weights_at
+from .patching import evaluation_mode
+from .relevance import Response
+from .results import Trace
+from .results_checks import Array
+from .text import as_row, tokens_of
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_ORIGIN = "_origin"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a trace came from; holds the model weakly, so that keeping traces does not keep models."""
+
+    model: weakref.ref[PreTrainedModel]
+    ledger: Ledger
+    tokenizer: Any
+    round: int
+    verify: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Counterfactual:
+    """The response of a trace without some clients. T tokens.
+
+    without       the clients that are absent
+    tokens        the texts of the T tokens
+    before        [T] objective of each token under G
+    after         [T] the same without the clients
+    response      what the prompt is answered without them, or None if it was not asked for
+    response_ids  its token ids
+    unit          "nats" or "logit units"
+    reaggregate   whether the others' weights were scaled up
+    """
+
+    without: tuple[str, ...]
+    tokens: tuple[str, ...]
+    before: Array
+    after: Array
+    unit: str
+    reaggregate: bool
+    rounds: tuple[int, ...]
+    response: str | None = None
+    response_ids: tuple[int, ...] = field(default=())
+
+    @property
+    def change(self) -> Array:
+        """[T], before - after: positive where a token is less likely without the clients."""
+        difference: Array = self.before - self.after
+        return difference
+
+    @property
+    def total(self) -> float:
+        """Sum of the change over the tokens: what the response owes to the absent clients."""
+        return float(self.change.sum())
+
+    def __repr__(self) -> str:
+        text = f"without {', '.join(self.without)}: {self.before.sum():+.3f} -> {self.after.sum():+.3f} {self.unit}"
+        return f"Counterfactual({text}, owed {self.total:+.3f})"
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        from .report.visible import visible
+
+        lines = [repr(self)]
+        if self.response is not None:
+            lines.append(f"answered anew: {visible(self.response)}")
+        return Text("\n".join(lines))
+
+
+def counterfactual(
+    trace: Trace,
+    without: str | Collection[str],
+    *,
+    reaggregate: bool = True,
+    generate: bool = False,
+    model: PreTrainedModel | None = None,
+    ledger: Ledger | str | PathLike[str] | None = None,
+    tokenizer: Any = None,
+) -> Counterfactual:
+    """Replay a trace's response without some clients, in the rounds the trace covers.
+
+    Args:
+        without: a client, or several that are absent together.
+        reaggregate: the others' weights scaled up to sum to 1 (FedAvg without the absent); otherwise their
+            contribution is taken out and nothing put in its place.
+        generate: also answer the prompt anew, with the trace's own generation arguments and seed.
+        model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
+
+    Raises:
+        ModelError: the trace does not know its model, or that model is gone.
+        UnknownClientError: a client took part in none of the rounds.
+        LedgerMismatchError: the model is not the one that the ledger was written for.
+    """
+    model, own = _origin_of(trace, model, ledger, tokenizer)
+    absent = (without,) if isinstance(without, str) else tuple(sorted(set(without)))
+    rounds = trace.info.rounds
+    names = moving_parameters("leave_one_out", own.ledger, rounds, model, own.architecture, None, None)
+    updates = own.moving(model, names, rounds)
+    shift = shift_without(own.ledger, rounds, names, absent, reaggregate=reaggregate)
+    ids = [*trace.prompt_ids, *(token.id for token in trace.token_list)]
+    device = model.get_input_embeddings().weight.device
+    answered: tuple[str | None, tuple[int, ...]] = (None, ())
+    with evaluation_mode(model):
+        before = after = np.zeros(0)
+        if trace.token_list:
+            response = Response(as_row(ids, device), len(trace.prompt_ids))
+            game = Game(model, own.architecture, response, updates, trace.info.objective)
+            before = game.value_at_end().numpy()
+            after = game.value_at({name: value + shift[name].to(value) for name, value in game.end.items()}).numpy()
+        if generate:
+            with weights_at(model, shift):
+                answered = _answer(model, own.tokenizer, trace)
+    return Counterfactual(
+        without=absent,
+        tokens=tuple(token.text for token in trace.token_list),
+        before=before,
+        after=after,
+        unit="nats" if trace.info.objective == "log_prob" else "logit units",
+        reaggregate=reaggregate,
+        rounds=rounds,
+        response=answered[0],
+        response_ids=answered[1],
+    )
+
+
+def remember(trace: Trace, model: PreTrainedModel, own: Attachment) -> None:
+    """Let the trace find its model again, for as long as the model lives; not saved, and not part of equality."""
+    origin = _Origin(weakref.ref(model), own.ledger, own.tokenizer, own.round, own.verify)
+    object.__setattr__(trace, _ORIGIN, origin)
+
+
+def _origin_of(
+    trace: Trace,
+    model: PreTrainedModel | None,
+    ledger: Ledger | str | PathLike[str] | None,
+    tokenizer: Any,
+) -> tuple[PreTrainedModel, Attachment]:
+    origin: _Origin | None = trace.__dict__.get(_ORIGIN)
+    model = origin.model() if model is None and origin is not None else model
+    if model is None:
+        raise ModelError(
+            "model",
+            expected="the global model this trace was made with",
+            got="a trace that was loaded, or whose model is gone",
+            remedy="Pass model= and ledger=",
+        )
+    if ledger is not None:
+        return model, make_attachment(model, ledger, tokenizer)
+    if origin is not None:
+        known = origin.tokenizer if tokenizer is None else tokenizer
+        return model, make_attachment(model, origin.ledger, known, at_round=origin.round, verify=origin.verify)
+    return model, attachment_of(model)
+
+
+def _answer(model: PreTrainedModel, tokenizer: Any, trace: Trace) -> tuple[str, tuple[int, ...]]:
+    from .generation import complete_arguments, seeded
+
+    row = as_row(trace.prompt_ids, model.get_input_embeddings().weight.device)
+    # What could not be kept in JSON's types (processors, criteria) is left out.
+    plain = {k: v for k, v in trace.info.generate_arguments.items() if isinstance(v, int | float | bool | None)}
+    arguments = complete_arguments(model, plain, row.shape[1])
+    with torch.no_grad(), seeded(trace.info.seed, row.device):
+        output: Any = model.generate(row, attention_mask=torch.ones_like(row), **arguments)
+    sequence = getattr(output, "sequences", output)[0].tolist()
+    new = sequence[row.shape[1] :]
+    return "".join(token.text for token in tokens_of(tokenizer, trace.prompt_ids, new)), tuple(new)

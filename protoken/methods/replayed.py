@@ -1,0 +1,116 @@
+"""The methods that replay the finished response at other weights, by name: what each moves and who computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures import Architecture
+from ..errors import ArgumentError, LayerError
+from ..ledger import Ledger
+from ..projection import Scores
+from ..relevance import Objective, Response
+from .aumann_shapley import DEFAULT_NODES, aumann_shapley_scores, gauss_legendre
+from .baselines import BASELINES, baseline_scores
+from .game import Game
+from .leave_one_out import leave_one_out_scores
+from .shapley import shapley_scores
+from .weights import Updates
+
+REPLAYED = ("aumann_shapley", "shapley", "leave_one_out", *BASELINES)
+"""Everything but the first-order methods, which work on what was captured while the model generated."""
+
+TRACED_LAYERS_ONLY = ("activation_only",)
+"""Baselines about layers' inputs: without a choice they look at the layers that the first-order methods trace."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a replayed method computes.
+
+    nodes: Gauss-Legendre nodes of aumann_shapley. pairs: sampled pairs of orders of shapley, None for its default.
+    per_token: aumann_shapley by the forward way. seed: of the sampled orders.
+    """
+
+    nodes: int = DEFAULT_NODES
+    pairs: int | None = None
+    per_token: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        gauss_legendre(self.nodes)
+        if self.pairs is not None and (isinstance(self.pairs, bool) or self.pairs < 1):
+            raise ArgumentError("pairs", expected="1 or more, or None", got=self.pairs)
+
+
+def moving_parameters(
+    method: str,
+    ledger: Ledger,
+    rounds: Sequence[int],
+    model: nn.Module,
+    architecture: Architecture,
+    blocks: int | None,
+    layers: list[str] | None,
+) -> tuple[str, ...]:
+    """The parameters in a method's game: all that every round of the ledger holds, unless blocks or layers are chosen.
+
+    Raises:
+        LayerError: the ledger does not hold the head, for head_only.
+    """
+    recorded = set.intersection(*(set(ledger.round(number).parameters) for number in rounds))
+    if method == "head_only":
+        return (_head_parameter(model, architecture, recorded),)
+    if blocks is None and layers is None and method not in TRACED_LAYERS_ONLY:
+        named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if n in recorded]
+        # A tied weight is one parameter under two names: it moves once.
+        return tuple({id(parameter): name for name, parameter in reversed(named)}.values())[::-1]
+    if blocks is None:
+        blocks = 1 if layers is None else len(architecture.blocks)
+    return tuple(f"{layer}.weight" for layer in architecture.traced_layers(blocks, layers))
+
+
+def replayed_scores(
+    method: str,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    response: Response,
+    updates: Updates,
+    ledger: Ledger,
+    *,
+    objective: Objective = "log_prob",
+    settings: Settings | None = None,
+    backend: str = "auto",
+) -> Scores:
+    """Scores of a finished response by one of `REPLAYED`.
+
+    Args:
+        model: the global model G, in evaluation mode.
+        updates: what moves, from `read_updates`.
+    """
+    settings = settings or Settings()
+    if response.new_tokens == 0:
+        return Scores.empty(len(updates.names), len(updates.clients))
+    game = Game(model, architecture, response, updates, objective)
+    if method == "aumann_shapley":
+        return aumann_shapley_scores(game, settings.nodes, per_token=settings.per_token, backend=backend)
+    if method == "shapley":
+        return shapley_scores(game, pairs=settings.pairs, seed=settings.seed)
+    if method == "leave_one_out":
+        return leave_one_out_scores(game, ledger)
+    return baseline_scores(method, game, ledger)
+
+
+def _head_parameter(model: nn.Module, architecture: Architecture, recorded: set[str]) -> str:
+    weight = architecture.head.weight
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is weight and name in recorded:
+            return name
+    raise LayerError(
+        "layers",
+        expected="a ledger that holds the output head, which head_only looks at",
+        got=f"{len(recorded)} recorded parameters without it",
+        remedy="Record the head when committing rounds, or use another method",
+    )
