@@ -23,7 +23,7 @@ enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-pybind11_add_module(_C_cuda
+pybind11_add_module(_C_cuda NO_EXTRAS
   csrc/cuda_bindings.cpp
   csrc/cuda_device.cpp
   csrc/client_scores.cu
@@ -38,7 +38,7 @@ pybind11_add_module(_C_cuda
 target_include_directories(_C_cuda PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_options(_C_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra>
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3 -Xptxas=-v -lineinfo>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads=3 -Xptxas=-v -lineinfo>)
 set_target_properties(_C_cuda PROPERTIES
   CUDA_RUNTIME_LIBRARY Static
   CUDA_SEPARABLE_COMPILATION OFF

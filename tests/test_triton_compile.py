@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,7 +152,19 @@ def compile_kernel(name: str, capability: int) -> tuple[int, int]:
     return len(compiled.asm["cubin"]), ptx.count("mma.sync") + ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the tests of this file run in this process")
+def test_kernels_compile_in_a_process_without_the_interpreter() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(Path(__file__))]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_kernel_compiles(name: str, capability: int) -> None:
