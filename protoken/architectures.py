@@ -2,7 +2,8 @@
 
 The one table of families. The blocks themselves are found by structure (the `ModuleList` of `model.get_decoder()`),
 so a family needs a row only for the two names inside a block. A family without a row is tried by structure, too:
-the last linear layer of the block's attention and the last one of its MLP.
+the last linear layer of the block's attention and the last one of its MLP. What counts as a linear layer, experts kept
+as one parameter and adapters included, is said in layers.py.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .errors import ArgumentError, LayerError, ModelError
+from .layers import Layer, is_linear, layer_of, linear_names
+
+__all__ = ["FAMILIES", "Architecture", "Family", "ModelRow", "architecture_of", "is_linear", "list_models"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the two traced layers, relative to a block."""
+    """Names of the two traced layers, relative to a block; `dense_final` where some blocks have no experts."""
 
     out_projection: str
     mlp_final: str
+    dense_final: str | None = None
 
 
 _O_PROJ_DOWN_PROJ = Family("self_attn.o_proj", "mlp.down_proj")
+_O_PROJ_EXPERTS = Family("self_attn.o_proj", "mlp.experts.down_proj", "mlp.down_proj")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
@@ -56,12 +61,42 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family("self_attention.dense", "mlp.dense_4h_to_h"),
     "gptj": Family("attn.out_proj", "mlp.fc_out"),
     "starcoder2": Family("self_attn.o_proj", "mlp.c_proj"),
+    **dict.fromkeys(["mixtral", "qwen3_moe", "gpt_oss"], _O_PROJ_EXPERTS),
+}
+
+_BLOCKS = {
+    **dict.fromkeys(FAMILIES, "model.layers"),
+    **dict.fromkeys(["gpt2", "gpt_bigcode", "falcon", "bloom", "gptj"], "transformer.h"),
+    "gpt_neox": "gpt_neox.layers",
+    "opt": "model.decoder.layers",
 }
 
 
 @dataclass(frozen=True)
+class ModelRow:
+    """One line of `protoken models`."""
+
+    family: str
+    blocks: str
+    out_projection: str
+    mlp_final: str
+    experts: bool
+
+
+def list_models() -> list[ModelRow]:
+    """The families of the table, by name: where their blocks are, and the two layers traced in each."""
+    return [
+        ModelRow(name, _BLOCKS[name], family.out_projection, family.mlp_final, family.dense_final is not None)
+        for name, family in sorted(FAMILIES.items())
+    ]
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """What tracing needs to know about one model: its blocks in order and the family's two names."""
+    """What tracing needs to know about one model: its blocks in order, the family's two names, embeddings and head.
+
+    `tied`: the head's weight is the embeddings': one tensor that acts twice, and is traced at both places or at none.
+    """
 
     family: str
     known: bool
@@ -70,6 +105,10 @@ class Architecture:
     out_projection: str
     mlp_final: str
     head: nn.Module
+    dense_final: str | None = None
+    head_name: str = ""
+    embeddings_name: str = ""
+    tied: bool = False
 
     def layer_name(self, block: int, relative: str) -> str:
         """Full module name of a layer inside block number `block` (0-based)."""
@@ -80,7 +119,8 @@ class Architecture:
 
         Args:
             blocks: how many blocks, counted from the last one; 1 <= blocks <= len(self.blocks).
-            patterns: shell patterns against names relative to the block ("self_attn.*_proj") or full names.
+            patterns: shell patterns against names relative to the block ("self_attn.*_proj") or full names. A pattern
+                that names nothing inside the blocks is tried on the embeddings and the head ("lm_head").
 
         Raises:
             ArgumentError: `blocks` is out of range.
@@ -92,21 +132,29 @@ class Architecture:
         names = []
         for number in range(first, len(self.blocks)):
             names += self._in_block(number, patterns)
-        if patterns is not None:
-            self._check_patterns(patterns, names)
-        return tuple(names)
+        if patterns is None:
+            return tuple(names)
+        outside = {name for pattern in patterns for name in self._outside(pattern, names)}
+        if self.tied and outside:
+            outside = {self.embeddings_name, self.head_name}
+        ends = [name for name in (self.embeddings_name, self.head_name) if name in outside]
+        return tuple([*ends[:1], *names, *ends[1:]] if len(ends) == 2 else [*names, *ends])
 
     def block_of(self, layer: str) -> int:
-        """The number of the block that holds the layer of that full name."""
+        """The number of the block that holds the layer of that full name; embeddings count as 0, the head as last."""
+        if layer == self.embeddings_name:
+            return 0
+        if layer == self.head_name:
+            return len(self.blocks) - 1
         return int(layer.removeprefix(self.blocks_name + ".").split(".", 1)[0])
 
     def linear_layers(self, block: int) -> list[str]:
-        """Names, relative to the block, of all linear layers in it."""
-        return [name for name, module in self.blocks[block].named_modules() if is_linear(module)]
+        """Names, relative to the block, of all linear layers in it: routers, and experts' parameters, included."""
+        return linear_names(self.blocks[block])
 
     def _in_block(self, number: int, patterns: Sequence[str] | None) -> list[str]:
         if patterns is None:
-            relative = [self.out_projection, self.mlp_final]
+            relative = [self.out_projection, self.final_of(number)]
         else:
             relative = [
                 name
@@ -115,34 +163,31 @@ class Architecture:
             ]
         return [self.layer_name(number, name) for name in relative]
 
-    def _check_patterns(self, patterns: Sequence[str], names: Sequence[str]) -> None:
-        for pattern in patterns:
-            relative = [name.removeprefix(self.blocks_name + ".").split(".", 1)[1] for name in names]
-            if not any(fnmatchcase(n, pattern) for n in [*relative, *names]):
-                raise LayerError(
-                    "layers",
-                    expected=f"patterns over the linear layers {self.linear_layers(len(self.blocks) - 1)}",
-                    got=pattern,
-                    remedy="Use a name or shell pattern of one of these, or trace more blocks",
-                )
+    def final_of(self, number: int) -> str:
+        """The block's MLP-final layer: some mixture-of-experts models have a plain MLP in some blocks."""
+        if self.dense_final is not None and self.mlp_final not in self.linear_layers(number):
+            return self.dense_final
+        return self.mlp_final
 
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module computes x W^T (+ b): nn.Linear and its subclasses, GPT-2's Conv1D, a LoRA layer on one."""
-    if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-        base = module.base_layer
-        return isinstance(base, nn.Module) and is_linear(base)
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def out_features(module: nn.Module) -> int:
-    """O of a linear layer."""
-    base = getattr(module, "base_layer", module)
-    return int(getattr(base, "nf" if isinstance(base, Conv1D) else "out_features"))
+    def _outside(self, pattern: str, names: Sequence[str]) -> list[str]:
+        """The embeddings or head that a pattern names, if it names nothing inside the blocks."""
+        relative = [name.removeprefix(self.blocks_name + ".").split(".", 1)[1] for name in names]
+        if any(fnmatchcase(n, pattern) for n in [*relative, *names]):
+            return []
+        found = [n for n in (self.embeddings_name, self.head_name) if n and fnmatchcase(n, pattern)]
+        if not found:
+            inside = self.linear_layers(len(self.blocks) - 1)
+            raise LayerError(
+                "layers",
+                expected=f"patterns over the linear layers {inside}, {self.embeddings_name} or {self.head_name}",
+                got=pattern,
+                remedy="Use a name or shell pattern of one of these, or trace more blocks",
+            )
+        return found
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """Find the blocks, the two traced layers and the head of a Hugging Face causal language model.
+    """Find the blocks, the two traced layers and the head of a Hugging Face causal language model (or a PEFT one).
 
     Raises:
         ModelError: it is no decoder-only language model with a ModuleList of blocks and an output head.
@@ -158,56 +203,67 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             remedy="Load it with AutoModelForCausalLM.from_pretrained",
         )
     blocks = _find_blocks(decoder)
-    blocks_name = next(name for name, module in model.named_modules() if module is blocks)
+    names = {id(module): name for name, module in model.named_modules()}
     family = decoder.config.model_type if hasattr(decoder, "config") else config.model_type
     known = FAMILIES.get(family)
-    names = known or _by_structure(blocks[-1], family)
-    for relative in (names.out_projection, names.mlp_final):
-        if not is_linear(_descend(blocks[-1], relative)):
+    layers = known or _by_structure(blocks[-1], family)
+    embeddings = model.get_input_embeddings()
+    found = Architecture(
+        family,
+        known is not None,
+        names[id(blocks)],
+        tuple(blocks),
+        layers.out_projection,
+        layers.mlp_final,
+        head,
+        layers.dense_final,
+        head_name=names.get(id(head), ""),
+        embeddings_name=names.get(id(embeddings), "") if isinstance(embeddings, nn.Embedding) else "",
+        tied=getattr(head, "weight", None) is getattr(embeddings, "weight", embeddings),
+    )
+    last = len(blocks) - 1
+    inside = found.linear_layers(last)
+    for relative in (found.out_projection, found.final_of(last)):
+        if relative not in inside:
             raise ModelError(
                 "model",
-                expected=f"a linear layer at {blocks_name}.{len(blocks) - 1}.{relative}",
-                got=type(_descend(blocks[-1], relative)).__name__,
-                remedy="Trace chosen layers by name with layers=[...]",
+                expected=f"a linear layer at {found.layer_name(last, relative)} in a model of family {family!r}",
+                got=f"a block with the linear layers {inside}",
+                remedy="This version of transformers names it differently, or an adapter of another kind wraps it",
             )
-    return Architecture(
-        family, known is not None, blocks_name, tuple(blocks), names.out_projection, names.mlp_final, head
-    )
+    return found
 
 
 def _find_blocks(decoder: nn.Module) -> nn.ModuleList:
     lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
+        found = ", ".join(f"{name}: {type(child).__name__}" for name, child in decoder.named_children())
         raise ModelError(
-            "model", expected="a ModuleList of decoder blocks", got=f"{type(decoder).__name__} without one"
+            "model",
+            expected=f"a ModuleList of decoder blocks in {type(decoder).__name__}",
+            got=f"one that holds {found or 'nothing'}",
+            remedy="protoken models lists the families that are known",
         )
     return max(lists, key=len)
 
 
 def _by_structure(block: nn.Module, family: str) -> Family:
-    """The last linear layers back to the block's width: one under a child named like attention, one under the others."""
-    linear = [name for name, module in block.named_modules() if is_linear(module)]
-    attention = [name for name in linear if "attn" in name.split(".")[0] or "attention" in name.split(".")[0]]
-    rest = [name for name in linear if name not in attention]
-    width = out_features(block.get_submodule(rest[-1])) if rest else None
-    attention = [name for name in attention if out_features(block.get_submodule(name)) == width]
+    """The last linear layers back to the block's width: one under a child named like attention, one elsewhere."""
+    layers = {name: layer_of(block, name) for name in linear_names(block)}
+    attention = [n for n in layers if "attn" in n.split(".")[0] or "attention" in n.split(".")[0]]
+    rest = [name for name in layers if name not in attention and layers[name].kind != "router"]
+    width = layers[rest[-1]].rows if rest else None
+    attention = [name for name in attention if layers[name].rows == width]
     if not attention or not rest:
         raise ModelError(
             "model",
             expected=f"one of the families {sorted(FAMILIES)}, or a block with an attention and an MLP",
-            got=f"family {family!r} with linear layers {linear}",
-            remedy="Name the layers with layers=[...]",
+            got=f"family {family!r} with linear layers {list(layers)}",
+            remedy="protoken models lists what is known; open an issue with this message for others",
         )
     return Family(attention[-1], rest[-1])
 
 
-def _descend(block: nn.Module, relative: str) -> nn.Module:
-    try:
-        return block.get_submodule(relative)
-    except AttributeError:
-        raise ModelError(
-            "model",
-            expected=f"a layer {relative!r} in each block",
-            got=f"a block with {[n for n, _ in block.named_children()]}",
-            remedy="This version of transformers names it differently: pass layers=[...]",
-        ) from None
+def layers_of(model: nn.Module, names: Sequence[str]) -> list[Layer]:
+    """`layer_of` each name."""
+    return [layer_of(model, name) for name in names]

@@ -159,14 +159,18 @@ def _choose_way(architecture: Architecture, names: tuple[str, ...], way: Way) ->
 
 
 def local_layers(architecture: Architecture) -> set[str]:
-    """Layers whose output reaches no other position: the last block's out-projection, and all outside attention."""
+    """Layers whose output reaches no other position: the last block's out-projection, all outside attention, the head.
+
+    A tied head is the embeddings as well; both are traced then, and the embeddings are not local.
+    """
     last = len(architecture.blocks) - 1
     attention = architecture.out_projection.split(".")[0] + "."
-    return {
+    inside = {
         architecture.layer_name(last, name)
         for name in architecture.linear_layers(last)
         if name == architecture.out_projection or not name.startswith(attention)
     }
+    return inside | ({architecture.head_name} - {""})
 
 
 def attribute(
@@ -211,8 +215,8 @@ def _forward(model: nn.Module, architecture: Architecture, generated: Generated,
     capture, response = generated.capture, generated.response
     local = local_relevance(model, architecture, capture, response, local_names, plan.objective)
     # The change rides along as one more direction, so that conservation is measured here, too.
-    directions = {name: [*bank.deltas[name], bank.change[name]] for name in deeper}
-    raw = forward_scores(model, architecture, capture, response, deeper, directions, local).double().cpu()
+    banks = {name: bank.with_change(name) for name in deeper}
+    raw = forward_scores(model, architecture, capture, response, deeper, banks, local).double().cpu()
     tokens, changed = (raw[:-1] * bank.weights[:, None]).T, raw[-1]
     if local_names:
         near = project_local(local, bank, local_names, plan.backend)

@@ -1,42 +1,80 @@
-"""The clients' updates of the traced layers, laid out for the kernels.
+"""The clients' updates of the traced layers, in the layout of the ledger.
 
-A bank holds, per layer, K deltas of shape [O, I] as views (mapped from the ledger where they can be), the K
-aggregation weights, and the change G - G_prev that the deltas must add up to. Its clients are in the ledger's order.
+A bank holds per layer K updates (mapped from the ledger where they can be), the K aggregation weights, and the change
+G - G_prev that the updates must add up to. Its clients are in the ledger's order. Low-rank updates stay factors,
+quantised ones stay integers with a scale per row; see layer_bank.py for how they are scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .errors import ArgumentError, LayerError, LedgerMismatchError
-from .ledger import Ledger, Round
+from .adapters import Recorded, pair_factors, recorded_as
+from .errors import ArgumentError, LedgerMismatchError
+from .layer_bank import LayerBank, Stored
+from .layers import Layer, device_of, layer_of
+from .ledger import Ledger, LowRank, Round
 
 Rounds = int | str | Sequence[int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Deltas of K clients over L layers.
+    """Updates of K clients over L layers.
 
     Attributes:
         clients: K ids.
         weights: what a client's raw score is multiplied by, fp64 [K]: rho_k of the one round, or 1 where the deltas
             were weighted and summed over several rounds.
-        deltas: per layer K tensors [O, I], in the dtype of the ledger.
-        change: per layer G - G_prev, fp32 [O, I].
+        layers: per layer the K updates as they are stored.
+        changes: per layer G - G_prev, as the update of one.
         rounds: the rounds it covers.
     """
 
     clients: tuple[str, ...]
     weights: Tensor
-    deltas: dict[str, list[Tensor]]
-    change: dict[str, Tensor]
+    layers: dict[str, LayerBank]
+    changes: dict[str, LayerBank]
     rounds: tuple[int, ...]
+
+    @property
+    def deltas(self) -> Mapping[str, list[Tensor]]:
+        """Per layer K dense matrices [O, I] (experts: [E, O, I]), made when asked for and not kept."""
+        return _Made(self.layers, LayerBank.matrices)
+
+    @property
+    def change(self) -> Mapping[str, Tensor]:
+        """Per layer the dense change, likewise."""
+        return _Made(self.changes, lambda bank: bank.matrices()[0])
+
+    def with_change(self, layer: str) -> LayerBank:
+        """The layer's K updates and, last, its change."""
+        own = self.layers[layer]
+        both = [*own.updates, *self.changes[layer].updates]
+        return LayerBank.of(both, transposed=own.transposed, experts=own.experts)
+
+
+class _Made(Mapping[str, T]):
+    """A mapping whose values are computed at each look."""
+
+    def __init__(self, banks: Mapping[str, LayerBank], make: Callable[[LayerBank], T]) -> None:
+        self._banks, self._make = banks, make
+
+    def __getitem__(self, layer: str) -> T:
+        return self._make(self._banks[layer])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._banks)
+
+    def __len__(self) -> int:
+        return len(self._banks)
 
 
 def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
@@ -64,73 +102,124 @@ def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
     return tuple(sorted(set(chosen)))
 
 
-def build_bank(ledger: Ledger, model: nn.Module, layers: Sequence[str], rounds: Sequence[int]) -> Bank:
-    """Lay out the updates of `rounds` for the `layers` of `model`.
+def build_bank(
+    ledger: Ledger, model: nn.Module, layers: Sequence[str], rounds: Sequence[int], at_round: int | None = None
+) -> Bank:
+    """Lay out the updates of `rounds` for the `layers` of `model`, each on the device where its layer computes.
 
     One round: its deltas as stored, with its aggregation weights. Several: per client sum_r rho_k^r delta_k^r in
     fp32, with weight 1, which gives lineage scores at the price of one round and covers clients absent from the last.
+    Updates under quarantine are left out: what they did is part of the residual.
+
+    Args:
+        at_round: the round whose aggregate the model holds, the ledger's last if None; only needed for adapters whose
+            factors were averaged apart.
 
     Raises:
-        LayerError: the ledger holds no delta of a layer.
-        LedgerMismatchError: a delta has another shape than the model's layer.
+        LayerError: the ledger holds no update of a layer.
+        LedgerMismatchError: an update has another shape than the model's layer.
     """
     records = [ledger.round(number) for number in rounds]
-    for layer in layers:
-        for record in records:
-            _check_layer(record, model, layer)
-    if len(records) == 1:
-        return _one_round(records[0], model, layers)
-    return _summed_rounds(records, model, layers)
+    at_round = ledger.round("last" if at_round is None else at_round).number
+    clients = _participants(records)
+    single = len(records) == 1
+    weights = {c.client: c.weight for c in records[0].clients}
+    found = [_layer(ledger, model, layer_of(model, name), records, clients, at_round) for name in layers]
+    return Bank(
+        clients,
+        torch.tensor([weights[c] if single else 1.0 for c in clients], dtype=torch.float64),
+        {name: updates for name, (updates, _) in zip(layers, found, strict=True)},
+        {name: change for name, (_, change) in zip(layers, found, strict=True)},
+        tuple(record.number for record in records),
+    )
 
 
-def _one_round(record: Round, model: nn.Module, layers: Sequence[str]) -> Bank:
-    clients = tuple(client.client for client in record.clients)
-    deltas = {
-        layer: [_as_matrix(model, layer, record.delta(client, f"{layer}.weight")) for client in clients]
-        for layer in layers
-    }
-    change = {layer: _as_matrix(model, layer, record.change(f"{layer}.weight")) for layer in layers}
-    weights = torch.tensor([client.weight for client in record.clients], dtype=torch.float64)
-    return Bank(clients, weights, deltas, change, (record.number,))
+def _participants(records: Sequence[Round]) -> tuple[str, ...]:
+    """Everybody with a usable update: in the order of the one round, or sorted."""
+    usable = [client.client for record in records for client in record.clients if client.quarantined is None]
+    return tuple(usable) if len(records) == 1 else tuple(sorted(set(usable)))
 
 
-def _summed_rounds(records: Sequence[Round], model: nn.Module, layers: Sequence[str]) -> Bank:
-    clients = tuple(sorted({client.client for record in records for client in record.clients}))
-    deltas: dict[str, list[Tensor]] = {}
-    change: dict[str, Tensor] = {}
-    for layer in layers:
-        name = f"{layer}.weight"
-        total = [torch.zeros(records[0].parameters[name].shape) for _ in clients]
-        for record in records:
-            for client in record.clients:
-                total[clients.index(client.client)].add_(record.delta(client.client, name).float(), alpha=client.weight)
-        deltas[layer] = [_as_matrix(model, layer, delta) for delta in total]
-        change[layer] = _as_matrix(
-            model, layer, torch.stack([record.change(name).float() for record in records]).sum(0)
+def _layer(
+    ledger: Ledger, model: nn.Module, layer: Layer, records: Sequence[Round], clients: Sequence[str], at_round: int
+) -> tuple[LayerBank, LayerBank]:
+    """A layer's K updates and its change."""
+    updates: dict[str, list[tuple[float, Stored]]] = {client: [] for client in clients}
+    changes: list[tuple[float, Stored]] = []
+    for record in records:
+        recorded = recorded_as(model, layer, record.parameters, f"round {record.number} of the ledger")
+        check_shape(record, layer, recorded)
+        weights = {c.client: c.weight if len(records) > 1 else 1.0 for c in record.clients if c.quarantined is None}
+        if recorded.direct is not None:
+            for client, weight in weights.items():
+                updates[client].append((weight, _stored(record, client, recorded.direct, layer)))
+            changes.append((1.0, _stored_change(record, recorded.direct, layer)))
+        for pair in recorded.pairs:
+            contributions, change = pair_factors(ledger, layer, pair, record.number, at_round)
+            for client, weight in weights.items():
+                updates[client].append((weight, Stored(factors=contributions[client])))
+            changes.append((1.0, Stored(factors=change)))
+    make = partial(LayerBank.of, transposed=layer.transposed, experts=layer.experts)
+    device = device_of(layer)
+    return (
+        make([_summed(updates[client], layer).to(device) for client in clients]),
+        make([_summed(changes, layer).to(device)]),
+    )
+
+
+def _stored(record: Round, client: str, parameter: str, layer: Layer) -> Stored:
+    """One update as it lies in the ledger."""
+    layout = record.layout(client, parameter)
+    if layout in ("lora", "lowrank"):
+        return Stored(factors=_upright(LowRank(*record.factors(client, parameter)), layer))
+    if layout in ("int8", "fp8"):
+        values, scale = record.quantised(client, parameter)
+        return Stored(values, scale)
+    return Stored(record.delta(client, parameter))
+
+
+def _stored_change(record: Round, parameter: str, layer: Layer) -> Stored:
+    if record.parameters[parameter].form == "lowrank":
+        return Stored(factors=_upright(record.change_factors(parameter), layer))
+    return Stored(record.change(parameter))
+
+
+def _upright(factors: LowRank, layer: Layer) -> LowRank:
+    """Factors as [O, I]: of a weight that lies as (in, out), delta^T = s A^T B^T."""
+    return LowRank(factors.b.T, factors.a.T, factors.scale) if layer.transposed else factors
+
+
+def _summed(terms: Sequence[tuple[float, Stored]], layer: Layer) -> Stored:
+    """sum_i w_i D_i: one term as it is, factors as wider factors while that is smaller, all else dense in fp32."""
+    if len(terms) == 1 and terms[0][0] == 1.0:
+        return terms[0][1]
+    factors = [(weight, stored.factors) for weight, stored in terms if stored.factors is not None]
+    rank = sum(f.rank for _, f in factors)
+    if terms and len(factors) == len(terms) and rank * (layer.rows + layer.columns) < layer.rows * layer.columns:
+        a = torch.cat([f.a.float() for _, f in factors])
+        b = torch.cat([f.b.float() * (weight * f.scale) for weight, f in factors], dim=1)
+        return Stored(factors=LowRank(a, b))
+    total = torch.zeros(layer.shape)
+    for weight, stored in terms:
+        dense = stored.matrix(layer.transposed)
+        total.add_(dense.mT if layer.transposed else dense, alpha=weight)
+    return Stored(total)
+
+
+def check_shape(record: Round, layer: Layer, recorded: Recorded) -> None:
+    """LedgerMismatchError when the round's parameter has another shape than the model's layer."""
+    if recorded.direct is None:
+        return
+    theirs = tuple(record.parameters[recorded.direct].shape)
+    if layer.shape != theirs:
+        table = layer.columns if layer.kind == "embedding" else layer.rows
+        vocabulary = layer.kind == "embedding" or (theirs[-1] == layer.columns and layer.name.endswith("head"))
+        raise LedgerMismatchError(
+            "ledger",
+            expected=f"{recorded.direct} of the model's shape {layer.shape}",
+            got=theirs,
+            remedy=f"The model has {table} tokens, the federation's had {theirs[0]}: were the embeddings resized, "
+            "or is this another tokenizer's model?"
+            if vocabulary
+            else "It was written for another model",
         )
-    numbers = tuple(record.number for record in records)
-    return Bank(clients, torch.ones(len(clients), dtype=torch.float64), deltas, change, numbers)
-
-
-def _check_layer(record: Round, model: nn.Module, layer: str) -> None:
-    name = f"{layer}.weight"
-    if name not in record.parameters:
-        raise LayerError(
-            "layers",
-            expected=f"layers whose deltas round {record.number} of the ledger holds: {_layers_of(record)}",
-            got=layer,
-            remedy="Trace one of those, or record this layer when committing rounds",
-        )
-    ours, theirs = tuple(model.get_parameter(name).shape), tuple(record.parameters[name].shape)
-    if ours != theirs:
-        raise LedgerMismatchError("ledger", expected=f"{name} of the model's shape {ours}", got=theirs)
-
-
-def _layers_of(record: Round) -> str:
-    names = [name.removesuffix(".weight") for name in record.parameters]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _as_matrix(model: nn.Module, layer: str, parameter: Tensor) -> Tensor:
-    """[O, I]: Conv1D keeps its weight as (in, out), so its delta is read through a transposed view."""
-    return parameter.T if isinstance(model.get_submodule(layer), Conv1D) else parameter

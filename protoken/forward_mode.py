@@ -25,9 +25,12 @@ from transformers.models.bloom.modeling_bloom import BloomGelu, bloom_gelu_forwa
 
 from .architectures import Architecture
 from .capture import Capture, run_whole
+from .layer_bank import LayerBank, directions
+from .layers import Layer, layer_of
 from .patching import hooks, replaced_method
 from .relevance import LocalRelevance, Response
-from .replay import passed_through, replaced_input, replay
+from .replay import Tap, passed_through, replaced_input, replay
+from .sites import visited
 
 
 class _Reached(Exception):
@@ -40,7 +43,7 @@ def forward_scores(
     capture: Capture,
     response: Response,
     layers: Sequence[str],
-    deltas: Mapping[str, Sequence[Tensor]],
+    banks: Mapping[str, LayerBank],
     local: LocalRelevance,
     *,
     chunk: int = 64,
@@ -49,7 +52,7 @@ def forward_scores(
 
     Args:
         layers: traced layers below the last block's out-projection.
-        deltas: per layer K matrices [O, I].
+        banks: per layer K updates; low-rank ones are applied factor by factor.
         local: the local gradients at the deciding positions.
         chunk: how many clients' tangents run at once; bounds the memory, not the result.
     """
@@ -57,21 +60,20 @@ def forward_scores(
     rows = slice(prompt - 1, length)
     hidden = capture.sequence(length)
     first = min(architecture.block_of(name) for name in layers)
-    inputs = _layer_inputs(model, architecture, capture, response, layers, first, hidden)
+    taps = _layer_taps(model, architecture, capture, response, layers, first, hidden)
+    clients = len(banks[layers[0]].updates)
     parts = []
     # The fused attention has no forward mode; its math form computes the same thing.
     with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
-        for start in range(0, len(deltas[layers[0]]), chunk):
-            directions = [
-                torch.stack([inputs[n] @ delta.to(inputs[n].dtype).T for delta in deltas[n][start : start + chunk]])
-                for n in layers
-            ]
-            h, y = _push(model, architecture, response, layers, first, hidden, directions, capture.returns_tuples)
+        for start in range(0, clients, chunk):
+            some = slice(start, start + chunk)
+            pushed = [directions(banks[n], taps[n].x, taps[n].route, some).to(hidden.dtype) for n in layers]
+            h, y = _push(model, architecture, response, layers, first, hidden, pushed, capture.returns_tuples)
             parts.append(_paired(h[:, 0, rows], local.hidden_grad) + _paired(y[:, 0, rows], local.projection_grad))
     return torch.cat(parts)
 
 
-def _layer_inputs(
+def _layer_taps(
     model: nn.Module,
     architecture: Architecture,
     capture: Capture,
@@ -79,8 +81,8 @@ def _layer_inputs(
     layers: Sequence[str],
     first: int,
     hidden: Tensor,
-) -> dict[str, Tensor]:
-    """x of every layer over all positions, [1, s, I]."""
+) -> dict[str, Tap]:
+    """x of every layer over all positions, [1, s, I]; the taps hold no graph."""
     replayed = replay(
         model,
         architecture,
@@ -91,7 +93,7 @@ def _layer_inputs(
         blocks_return_tuples=capture.returns_tuples,
         logits_rows=torch.zeros(1, dtype=torch.long, device=hidden.device),
     )
-    return {name: replayed.taps[name].x for name in layers}
+    return {name: Tap(tap.x, tap.y.detach(), tap.route) for name, tap in replayed.taps.items()}
 
 
 def _paired(tangent: Tensor, gradient: Tensor) -> Tensor:
@@ -124,14 +126,19 @@ def _push(
             reached["y"] = output.reshape(*hidden.shape[:2], -1)
             raise _Reached
 
-        handles = [
-            replaced_input(architecture.blocks[first], hidden),
-            last.register_forward_pre_hook(enter, with_kwargs=True),
-            *(_added(model.get_submodule(name), value) for name, value in zip(layers, added, strict=True)),
-            projection.register_forward_hook(leave),
-        ]
+        values = dict(zip(layers, added, strict=True))
+
+        def add(layer: Layer, _x: Tensor, y: Tensor, _route: Tensor | None) -> Tensor:
+            return y + values[layer.name].reshape(y.shape)
+
+        handles = []
+        if architecture.embeddings_name not in layers:
+            handles.append(replaced_input(architecture.blocks[first], hidden))
+        handles.append(last.register_forward_pre_hook(enter, with_kwargs=True))
         with hooks(*handles), ExitStack() as stack:
             stack.enter_context(passed_through(architecture, first, returns_tuples))
+            stack.enter_context(visited([layer_of(model, n) for n in layers], add, architecture.blocks[first:]))
+            stack.enter_context(hooks(projection.register_forward_hook(leave)))
             for block in architecture.blocks[first:]:
                 _use_plain_formulas(block, stack)
             with suppress(_Reached):
@@ -154,7 +161,3 @@ def _use_plain_formulas(block: nn.Module, stack: ExitStack) -> None:
     for module in block.modules():
         if type(module) is BloomGelu:
             stack.enter_context(replaced_method(module, "forward", bloom_gelu_forward))
-
-
-def _added(module: nn.Module, value: Tensor) -> torch.utils.hooks.RemovableHandle:
-    return module.register_forward_hook(lambda _module, _args, output: output + value.reshape(output.shape))

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from .bank import Bank
-from .ops import (
-    client_scores_grouped,
-    client_scores_reference,
-    client_totals_grouped,
-    client_totals_reference,
-)
+from .layer_bank import LayerBank, scores, totals
 from .relevance import LocalRelevance, ReverseRelevance
 
 
@@ -87,17 +82,13 @@ def project_local(relevance: LocalRelevance, bank: Bank, layers: Sequence[str], 
     """Scores of every token and client, from x [T, I] and g [T, O] per layer."""
     xs = [relevance.x[name] for name in layers]
     grads = [relevance.grad[name] for name in layers]
+    routes = [relevance.routes.get(name) for name in layers]
 
-    def scores(banks: list[list[Tensor]]) -> Tensor:
-        if xs[0].dtype == torch.float64:
-            # The kernels compute in fp32; a double-precision model is answered in double precision.
-            return torch.stack(
-                [client_scores_reference(x, g, torch.stack(b)) for x, g, b in zip(xs, grads, banks, strict=True)]
-            )
-        return client_scores_grouped(xs, grads, banks, backend=backend)
+    def project(banks: Sequence[LayerBank]) -> Tensor:
+        return scores(banks, xs, grads, routes, backend).double()
 
-    by_client = scores([bank.deltas[name] for name in layers]).double().cpu() * bank.weights[:, None]
-    changed = scores([[bank.change[name]] for name in layers]).double().cpu()[:, 0].sum(0)
+    by_client = project([bank.layers[name] for name in layers]) * bank.weights[:, None]
+    changed = project([bank.changes[name] for name in layers])[:, 0].sum(0)
     return Scores.of_weighted_deltas(
         tokens=by_client.sum(0).T.contiguous(),
         layer_totals=by_client.sum(2),
@@ -110,19 +101,11 @@ def project_local(relevance: LocalRelevance, bank: Bank, layers: Sequence[str], 
 def project_reverse(relevance: ReverseRelevance, bank: Bank, layers: Sequence[str], backend: str) -> Scores:
     """Totals of every client over the response, from M = sum_t g_t x_t^T per layer."""
     matrices = [relevance.gradient_matrix[name] for name in layers]
-
-    def totals(banks: list[list[Tensor]]) -> Tensor:
-        if matrices[0].dtype == torch.float64:
-            return torch.stack(
-                [client_totals_reference(m, torch.stack(b)) for m, b in zip(matrices, banks, strict=True)]
-            )
-        return client_totals_grouped(matrices, banks, backend=backend)
-
-    by_client = totals([bank.deltas[name] for name in layers]).double().cpu() * bank.weights
+    by_client = totals([bank.layers[name] for name in layers], matrices, backend).double() * bank.weights
     return Scores.of_weighted_deltas(
         tokens=None,
         layer_totals=by_client,
         change_tokens=None,
-        change=float(totals([[bank.change[name]] for name in layers]).double().sum()),
+        change=float(totals([bank.changes[name] for name in layers], matrices, backend).double().sum()),
         objective=relevance.objective.double().cpu(),
     )

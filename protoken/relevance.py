@@ -13,7 +13,7 @@ Source: arXiv 2601.19672 section 3 (gradient relevance); the exactness of both w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .architectures import Architecture
 from .capture import Capture
 from .errors import GenerationError
-from .replay import Replayed, replay
+from .layers import layer_of
+from .replay import Replayed, Tap, replay
 
 Objective = Literal["log_prob", "logit"]
 
@@ -57,7 +58,8 @@ class LocalRelevance:
     """Per layer x [T, I] and g = d f_t / d y [T, O]; objective values f_t [T].
 
     `hidden_grad` [T, d] and `projection_grad` [T, O] are the gradients at the last block's input, past its attention,
-    and at its out-projection's output: all that a tangent arriving there can act through.
+    and at its out-projection's output: all that a tangent arriving there can act through. Experts with n slots per
+    token have x [T, n I], g [T, n O] and a route [T, n]: the expert of each slot.
     """
 
     x: dict[str, Tensor]
@@ -66,11 +68,12 @@ class LocalRelevance:
     projection_grad: Tensor
     objective: Tensor
     replay_error: float
+    routes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class ReverseRelevance:
-    """Per layer M = sum over positions of g x^T, fp32 [O, I]; objective values f_t [T]."""
+    """Per layer M = sum over positions of g x^T, fp32 [O, I], for experts [E, O, I]; objective values f_t [T]."""
 
     gradient_matrix: dict[str, Tensor]
     objective: Tensor
@@ -109,7 +112,7 @@ def local_relevance(
         layers=tuple(dict.fromkeys((projection, *layers))),
         blocks_return_tuples=capture.returns_tuples,
         given_outputs={projection: capture.deciding(capture.projections, prompt, count)},
-        head=_gathered_head(architecture.head, response.tokens) if objective == "logit" else None,
+        head=_gathered_head(architecture, response.tokens, layers) if objective == "logit" else None,
     )
     error = replay_error(replayed.output, capture.deciding(capture.outputs, prompt, count))
     tapped = list(replayed.taps)
@@ -122,7 +125,8 @@ def local_relevance(
         # What the stand-in attention fed to the projection is meaningless; generation's own input was recorded.
         x[projection] = capture.deciding(capture.projection_inputs, prompt, count)[0]
     grad = {name: grads[name][0] for name in layers}
-    return LocalRelevance(x, grad, hidden_grad[0], grads[projection][0], values, error)
+    routes = {name: tap.route[0] for name in layers if (tap := replayed.taps[name]).route is not None}
+    return LocalRelevance(x, grad, hidden_grad[0], grads[projection][0], values, error, routes)
 
 
 def reverse_relevance(
@@ -146,14 +150,13 @@ def reverse_relevance(
         layers=layers,
         blocks_return_tuples=capture.returns_tuples,
         logits_rows=rows,
-        head=_gathered_head(architecture.head, response.tokens) if objective == "logit" else None,
+        head=_gathered_head(architecture, response.tokens, layers) if objective == "logit" else None,
     )
     recorded = capture.deciding(capture.outputs, prompt, count)
     error = replay_error(replayed.output[:, prompt - 1 : length], recorded)
     values, grads = _backward(replayed, response.tokens, [replayed.taps[name].y for name in layers], objective)
     matrices = {
-        name: _accumulated(grad.flatten(0, -2), replayed.taps[name].x.flatten(0, 1))
-        for name, grad in zip(layers, grads, strict=True)
+        name: _gradient_matrix(model, name, replayed.taps[name], grad) for name, grad in zip(layers, grads, strict=True)
     }
     return ReverseRelevance(matrices, values, error)
 
@@ -197,13 +200,32 @@ def _accumulated(grad: Tensor, x: Tensor) -> Tensor:
     return grad.to(wide).T @ x.to(wide)
 
 
-def _gathered_head(head: nn.Module, tokens: Tensor) -> Callable[[Tensor], Tensor] | None:
+def _gradient_matrix(model: nn.Module, name: str, tap: Tap, grad: Tensor) -> Tensor:
+    """d sum_t f_t / dW of one layer as [O, I]; of experts [E, O, I], each from the slots that were routed to it."""
+    layer = layer_of(model, name)
+    grad = grad.reshape(-1, layer.rows)
+    if layer.kind == "embedding":
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        table = torch.zeros(layer.columns, layer.rows, dtype=wide, device=grad.device)
+        return table.index_add_(0, tap.x.flatten(), grad.to(wide)).T
+    x = tap.x.reshape(-1, layer.columns)
+    if tap.route is None:
+        return _accumulated(grad, x)
+    assert layer.experts is not None
+    experts = tap.route.flatten()
+    return torch.stack([_accumulated(grad[experts == e], x[experts == e]) for e in range(layer.experts)])
+
+
+def _gathered_head(
+    architecture: Architecture, tokens: Tensor, layers: Sequence[str]
+) -> Callable[[Tensor], Tensor] | None:
     """A head of one output per row, z_t = <w[token_t], h_t> + b[token_t], in place of the whole vocabulary.
 
     What families apply to the logits afterwards (soft-caps, scalings) is elementwise, so it still applies. Only for
-    plain linear heads; others run as they are.
+    plain linear heads that are at hand and not traced themselves; others run as they are.
     """
-    if type(head) is not nn.Linear:
+    head = architecture.head
+    if type(head) is not nn.Linear or head.weight.is_meta or architecture.head_name in layers:
         return None
     # [T, d] rows, widened: a half-precision dot product over d would round more than the whole head's matmul.
     wide = torch.promote_types(head.weight.dtype, torch.float32)

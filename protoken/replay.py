@@ -19,15 +19,22 @@ from torch import Tensor, nn
 from .architectures import Architecture
 from .capture import run_whole
 from .errors import GenerationError
+from .layers import Layer, layer_of
 from .patching import hooks, replaced_method
+from .sites import Visit, visited
 
 
 @dataclass
 class Tap:
-    """Input and output of one traced layer during a replay: x [B, s, I], y [B, s, O] with y in the gradient's graph."""
+    """Input and output of one traced layer during a replay: x [B, s, I], y [B, s, O] with y in the gradient's graph.
+
+    Experts with n slots per token have x [B, s, n I], y of B s n rows, and `route` [B, s, n]: the expert of each slot.
+    An embedding table has the token ids as x, [B, s, 1].
+    """
 
     x: Tensor
     y: Tensor
+    route: Tensor | None = None
 
 
 @dataclass
@@ -64,7 +71,8 @@ def replay(
         first_block: number of the first block that computes.
         hidden: [B, s, d] hidden states entering it.
         ids: [B, s] token ids of those positions; they only feed the embedding that is then replaced.
-        layers: full names of the layers to tap.
+        layers: full names of the layers to tap. With the embeddings among them everything runs, and `hidden` only
+            says of what shape.
         blocks_return_tuples: how this family's blocks return their hidden states, as seen while capturing.
         attention_mask: [B, s] for left-padded batches.
         logits_rows: positions (a 1-d index) at which logits are wanted; all if None.
@@ -82,19 +90,15 @@ def replay(
     def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
         output.append((result[0] if isinstance(result, tuple) else result).detach())
 
-    handles = [
-        replaced_input(architecture.blocks[first_block], leaf),
-        architecture.blocks[-1].register_forward_hook(leave),
-        *(
-            model.get_submodule(name).register_forward_hook(
-                _tap(taps, name, hidden.shape[:2], (given_outputs or {}).get(name))
-            )
-            for name in layers
-        ),
-    ]
+    handles = [architecture.blocks[-1].register_forward_hook(leave)]
+    if architecture.embeddings_name not in layers:
+        handles.append(replaced_input(architecture.blocks[first_block], leaf))
+    tapped = [layer_of(model, name) for name in layers]
+    tap = _tap(taps, hidden.shape[:2], given_outputs or {})
     rows: dict[str, Any] = {} if logits_rows is None else {"logits_to_keep": logits_rows}
     with hooks(*handles), ExitStack() as stack, torch.enable_grad():
         stack.enter_context(passed_through(architecture, first_block, blocks_return_tuples))
+        stack.enter_context(visited(tapped, tap, architecture.blocks[first_block:]))
         if head is not None:
             stack.enter_context(replaced_method(architecture.head, "forward", head))
         logits = run_whole(model, ids, attention_mask, **rows).logits
@@ -109,21 +113,31 @@ def replay(
     return Replayed(logits, leaf, taps, output[-1])
 
 
-def _tap(
-    taps: dict[str, Tap], name: str, shape: Sequence[int], given: Tensor | None
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        y = output
+def _tap(taps: dict[str, Tap], shape: Sequence[int], given_outputs: dict[str, Tensor]) -> Visit:
+    def visit(layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
+        given = given_outputs.get(layer.name)
         if given is not None:
-            y = given.detach().reshape(output.shape).requires_grad_()
+            y = given.detach().reshape(y.shape).requires_grad_()
         elif not y.requires_grad:
             # Nothing upstream carries a gradient: the output itself becomes the leaf.
             y = y.detach().requires_grad_()
-        taps[name] = Tap(args[0].detach().reshape(*shape, -1), y)
+        taps[layer.name] = Tap(
+            by_position(layer, x.detach(), shape), y, None if route is None else route.reshape(*shape, -1)
+        )
         # The clone keeps an in-place add of the residual (Falcon) away from the leaf.
         return y.clone()
 
-    return hook
+    return visit
+
+
+def by_position(layer: Layer, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A layer's input as [B, s, .]: some families flatten the positions, experts have several rows for each.
+
+    The head sees only the positions whose logits are wanted, and keeps its own shape.
+    """
+    per_row = 1 if layer.kind == "embedding" else layer.columns
+    rows = x.numel() // per_row
+    return x if rows < shape[0] * shape[1] else x.reshape(*shape, -1)
 
 
 def replaced_input(block: nn.Module, hidden: Tensor) -> torch.utils.hooks.RemovableHandle:

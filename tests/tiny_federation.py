@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from protoken.architectures import architecture_of
+from protoken.layers import layer_of
 from protoken.ledger import ClientUpdate, Ledger
 
 WEIGHTS = (0.4, 0.1, 0.3, 0.2)
@@ -41,9 +42,8 @@ def tiny_federation(
 ) -> TinyFederation:
     """Commit `rounds` rounds of FedAvg over all linear layers of all blocks; random updates, a real average."""
     model = tiny_model(family, dtype=dtype, seed=seed)
-    names = [
-        f"{layer}.weight" for layer in architecture_of(model).traced_layers(len(architecture_of(model).blocks), ["*"])
-    ]
+    layers = architecture_of(model).traced_layers(len(architecture_of(model).blocks), ["*"])
+    names = [layer_of(model, layer).parameter for layer in layers]
     generator = torch.Generator().manual_seed(seed + 1)
     path = folder / f"{family}-ledger"
     ledger = Ledger.create(path, model=family)

@@ -1,0 +1,183 @@
+"""Low-rank adapters: which parameters of a ledger act at a layer, and what an adapter adds to its weight.
+
+A federation of adapters leaves one of two records, by the name of the parameter:
+
+    <layer>.weight                          the adapter as one value s B A (`LowRank`), or a dense (merged) weight
+    <layer>.lora_A[.<adapter>].weight       both factors as parameters of their own, averaged apart by the server
+    <layer>.lora_B[.<adapter>].weight
+
+The average of products is not the product of averages. With averages A, B and dX_k = X_k - X_{r-1}, the split
+
+    c_k = s [ dB_k (A_r + A_{r-1}) / 2  +  (B_r + B_{r-1}) / 2 dA_k ]
+
+adds up to the change exactly, sum_k rho_k c_k = s (B_r A_r - B_{r-1} A_{r-1}), and has rank 2 r.
+LoRA: arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LayerError, LedgerMismatchError, ModelError
+from .layers import Layer
+from .ledger import Ledger, LowRank
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The ledger's names of one adapter's two factors."""
+
+    a: str
+    b: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The ledger's parameters that make up one layer's weight: its own, factors kept apart, or both."""
+
+    direct: str | None
+    pairs: tuple[Pair, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*([self.direct] if self.direct else []), *(n for pair in self.pairs for n in (pair.a, pair.b)))
+
+
+def recorded_as(model: nn.Module, layer: Layer, known: Collection[str], place: str) -> Recorded:
+    """Find a layer among the recorded parameters; names with and without PEFT's prefixes are the same layer.
+
+    Args:
+        known: the recorded names.
+        place: what they are the names of, for the message.
+
+    Raises:
+        LayerError: none of them is a parameter of this layer.
+        LedgerMismatchError: factors are recorded of adapters that do not act in the model.
+    """
+    bare = layer.name.removeprefix(PEFT_PREFIX)
+    own = [name if layer.kind == "experts" else f"{name}.weight" for name in (layer.name, bare)]
+    candidates = [layer.parameter, *own, f"{bare}.base_layer.weight", *_aliases(model, layer)]
+    direct = next((name for name in candidates if name in known), None)
+    pairs = tuple(_pairs(layer, (layer.name, bare), known))
+    if direct is None and not pairs:
+        raise LayerError(
+            "layers",
+            expected=f"layers whose updates {place} holds: {_some(known)}",
+            got=layer.name,
+            remedy="Trace one of those, or record this layer when committing rounds",
+        )
+    return Recorded(direct, pairs)
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether it is a PEFT LoRA layer (looked at, not imported: PEFT is optional)."""
+    return hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+
+
+def active_adapters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act in a LoRA layer, merged ones included; none while adapters are disabled."""
+    lora: Any = module
+    if not is_lora(module):
+        return ()
+    merged = tuple(lora.merged_adapters)
+    if merged or lora.disable_adapters:
+        return merged
+    return tuple(name for name in lora.active_adapters if name in lora.lora_A)
+
+
+def factors_of(module: nn.Module, adapter: str) -> LowRank:
+    """What an adapter adds to its layer, [O, I], as factors.
+
+    Raises:
+        ModelError: the adapter's effect is no fixed s B A (DoRA and other variants).
+    """
+    lora: Any = module
+    variant = lora.lora_variant.get(adapter) if hasattr(lora, "lora_variant") else None
+    if variant is not None or getattr(lora, "use_dora", {}).get(adapter):
+        kind = "DoRA" if getattr(lora, "use_dora", {}).get(adapter) else type(variant).__name__
+        raise ModelError(
+            f"adapter {adapter}",
+            expected="plain LoRA or rsLoRA, which add s B A to the weight",
+            got=f"{kind}, whose effect is no sum of updates",
+            remedy="Merge the adapter, and record the merged weights in the ledger",
+        )
+    a, b = lora.lora_A[adapter].weight.detach(), lora.lora_B[adapter].weight.detach()
+    return LowRank(a, b, float(lora.scaling[adapter]))
+
+
+def pair_factors(
+    ledger: Ledger, layer: Layer, pair: Pair, number: int, at_round: int
+) -> tuple[dict[str, LowRank], LowRank]:
+    """Contributions c_k of a round's clients, and the round's change, of factors that were averaged apart.
+
+    Args:
+        number: the round.
+        at_round: the round whose aggregate the model holds; the factors of earlier ones are found backwards from it.
+    """
+    current = factors_of(layer.module, pair.adapter)
+    after_a, after_b = current.a.float().cpu(), current.b.float().cpu()
+    for later in (r for r in ledger.rounds if number < r <= at_round):
+        after_a = after_a - ledger.round(later).change(pair.a)
+        after_b = after_b - ledger.round(later).change(pair.b)
+    record = ledger.round(number)
+    change_a, change_b = record.change(pair.a), record.change(pair.b)
+    # (X_r + X_{r-1}) / 2
+    mean_a, mean_b = after_a - change_a / 2, after_b - change_b / 2
+
+    def split(da: Tensor, db: Tensor) -> LowRank:
+        return LowRank(torch.cat([mean_a, da.float()]), torch.cat([db.float(), mean_b], dim=1), current.scale)
+
+    contributions = {
+        client.client: split(record.delta(client.client, pair.a), record.delta(client.client, pair.b))
+        for client in record.clients
+        if client.quarantined is None
+    }
+    return contributions, split(change_a, change_b)
+
+
+def _pairs(layer: Layer, names: tuple[str, ...], known: Collection[str]) -> Iterator[Pair]:
+    active = active_adapters(layer.module)
+    found: set[str] = set()
+    for name in dict.fromkeys(names):
+        for adapter in active:
+            for infix in (f".{adapter}", ""):
+                a, b = f"{name}.lora_A{infix}.weight", f"{name}.lora_B{infix}.weight"
+                if a in known and b in known and adapter not in found:
+                    if not infix and len(active) > 1:
+                        raise LedgerMismatchError(
+                            "ledger",
+                            expected=f"factors named after one of the active adapters {active}",
+                            got=a,
+                            remedy="Activate the federation's adapter alone: model.set_adapter(...)",
+                        )
+                    found.add(adapter)
+                    yield Pair(a, b, adapter)
+    start = tuple(f"{name}.lora_A." for name in names)
+    recorded = [n for n in known if n.startswith(start)]
+    if recorded and not found:
+        raise LedgerMismatchError(
+            "ledger",
+            expected=f"factors of an adapter that acts at {layer.name}: {', '.join(active) or 'none does'}",
+            got=f"{recorded[0]}",
+            remedy="Load the federation's adapter and activate it (set_adapter, enable_adapters)",
+        )
+
+
+def _aliases(model: nn.Module, layer: Layer) -> list[str]:
+    """Other names of the same tensor: a tied head's weight is recorded as the embeddings'."""
+    if layer.kind == "experts" or layer.weight.is_meta:
+        return []
+    return [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+
+
+def _some(known: Collection[str]) -> str:
+    names = sorted(name.removesuffix(".weight") for name in known)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
