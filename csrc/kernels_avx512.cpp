@@ -3,8 +3,9 @@
 
 #if defined(__x86_64__)
 
+#include "simd_avx512.h"  // first: the kernels are written over its Simd
+
 #include "lowrank_kernels.inc.h"
-#include "simd_avx512.h"
 
 namespace protoken {
 

@@ -1,7 +1,9 @@
 // The kernels for portable; compiled with its flags and free of anything the rest of the module could share.
 #include "kernels.h"
+
+#include "simd_portable.h"  // first: the kernels are written over its Simd
+
 #include "lowrank_kernels.inc.h"
-#include "simd_portable.h"
 
 namespace protoken {
 
