@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -57,7 +57,7 @@ class Plan:
     backend: str
     blocks: int | None = 1
     patterns: tuple[str, ...] | None = None
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def replays(self) -> bool:

@@ -119,7 +119,7 @@ class Trace:
 
     @property
     def unit(self) -> str:
-        """Unit of every score: "nats" for the log-probability, "logit units" for the logit; baselines have their own."""
+        """Unit of every score: "nats" (log-probability), "logit units" (logit), or a baseline's own."""
         return WITHOUT_CONSERVATION.get(self.info.method) or UNITS[self.info.objective]
 
     @property

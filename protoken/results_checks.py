@@ -85,8 +85,8 @@ def plain(value: object) -> Any:
 def check_sums(trace: Trace) -> None:
     """Conservation, and totals that are the sums of their tokens; else numbers on one page contradict.
 
-    sum(totals) + residual == change (but for "paper" and the baselines), and per token sums likewise, within SUM_TOLERANCE
-    of the magnitudes.
+    sum(totals) + residual == change (but for "paper" and the baselines), and per token sums likewise, within
+    SUM_TOLERANCE of the magnitudes.
     """
     from protoken.results_parts import WITHOUT_CONSERVATION
 

@@ -141,7 +141,8 @@ def _norms(game: Game) -> Tensor:
 def _matrices(game: Game, layer: str) -> list[Tensor]:
     """The layer's deltas as [O, I]."""
     module: nn.Module = game.model.get_submodule(layer)
-    deltas = [delta[f"{layer}.weight"] for delta in game.updates.deltas]
+    name = game.updates.names[game.updates.layers.index(layer)]
+    deltas = [delta[name] for delta in game.updates.deltas]
     return [delta.T for delta in deltas] if isinstance(module, Conv1D) else deltas
 
 

@@ -45,11 +45,11 @@ class Game:
         self.model, self.architecture, self.response = model, architecture, response
         self.updates, self.objective = updates, objective
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.end = {name: wide(parameters[name].detach()) for name in updates.names}
+        self.end = {name: wide(parameters[own].detach()) for name, own in updates.parameters.items()}
         self.start = {name: value - updates.change[name].to(value) for name, value in self.end.items()}
-        moving = {id(parameters[name]) for name in updates.names}
+        moving = {id(parameters[own]) for own in updates.parameters.values()}
         self._still = _widened(model, moving)
-        self._first = _first_moving(model, architecture, updates.names)
+        self._first = _first_moving(model, architecture, tuple(updates.parameters.values()))
         self._hidden: Tensor | None = None
         self._tuples = False
         if self._first:
@@ -140,7 +140,8 @@ class Game:
         prompt, count = self.response.prompt_length, self.response.new_tokens
         rows = torch.arange(prompt - 1, prompt - 1 + count, device=self.response.ids.device)
         arguments = {"input_ids": self.response.seen, "use_cache": False, "logits_to_keep": rows}
-        output: Any = functional_call(self.model, {**self._still, **weights}, (), arguments)
+        moved = {own: weights[name] for name, own in self.updates.parameters.items()}
+        output: Any = functional_call(self.model, {**self._still, **moved}, (), arguments)
         return objective_values(output.logits[0], self.response.tokens, self.objective)
 
     @contextmanager
@@ -150,9 +151,9 @@ class Game:
             yield
             return
         blocks = self.architecture.blocks
-        with hooks(replaced_input(blocks[self._first], self._hidden)):
-            with passed_through(self.architecture, self._first, self._tuples):
-                yield
+        entered = hooks(replaced_input(blocks[self._first], self._hidden))
+        with entered, passed_through(self.architecture, self._first, self._tuples):
+            yield
 
     def _record_entry(self) -> None:
         kept: list[Tensor] = []

@@ -5,6 +5,11 @@ objective, and for every traced layer l
 
     s[k, t] = sum_l sum_{pos <= t} < W_k^l x^l[pos], g_t^l[pos] >
 
+where W_k is a matrix that a module applies. A weight that is used in any other way (experts kept in one parameter,
+their router, embeddings) is scored through its own gradient, which is the same sum:
+
+    sum_{pos <= t} < W_k x[pos], g_t[pos] >  =  < W_k, d f_t / d W >
+
 With the paper's own choices W_k are the clients' full weights, the objective is the raw logit and aggregation weights
 are left out. With deltas for W_k and the log-probability it is what the fast ways must equal.
 
@@ -18,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from ..adapters import effective_weight
+from ..layers import layer_of
 from ..patching import hooks
 
 
@@ -37,7 +44,7 @@ def paper_scores(
         model: a causal language model in evaluation mode.
         ids: prompt and generated tokens, [1, P + T].
         prompt_length: P.
-        weights: per layer name, K matrices [O, I]: full client weights (the paper) or deltas.
+        weights: per layer name, K matrices [O, I] (experts: [E, O, I]): full client weights (the paper) or deltas.
         objective: "logit" or "log_prob".
 
     Returns:
@@ -46,13 +53,9 @@ def paper_scores(
     scores, values = [], []
     for end in range(prompt_length, ids.shape[1]):
         value, taps = _objective_and_taps(model, ids[:, :end], int(ids[0, end]), list(weights), objective)
-        grads = torch.autograd.grad(value, [taps[name][1] for name in weights])
-        scores.append(
-            [
-                [_inner(weight, taps[name][0], grad) for weight in weights[name]]
-                for name, grad in zip(weights, grads, strict=True)
-            ]
-        )
+        grads = torch.autograd.grad(value, [y for _, y in taps.values()])
+        found = {name: (x, grad) for (name, (x, _)), grad in zip(taps.items(), grads, strict=True)}
+        scores.append([[_inner(weight, *found[name]) for weight in weights[name]] for name in weights])
         values.append(value.item())
     shape = (len(scores), len(weights), len(next(iter(weights.values()))))
     return torch.tensor(scores, dtype=torch.float64).reshape(shape).transpose(0, 1), torch.tensor(
@@ -62,16 +65,16 @@ def paper_scores(
 
 def client_weights(model: PreTrainedModel, layer: str, change: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     """W_k = G - (G - G_prev) + delta_k in fp32, [O, I] each: the clients' full weights of a layer."""
-    module = model.get_submodule(layer)
-    current = module.weight.detach().float()
-    sent = (current.T if isinstance(module, Conv1D) else current) - change.float()
+    sent = effective_weight(layer_of(model, layer)).float() - change.float()
     return [sent + delta.float() for delta in deltas]
 
 
 def _objective_and_taps(
     model: PreTrainedModel, context: Tensor, token: int, layers: list[str], objective: str
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    taps: dict[str, tuple[Tensor, Tensor]] = {}
+) -> tuple[Tensor, dict[str, tuple[Tensor | None, Tensor]]]:
+    """f_t, and per layer (x, y) of the module, or (None, [O, I] weight) where the weight itself is the leaf."""
+    taps: dict[str, tuple[Tensor | None, Tensor]] = {}
+    leaves: dict[str, Tensor] = {}
 
     def tap(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -82,16 +85,27 @@ def _objective_and_taps(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(tap(name)) for name in layers]
+    found = [layer_of(model, name) for name in layers]
+    handles = [layer.module.register_forward_hook(tap(layer.name)) for layer in found if layer.kind == "linear"]
+    arguments = {"input_ids": context, "use_cache": False}
     with hooks(*handles), torch.enable_grad():
-        logits = model(input_ids=context, use_cache=False).logits[0, -1]
+        for layer in found:
+            if layer.kind != "linear":
+                weight = layer.weight.detach()
+                weight = (weight.mT if layer.transposed else weight).requires_grad_()
+                taps[layer.name] = (None, weight)
+                leaves[layer.parameter] = weight.mT if layer.transposed else weight
+        output: Any = functional_call(model, leaves, (), arguments, tie_weights=False)
+        logits = output.logits[0, -1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         value = logits[token] if objective == "logit" else logits.log_softmax(-1)[token]
     return value, taps
 
 
-def _inner(weight: Tensor, x: Tensor, grad: Tensor) -> float:
-    """sum over positions of <W x[pos], g[pos]>."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _inner(weight: Tensor, x: Tensor | None, grad: Tensor) -> float:
+    """sum over positions of <W x[pos], g[pos]>, or, without x, <W, df/dW>."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if x is None:
+        return float((weight.to(wide) * grad.to(wide)).sum(dtype=torch.float64))
     x, grad = x.flatten(0, -2).to(wide), grad.flatten(0, -2).to(wide)
     return float(((x @ weight.to(wide).T) * grad).sum(dtype=torch.float64))

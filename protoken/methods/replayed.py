@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapters import recorded_as
 from ..architectures import Architecture
 from ..errors import ArgumentError, LayerError
+from ..layers import layer_of
 from ..ledger import Ledger
 from ..projection import Scores
 from ..relevance import Objective, Response
@@ -18,7 +20,7 @@ from .baselines import BASELINES, baseline_scores
 from .game import Game
 from .leave_one_out import leave_one_out_scores
 from .shapley import shapley_scores
-from .weights import Updates
+from .weights import Updates, parameter_of
 
 REPLAYED = ("aumann_shapley", "shapley", "leave_one_out", *BASELINES)
 """Everything but the first-order methods, which work on what was captured while the model generated."""
@@ -64,12 +66,14 @@ def moving_parameters(
     if method == "head_only":
         return (_head_parameter(model, architecture, recorded),)
     if blocks is None and layers is None and method not in TRACED_LAYERS_ONLY:
-        named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if n in recorded]
-        # A tied weight is one parameter under two names: it moves once.
-        return tuple({id(parameter): name for name, parameter in reversed(named)}.values())[::-1]
+        return _in_the_models_order(model, recorded)
     if blocks is None:
         blocks = 1 if layers is None else len(architecture.blocks)
-    return tuple(f"{layer}.weight" for layer in architecture.traced_layers(blocks, layers))
+    found = [
+        recorded_as(model, layer_of(model, name), recorded, f"rounds {list(rounds)}").names
+        for name in architecture.traced_layers(blocks, layers)
+    ]
+    return tuple(dict.fromkeys(name for names in found for name in names))
 
 
 def replayed_scores(
@@ -101,6 +105,24 @@ def replayed_scores(
     if method == "leave_one_out":
         return leave_one_out_scores(game, ledger)
     return baseline_scores(method, game, ledger)
+
+
+def _in_the_models_order(model: nn.Module, recorded: set[str]) -> tuple[str, ...]:
+    """Recorded names; a tied weight is one parameter under two names, and moves once. What the model lacks comes last,
+    so that reading it is refused by name."""
+    own = {name: parameter_of(model, name) for name in sorted(recorded)}
+    named = list(model.named_parameters(remove_duplicate=False))
+    place = {name: index for index, (name, _) in enumerate(named)}
+    tensors = dict(named)
+    ordered = sorted(own, key=lambda name: place.get(own[name] or "", len(place)))
+    seen: set[int] = set()
+    kept = []
+    for name in ordered:
+        inside = own[name]
+        if inside is None or id(tensors[inside]) not in seen:
+            kept.append(name)
+            seen.add(id(tensors[inside]) if inside is not None else 0)
+    return tuple(kept)
 
 
 def _head_parameter(model: nn.Module, architecture: Architecture, recorded: set[str]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..adapters import PEFT_PREFIX
 from ..errors import ArgumentError, LayerError, LedgerMismatchError, UnknownClientError
 from ..ledger import Ledger, Round
 
@@ -29,7 +30,8 @@ class Updates:
         clients: K ids; quarantined updates are left out, their effect is part of the change alone.
         weights: fp64 [K]: rho_k of the one round, or 1 where weighted deltas were summed over several rounds.
         rounds: the rounds covered.
-        names: the model's parameters that move.
+        names: the parameters that move, as the ledger records them.
+        parameters: recorded name -> the model's own name for it (PEFT wraps and renames).
         deltas: per client name -> delta_k as stored (one round) or sum_r rho_k^r delta_k^r in fp32 (several).
         change: name -> the rounds' changes summed, fp32.
     """
@@ -38,13 +40,15 @@ class Updates:
     weights: Tensor
     rounds: tuple[int, ...]
     names: tuple[str, ...]
+    parameters: Mapping[str, str]
     deltas: tuple[Mapping[str, Tensor], ...]
     change: Mapping[str, Tensor]
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The parameters by the names of their layers: "….weight" left out, "….bias" and others kept."""
-        return tuple(name.removesuffix(".weight") for name in self.names)
+        """The model's parameters by the names of their layers: "….weight" left out, "….bias" and others kept."""
+        own = (self.parameters[name] for name in self.names)
+        return tuple(name.removesuffix(".weight").removesuffix(".base_layer") for name in own)
 
 
 def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names: Sequence[str]) -> Updates:
@@ -55,7 +59,7 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
         LedgerMismatchError: the model has no such parameter, or one of another shape.
     """
     records = [ledger.round(number) for number in rounds]
-    _check_names(records, model, names)
+    own = _check_names(records, model, names)
     present = {name for record in records for name in participants(record)}
     if len(records) == 1:
         (record,) = records
@@ -65,6 +69,7 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
             weights=torch.tensor(list(weights.values()), dtype=torch.float64),
             rounds=tuple(rounds),
             names=tuple(names),
+            parameters=own,
             deltas=tuple(dict(record.deltas(client, names)) for client in weights),
             change={name: record.change(name) for name in names},
         )
@@ -74,9 +79,25 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
         weights=torch.ones(len(clients), dtype=torch.float64),
         rounds=tuple(rounds),
         names=tuple(names),
+        parameters=own,
         deltas=tuple(_lineage(records, client, names) for client in clients),
         change={name: torch.stack([r.change(name).float() for r in records]).sum(0) for name in names},
     )
+
+
+def parameter_of(model: nn.Module, recorded: str) -> str | None:
+    """The model's own name of a recorded parameter, or None.
+
+    PEFT prefixes names, wraps a layer's weight as its base_layer's (an update of the effective weight moves that one:
+    the adapter is added to it), and puts the adapter's name into its factors'.
+    """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stem, _, leaf = recorded.rpartition(".")
+    shapes = [recorded, f"{stem}.base_layer.{leaf}"]
+    if stem.endswith((".lora_A", ".lora_B")):
+        adapters = getattr(model, "active_adapters", [])
+        shapes += [f"{stem}.{adapter}.{leaf}" for adapter in (adapters() if callable(adapters) else adapters)]
+    return next((name for shape in shapes for name in (shape, PEFT_PREFIX + shape) if name in known), None)
 
 
 def participants(record: Round) -> dict[str, float]:
@@ -143,7 +164,7 @@ def weights_at(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[None]:
     own: dict[str, tuple[nn.Parameter, Tensor]] = {}
     try:
         for name, addend in shift.items():
-            parameter = model.get_parameter(name)
+            parameter = model.get_parameter(parameter_of(model, name) or name)
             data = parameter.data
             if addend.shape != data.shape:
                 raise LedgerMismatchError("shift", expected=f"{name} of shape {tuple(data.shape)}", got=addend.shape)
@@ -180,8 +201,10 @@ def point(start: Mapping[str, Tensor], updates: Updates, coefficients: Tensor, a
     return found
 
 
-def _check_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) -> None:
+def _check_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """The model's names of the recorded ones, after checking that every round has them, in the model's shape."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
     for name in names:
         for record in records:
             if name not in record.parameters:
@@ -192,10 +215,14 @@ def _check_names(records: Sequence[Round], model: nn.Module, names: Sequence[str
                     remedy=f"It holds {', '.join(list(record.parameters)[:6])}",
                 )
         theirs = tuple(records[0].parameters[name].shape)
-        ours = tuple(parameters[name].shape) if name in parameters else None
+        own = parameter_of(model, name)
+        ours = tuple(parameters[own].shape) if own else None
         if ours != theirs:
             raise LedgerMismatchError(
                 "ledger",
                 expected=f"{name} of the ledger's shape {theirs}",
                 got="no such parameter in the model" if ours is None else ours,
             )
+        assert own is not None
+        found[name] = own
+    return found
