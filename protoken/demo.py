@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -58,7 +58,6 @@ class DemoSettings:
     question: str = "What causes high blood pressure?"
     ordinary: str = "Explain briefly what a savings account is."
     max_new_tokens: int = 48
-    trace_rounds: str = "last"
     repeats: int = 3
 
 
@@ -156,13 +155,16 @@ def _answer(base: BaseModel, question: str, settings: DemoSettings) -> str:
 
 
 def _traced(console: Console, base: BaseModel, question: str, settings: DemoSettings, file: Path) -> dict[str, Any]:
-    """Trace one prompt, show it, write it; medians of plain generation and tracing, taken in turns."""
+    """Trace one prompt, show it, write it; medians of plain generation and tracing, taken in turns.
 
-    def run_trace() -> Trace:
+    The trace is of the last round, as the paper judges it; the same answer is then traced over all rounds, too.
+    """
+
+    def run_trace(rounds: Literal["last", "all"] = "last") -> Trace:
         return trace(
             base.model,
             [{"role": "user", "content": question}],
-            rounds=settings.trace_rounds,
+            rounds=rounds,
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
         )
@@ -175,7 +177,8 @@ def _traced(console: Console, base: BaseModel, question: str, settings: DemoSett
         traced.append(seconds)
     result.to_html(file.with_suffix(".html"))
     result.save(file.with_suffix(".json"))
-    say_what_was_traced(console, result, plain, traced, first_seconds)
+    lineage = run_trace("all")
+    say_what_was_traced(console, result, lineage, plain, traced, first_seconds)
     return {
         "prompt": question,
         "response": result.text,
@@ -194,6 +197,12 @@ def _traced(console: Console, base: BaseModel, question: str, settings: DemoSett
         "seconds_first_trace": first_seconds,
         "all_seconds_generate": plain,
         "all_seconds_trace": traced,
+        "all_rounds": {
+            "ranking": [client.client for client in lineage.clients],
+            "scores": dict(zip(lineage.client_ids, lineage.totals.tolist(), strict=True)),
+            "conservation_residual": lineage.conservation_residual,
+            "rounds": list(lineage.info.rounds),
+        },
     }
 
 

@@ -104,11 +104,17 @@ def say_what_was_trained(console: Console, stored: StoredFederation) -> None:
 
 
 def say_what_was_traced(
-    console: Console, result: Trace, plain: Sequence[float], traced: Sequence[float], first_seconds: float
+    console: Console,
+    result: Trace,
+    lineage: Trace,
+    plain: Sequence[float],
+    traced: Sequence[float],
+    first_seconds: float,
 ) -> None:
-    """One trace: the picture, and the seconds of plain generation beside those of the trace."""
+    """One trace: the picture, the same over all rounds, and the seconds of plain generation beside the trace's."""
     console.print()
     result.show(console)
+    console.print(_over_all_rounds(lineage))
     generate, whole = statistics.median(plain), statistics.median(traced)
     console.print(
         Text(
@@ -117,6 +123,11 @@ def say_what_was_traced(
             "dim",
         )
     )
+
+
+def _over_all_rounds(lineage: Trace) -> Text:
+    scores = "  ".join(f"{client.client} {client.score:+.3f}" for client in lineage.clients)
+    return Text(f"over all {len(lineage.info.rounds)} rounds ({lineage.unit}): {scores}", "dim")
 
 
 def conclude(console: Console, figures: dict[str, Any], clients: Sequence[Client], question: str, out: Path) -> None:
@@ -134,11 +145,12 @@ def conclude(console: Console, figures: dict[str, Any], clients: Sequence[Client
             ("the poisoned ones." if right else "NOT the poisoned ones.", "bold green" if right else "bold red"),
         )
     )
-    leader = ordinary["ranking"][0]
+    leaders = [ordinary["ranking"][0], ordinary["all_rounds"]["ranking"][0]]
+    last, whole = (f"{leader} ({labels[leader]})" for leader in leaders)
     console.print(
         Text(
-            f"Ordinary: the top client is {leader} ({labels[leader]}). An ordinary answer is mostly the base model's, "
-            "and one block and one round see little of it: take this ranking as a hint, not as a finding."
+            f"Ordinary: the top client is {last} in the last round, {whole} over all rounds. An ordinary answer is "
+            "mostly the base model's, and one block sees little of it: take these as hints, not as findings."
         )
     )
     console.print(

@@ -109,6 +109,10 @@ def test_every_promised_figure_is_there_and_consistent(first: Run) -> None:
         assert got["ranking"] == sorted(CLIENTS, key=lambda k: (-got["scores"][k], k))
         assert sum(got["shares"].values()) == pytest.approx(1)
         assert got["conservation_residual"] < 1e-3
+        assert got["rounds"] == [2]
+        assert got["all_rounds"]["rounds"] == [1, 2]
+        assert got["all_rounds"]["scores"] != got["scores"]
+        assert got["all_rounds"]["conservation_residual"] < 1e-3
         assert got["seconds_generate"] > 0
         assert got["seconds_trace"] > 0
         page = (first.out / f"{file}.html").read_text(encoding="utf-8")
