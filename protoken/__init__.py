@@ -9,10 +9,23 @@
 from .attachment import attach, detach
 from .ledger import ClientUpdate, Ledger
 from .results import Trace
+from .streaming import Stream, StreamedToken, stream
 from .trace import trace
 from .tracing import Tape, tracing
 from .versions import version_of
 
 __version__ = version_of("protoken") or "0"
 
-__all__ = ["ClientUpdate", "Ledger", "Tape", "Trace", "attach", "detach", "trace", "tracing"]
+__all__ = [
+    "ClientUpdate",
+    "Ledger",
+    "Stream",
+    "StreamedToken",
+    "Tape",
+    "Trace",
+    "attach",
+    "detach",
+    "stream",
+    "trace",
+    "tracing",
+]

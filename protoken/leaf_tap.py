@@ -1,0 +1,266 @@
+"""The leaf tap: relevance at the last block's layers while the model generates, without running anything twice.
+
+After the last attention no position talks to another, so what the newest token's relevance needs is the rest of one
+row: from the traced layers' outputs y through norm and head to the objective f. In a decoding step the first traced
+layer's output is made a leaf, gradients are recorded from there to the logits and nowhere else, and once the token is
+chosen the graph is pulled back:
+
+    y ── residual, norm ──▶ h ┆ head ┆ z ── soft-cap, scaling ──▶ f        g = d f / d y
+
+The graph is cut before and after the head's matmul, which autograd would go through densely: with v = d f / d z,
+
+    d f / d h = v W        one row v[t] W[t] for the logit, since what follows the head is elementwise
+                           one vector-matrix product for the log-probability
+
+A pass over several positions (the prompt, or decoding without a cache) keeps one row of activations instead of the
+whole block's, and its token is replayed alone, the local way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from .architectures import Architecture
+from .capture import Capture
+from .errors import GenerationError
+from .layers import Layer, layer_of
+from .patching import hooks
+from .relevance import Objective, Response, local_relevance, objective_values
+from .sites import visited
+
+
+@dataclass
+class _Pass:
+    """What one forward pass has shown so far; x and y by layer, rows in `capture` when it was of many positions."""
+
+    length: int = 0
+    x: dict[str, Tensor] = field(default_factory=dict)
+    y: dict[str, Tensor] = field(default_factory=dict)
+    routes: dict[str, Tensor] = field(default_factory=dict)
+    head_input: Tensor | None = None
+    head_output: Tensor | None = None
+    logits: Tensor | None = None
+    capture: Capture = field(default_factory=lambda: Capture(every=False))
+
+
+@dataclass
+class TokenRelevance:
+    """One token: per layer x [1, I], g = d f / d y [1, O] and, for experts, the route [1, n]; objective value f [1]."""
+
+    x: dict[str, Tensor]
+    grad: dict[str, Tensor]
+    objective: Tensor
+    routes: dict[str, Tensor]
+
+
+class LeafTap:
+    """Relevance of each newly chosen token at layers of the last block.
+
+    Only passes of the thread that installed the tap count; others go through the model as if there were no hooks.
+    """
+
+    def __init__(
+        self, model: nn.Module, architecture: Architecture, layers: Sequence[str], objective: Objective
+    ) -> None:
+        self.model, self.architecture = model, architecture
+        self.layers, self.objective = tuple(layers), objective
+        self._found = [layer_of(model, name) for name in self.layers]
+        self._pass = _Pass()
+        self._passes = 0
+        self._thread: int | None = None
+
+    @contextmanager
+    def installed(self, check: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hooks on the last block, the traced layers, the head and the model; grad mode is put back on leaving.
+
+        Args:
+            check: called before every block; raises where generation shall be abandoned.
+        """
+        last, grad_mode = self.architecture.blocks[-1], torch.is_grad_enabled()
+        with ExitStack() as stack:
+            stack.callback(self._forget)
+            stack.callback(torch.set_grad_enabled, grad_mode)
+            if check is not None:
+                stack.enter_context(hooks(*self._checked(check)))
+            projection = last.get_submodule(self.architecture.out_projection)
+            handles = [
+                last.register_forward_pre_hook(self._enter_block, with_kwargs=True),
+                projection.register_forward_hook(self._project),
+                last.register_forward_hook(self._leave_block),
+                _language_model(self.model).register_forward_hook(self._leave_model),
+            ]
+            if self._cuts_head:
+                # Before any hook of the user's on the head: what that does to the logits is part of the graph.
+                handles.append(self.architecture.head.register_forward_pre_hook(self._enter_head))
+                handles.append(self.architecture.head.register_forward_hook(self._leave_head, prepend=True))
+            stack.enter_context(hooks(*handles))
+            stack.enter_context(visited(self._found, self._tap))
+            self._thread = threading.get_ident()
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The hooks let everything pass: for somebody else's use of the model in between."""
+        thread, self._thread = self._thread, None
+        grad_mode = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self._thread = thread
+            torch.set_grad_enabled(grad_mode)
+
+    def relevance(self, ids: Tensor) -> TokenRelevance:
+        """Of the last of ids [1, n + 1], which the pass just seen has chosen.
+
+        Raises:
+            GenerationError: the model did not run once, on the position before, through every traced layer.
+        """
+        seen, passes = self._pass, self._passes
+        self._forget_pass()
+        if seen.length > 1:
+            # Chunks of a long prompt are several passes; the last one has chosen the token.
+            return self._replayed(seen, ids)
+        if passes != 1 or set(seen.y) != set(self.layers) or seen.logits is None:
+            raise GenerationError(
+                "model",
+                expected="one forward pass per token, through every traced layer",
+                got=f"{passes} passes through {sorted(seen.y) or 'none of them'}",
+                remedy="Compiled models (disable_compile=True) and processors that call the model cannot be streamed: "
+                "use protoken.trace",
+            )
+        return self._pulled_back(seen, ids[0, -1:].to(seen.logits.device))
+
+    # ---- hooks ---------------------------------------------------------------------------------------
+
+    @property
+    def _own_thread(self) -> bool:
+        return self._thread == threading.get_ident()
+
+    @property
+    def _cuts_head(self) -> bool:
+        """Only around a plain head whose weight is at hand, and which is not itself traced."""
+        head = self.architecture.head
+        plain = type(head) is nn.Linear and not head.weight.is_meta and "forward" not in head.__dict__
+        return plain and all(layer.module is not head for layer in self._found)
+
+    def _checked(self, check: Callable[[], None]) -> list[torch.utils.hooks.RemovableHandle]:
+        def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+            if self._own_thread:
+                check()
+
+        return [block.register_forward_pre_hook(before) for block in self.architecture.blocks]
+
+    def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._own_thread:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        batch, length = hidden.shape[:2]
+        if batch != 1:
+            raise GenerationError(
+                "generate",
+                expected="one sequence to stream",
+                got=f"{batch} rows",
+                remedy="Use protoken.tracing for several",
+            )
+        self._passes += 1
+        self._pass = _Pass(length)
+        if length > 1:
+            self._pass.capture.hidden.append(_last_row(hidden))
+
+    def _project(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._own_thread and self._pass.length > 1:
+            length, kept = self._pass.length, self._pass.capture
+            kept.projection_inputs.append(_last_row(args[0].reshape(1, length, -1)))
+            kept.projections.append(_last_row(output.reshape(1, length, -1)))
+
+    def _leave_block(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self._own_thread and self._pass.length > 1:
+            kept = self._pass.capture
+            kept.returns_tuples = isinstance(output, tuple)
+            kept.outputs.append(_last_row(output[0] if kept.returns_tuples else output))
+
+    def _tap(self, layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
+        if not self._own_thread or self._pass.length != 1:
+            return y
+        torch.set_grad_enabled(True)
+        tapped = y if y.requires_grad else y.detach().requires_grad_()
+        self._pass.x[layer.name] = x.detach().reshape(1, -1).clone()
+        self._pass.y[layer.name] = tapped
+        if route is not None:
+            self._pass.routes[layer.name] = route.reshape(1, -1)
+        # The clone keeps an in-place add of the residual (Falcon) away from the leaf.
+        return tapped.clone()
+
+    def _enter_head(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._own_thread and self._pass.y:
+            self._pass.head_input = args[0]
+            torch.set_grad_enabled(False)
+
+    def _leave_head(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not (self._own_thread and self._pass.y):
+            return None
+        torch.set_grad_enabled(True)
+        self._pass.head_output = output.detach().requires_grad_()
+        return self._pass.head_output.clone()
+
+    def _leave_model(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self._own_thread and self._pass.y:
+            self._pass.logits = output.logits[:, -1]
+            torch.set_grad_enabled(False)
+
+    # ---- pulling back --------------------------------------------------------------------------------
+
+    def _pulled_back(self, seen: _Pass, token: Tensor) -> TokenRelevance:
+        assert seen.logits is not None
+        ys = [seen.y[name] for name in self.layers]
+        with torch.enable_grad():
+            value = objective_values(seen.logits, token, self.objective)
+        if seen.head_output is None:
+            grads = torch.autograd.grad(value, ys)
+        else:
+            assert seen.head_input is not None
+            (slope,) = torch.autograd.grad(value, seen.head_output)
+            upstream = self._through_head(slope.reshape(-1), token)
+            grads = torch.autograd.grad(
+                seen.head_input, ys, upstream.to(seen.head_input.dtype).reshape(seen.head_input.shape)
+            )
+        found = {name: grad.reshape(1, -1) for name, grad in zip(self.layers, grads, strict=True)}
+        return TokenRelevance(seen.x, found, value.detach(), seen.routes)
+
+    def _through_head(self, slope: Tensor, token: Tensor) -> Tensor:
+        """d f / d h [d] = v W from v = d f / d z [V]."""
+        weight: Tensor = self.architecture.head.weight.detach()  # type: ignore[operator]
+        slope = slope.to(weight.dtype)
+        if self.objective == "logit" and int(slope.count_nonzero()) <= 1:
+            return slope[token] * weight[token[0]]
+        return slope @ weight
+
+    def _replayed(self, seen: _Pass, ids: Tensor) -> TokenRelevance:
+        response = Response(ids, ids.shape[1] - 1)
+        with self.paused():
+            found = local_relevance(self.model, self.architecture, seen.capture, response, self.layers, self.objective)
+        return TokenRelevance(found.x, found.grad, found.objective, found.routes)
+
+    def _forget_pass(self) -> None:
+        self._pass, self._passes = _Pass(), 0
+
+    def _forget(self) -> None:
+        self._thread = None
+        self._forget_pass()
+
+
+def _last_row(hidden: Tensor) -> Tensor:
+    return hidden[:, -1:].detach().clone()
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    """The module that `generate` calls: PEFT wraps it, and its own forward is then not on the way."""
+    return next((module for module in model.modules() if isinstance(module, GenerationMixin)), model)
