@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--federation", required=True, type=Path)
     parser.add_argument("--parameters", nargs="+", default=["*"], help="patterns; those of the traced layers suffice")
+    parser.add_argument("--codecs", nargs="+", default=CODECS)
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--json", type=Path)
@@ -56,7 +57,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     truth: list[protoken.Trace] = []
     size = 0.0
-    for codec in CODECS:
+    for codec in ["fp32", *(c for c in arguments.codecs if c != "fp32")]:
         folder = Path(tempfile.mkdtemp())
         try:
             ledger = Ledger.create(folder / "ledger")

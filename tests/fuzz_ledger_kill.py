@@ -111,11 +111,13 @@ def at_random(folder: Path, kills: int) -> dict[str, int]:
 
         child = forked(work)
         os.close(write_end)
-        time.sleep(chance.uniform(0.0, 0.06))
+        # Half of them are killed somewhere in their first commit, half some time after one was acknowledged.
+        told = os.read(read_end, 4) if chance.random() < 0.5 else b""
+        time.sleep(chance.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         result["killed"] += os.WIFSIGNALED(status)
-        told = os.read(read_end, 1 << 16)
+        told += os.read(read_end, 1 << 16)
         os.close(read_end)
         acknowledged = int.from_bytes(told[-4:], "little") if told else 1
         result["acknowledged"] += len(told) // 4
