@@ -9,6 +9,7 @@ from protoken.ops.client_scores_lowrank import (
     client_scores_lowrank_reference,
 )
 from protoken.ops.client_totals import client_totals, client_totals_grouped, client_totals_reference
+from protoken.ops.library import register
 from protoken.ops.relevance_head import Head, relevance_head, relevance_head_reference
 
 __all__ = [
@@ -29,3 +30,5 @@ __all__ = [
     "relevance_head",
     "relevance_head_reference",
 ]
+
+register()

@@ -38,6 +38,9 @@ def capture_append(
 
     Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError`, `BackendError`.
     """
+    if torch.compiler.is_compiling():
+        torch.ops.protoken.capture_append(buffers, steps, cursor, backend)
+        return
     check_tensor("cursor", cursor)
     if tuple(cursor.shape) != (1,):
         raise ShapeError("cursor", expected="(1,)", got=tuple(cursor.shape))

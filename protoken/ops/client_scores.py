@@ -15,6 +15,7 @@ from protoken.dispatch import choose
 from protoken.errors import ShapeError
 from protoken.ops.banks import DenseBank
 from protoken.ops.checks import check_inputs, check_size, check_tensor, narrow, spread
+from protoken.ops.library import flatten
 
 Bank = DenseBank | Tensor | Sequence[Tensor]
 # Clients whose products the torch way holds at once: what it writes stays within a core's share of the cache.
@@ -53,6 +54,9 @@ def client_scores_grouped(
     backend: str = "auto",
 ) -> Tensor:
     """`client_scores` of L layers in one call: fp32 [L, K, T]. Layers share T and K; O and I may differ."""
+    if torch.compiler.is_compiling():
+        tensors, counts, kept = flatten(banks, scales)
+        return torch.ops.protoken.client_scores(xs, grads, tensors, counts, kept, backend)  # type: ignore[no-any-return]
     wrapped = wrap_banks(xs, grads, banks, scales)
     clients = wrapped[0].clients if wrapped else 0
     tokens = xs[0].shape[0] if xs else 0

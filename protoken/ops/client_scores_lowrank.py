@@ -15,6 +15,7 @@ from protoken.dispatch import choose
 from protoken.errors import ShapeError
 from protoken.ops.banks import LowRankBank
 from protoken.ops.checks import check_inputs, check_size, check_tensor, narrow, spread
+from protoken.ops.library import flatten_lowrank
 
 Factors = Tensor | Sequence[Tensor]
 SCRATCH_BYTES = 4 << 20
@@ -56,6 +57,8 @@ def client_scores_lowrank(
 
     Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError`, `BackendError`.
     """
+    if torch.compiler.is_compiling() and not isinstance(a, LowRankBank):
+        return client_scores_lowrank_grouped([x], [grad], [(a, b, scale)], backend=backend)[0]  # type: ignore[list-item]
     shape = (grad.shape[-1] if grad.dim() else 0, x.shape[-1] if x.dim() else 0)
     return client_scores_lowrank_grouped([x], [grad], [LowRankBank.of(a, b, scale, shape=shape)], backend=backend)[0]
 
@@ -69,6 +72,9 @@ def client_scores_lowrank_grouped(
 ) -> Tensor:
     """`client_scores_lowrank` of L layers in one call: fp32 [L, K, T]. ``banks``: per layer (a, b, scale) or
     a `LowRankBank`. Layers share T and K; O, I and ranks may differ."""
+    if torch.compiler.is_compiling():
+        a, b, counts, scales = flatten_lowrank(banks)
+        return torch.ops.protoken.client_scores_lowrank(xs, grads, a, b, counts, scales, backend)  # type: ignore[no-any-return]
     for name, values in (("grads", grads), ("banks", banks)):
         if len(values) != len(xs):
             raise ShapeError(name, expected=f"{len(xs)} entries, one per layer as in xs", got=len(values))

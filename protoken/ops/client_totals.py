@@ -23,6 +23,7 @@ from protoken.ops.checks import (
     narrow,
     spread,
 )
+from protoken.ops.library import flatten
 
 Bank = DenseBank | Tensor | Sequence[Tensor]
 SCRATCH_BYTES = 4 << 20
@@ -56,6 +57,9 @@ def client_totals_grouped(
     backend: str = "auto",
 ) -> Tensor:
     """`client_totals` of L layers in one call: fp32 [L, K]. Layers share K; O and I may differ."""
+    if torch.compiler.is_compiling():
+        tensors, counts, kept = flatten(banks, scales)
+        return torch.ops.protoken.client_totals(ms, tensors, counts, kept, backend)  # type: ignore[no-any-return]
     for name, values in (("banks", banks), ("scales", scales)):
         if values is not None and len(values) != len(ms):
             raise ShapeError(name, expected=f"{len(ms)} entries, one per layer as in ms", got=len(values))

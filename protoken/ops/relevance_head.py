@@ -84,6 +84,10 @@ def relevance_head(hidden: Tensor, targets: Tensor, head: Head, *, backend: str 
     outside the vocabulary, checked on the CPU only since a look at a GPU's memory would wait for it),
     `BackendError`.
     """
+    if torch.compiler.is_compiling():
+        tensors = head.weight, head.bias, head.norm_weight, head.norm_bias
+        numbers = head.norm, head.eps, head.scale, head.softcap, head.objective
+        return torch.ops.protoken.relevance_head(hidden, targets, *tensors, *numbers, backend)  # type: ignore[no-any-return]
     _check(hidden, targets, head)
     tokens, width = hidden.shape
     if not tokens:
