@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .errors import LayerError, LedgerMismatchError, ModelError
 from .layers import Layer
 from .ledger import Ledger, LowRank
+from .quantised import dense_weight
 
 PEFT_PREFIX = "base_model.model."
 
@@ -111,6 +112,17 @@ def factors_of(module: nn.Module, adapter: str) -> LowRank:
         )
     a, b = lora.lora_A[adapter].weight.detach(), lora.lora_B[adapter].weight.detach()
     return LowRank(a, b, float(lora.scaling[adapter]))
+
+
+def effective_weight(layer: Layer) -> Tensor:
+    """What a layer multiplies by, [O, I] in fp32 or fp64: its weight, dequantised, and its active adapters."""
+    weight = dense_weight(layer)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    merged = getattr(layer.module, "merged_adapters", [])
+    for adapter in active_adapters(layer.module):
+        if adapter not in merged:
+            weight = weight + factors_of(layer.module, adapter).dense().to(weight)
+    return weight
 
 
 def pair_factors(

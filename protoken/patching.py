@@ -13,8 +13,8 @@ from .errors import ModelError
 
 
 @contextmanager
-def replaced_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Give one module instance another method; hooks on it still run. Restores what was there, instance or class."""
+def replaced_method(module: nn.Module, name: str, method: Callable[..., Any] | None) -> Iterator[None]:
+    """Give one module instance another method (or plain attribute); hooks on it still run. Restores what was there."""
     had_own = name in module.__dict__
     own = module.__dict__.get(name)
     module.__dict__[name] = method

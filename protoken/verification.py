@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapters import Pair, active_adapters, factors_of, is_lora, recorded_as
 from .bank import check_shape
 from .errors import LedgerMismatchError
 from .layers import Layer, layer_of
 from .ledger import Ledger, LowRank, parameter_digest, tensor_digest
+from .quantised import at_hand, is_quantised
 
 # ||in memory - in the ledger|| / ||in the ledger|| of an adapter's effect, where its factors are others: fp32 rounding.
 EFFECT_TOLERANCE = 1e-4
@@ -37,22 +35,6 @@ def check_layer(model: nn.Module, name: str, ledger: Ledger, at_round: int) -> N
         _check_adapter(layer, recorded.direct, ledger, at_round)
     else:
         _check_weight(layer, recorded.direct, ledger, at_round)
-
-
-def at_hand(module: nn.Module) -> AbstractContextManager[Any]:
-    """The module's weights in memory for the length of a `with`, also where accelerate keeps them elsewhere."""
-    if not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    aligned: AbstractContextManager[Any] = align_module_device(module)
-    return aligned
-
-
-def is_quantised(weight: Tensor) -> bool:
-    """Packed or scaled weights: bitsandbytes' integers, torchao's tensor subclasses."""
-    plain = type(weight) in (Tensor, nn.Parameter)
-    return not weight.is_floating_point() or not plain or weight.element_size() < 2
 
 
 def _check_weight(layer: Layer, parameter: str, ledger: Ledger, at_round: int) -> None:

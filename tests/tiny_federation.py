@@ -39,11 +39,18 @@ def tiny_federation(
     weights: tuple[float, ...] = WEIGHTS,
     scale: float = 0.02,
     seed: int = 0,
+    ends: bool = False,
 ) -> TinyFederation:
-    """Commit `rounds` rounds of FedAvg over all linear layers of all blocks; random updates, a real average."""
+    """Commit `rounds` rounds of FedAvg over all linear layers of all blocks; random updates, a real average.
+
+    `ends`: over the embeddings and the head, too.
+    """
     model = tiny_model(family, dtype=dtype, seed=seed)
     layers = architecture_of(model).traced_layers(len(architecture_of(model).blocks), ["*"])
-    names = [layer_of(model, layer).parameter for layer in layers]
+    if ends:
+        layers += (architecture_of(model).embeddings_name, architecture_of(model).head_name)
+    known = dict(model.named_parameters())  # a tied head has no parameter of its own
+    names = [name for name in (layer_of(model, layer).parameter for layer in layers) if name in known]
     generator = torch.Generator().manual_seed(seed + 1)
     path = folder / f"{family}-ledger"
     ledger = Ledger.create(path, model=family)

@@ -71,9 +71,23 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 
 
+_MOE = {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "mixtral": ("mixtral", _MOE),
+    # Plain MLPs in blocks 0 and 2; weights of the chosen experts left unnormalised.
+    "qwen3_moe": ("qwen3_moe", {**_COMMON, "head_dim": 12, "num_experts": 5, "num_experts_per_tok": 3,
+                                "moe_intermediate_size": 32, "decoder_sparse_step": 2, "norm_topk_prob": False}),
+    # Experts with biases whose weights lie as (in, out), clamped gates, attention sinks.
+    "gpt_oss": ("gpt_oss", {**_MOE, "head_dim": 12, "sliding_window": 8,
+                            "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    # A family without a row in the table: found by structure.
+    "olmoe": ("olmoe", {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of that family in evaluation mode; the caller's generator state is left alone."""
-    model_type, settings = {**CONFIGS, **OTHER_FAMILIES}[name]
+    model_type, settings = {**CONFIGS, **OTHER_FAMILIES, **MIXTURES}[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **settings)

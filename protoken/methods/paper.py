@@ -19,6 +19,7 @@ Cost: T forward and backward passes over up to P + T positions, 13 to 20 times p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import effective_weight
 from ..layers import layer_of
-from ..patching import hooks
+from ..patching import hooks, replaced_method
 
 
 def paper_scores(
@@ -88,8 +89,11 @@ def _objective_and_taps(
     found = [layer_of(model, name) for name in layers]
     handles = [layer.module.register_forward_hook(tap(layer.name)) for layer in found if layer.kind == "linear"]
     arguments = {"input_ids": context, "use_cache": False}
-    with hooks(*handles), torch.enable_grad():
+    with hooks(*handles), torch.enable_grad(), ExitStack() as stack:
         for layer in found:
+            if layer.kind == "embedding":
+                # torch leaves the padding token's row out of the gradient, also where the token is really meant.
+                stack.enter_context(replaced_method(layer.owner, "padding_idx", None))
             if layer.kind != "linear":
                 weight = layer.weight.detach()
                 weight = (weight.mT if layer.transposed else weight).requires_grad_()
