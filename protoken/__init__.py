@@ -6,7 +6,9 @@
 >>> trace.show()
 """
 
+from .account import Account, account
 from .attachment import attach, detach
+from .counterfactual import Counterfactual
 from .ledger import ClientUpdate, Ledger
 from .results import Trace
 from .streaming import Stream, StreamedToken, stream
@@ -17,12 +19,15 @@ from .versions import version_of
 __version__ = version_of("protoken") or "0"
 
 __all__ = [
+    "Account",
     "ClientUpdate",
+    "Counterfactual",
     "Ledger",
     "Stream",
     "StreamedToken",
     "Tape",
     "Trace",
+    "account",
     "attach",
     "detach",
     "stream",

@@ -33,6 +33,7 @@ Method = Literal[
     "paper",
     "aumann_shapley",
     "shapley",
+    "paired_shapley",
     "leave_one_out",
     "chance",
     "aggregation_weight",

@@ -64,12 +64,13 @@ def trace(
             local way where it is exact (the last block's two default layers), else the forward way.
         objective: "log_prob" (default) or "logit" (the paper's, and the default of method "paper").
         method: "protoken" (first order at G); "paper" (the published algorithm as it stands, slow, for comparison);
-            "aumann_shapley", "shapley", "leave_one_out" (beyond first order: the response is replayed at other
-            weights), or a baseline: "chance", "aggregation_weight", "update_norm", "cosine", "client_log_prob",
-            "activation_only", "head_only", "tracefl". See docs/methods.md for what each answers and costs.
+            "aumann_shapley", "shapley", "paired_shapley", "leave_one_out" (beyond first order: the response is replayed
+            at other weights), or a baseline: "chance", "aggregation_weight", "update_norm", "cosine",
+            "client_log_prob", "activation_only", "head_only", "tracefl". docs/methods.md says what each answers.
         backend: who computes the projection: "auto", "cuda", "triton", "cpp" or "torch".
         nodes: gradients along the path of "aumann_shapley" (totals; way="forward" scores every token).
-        pairs: sampled pairs of orders of "shapley"; None: exact up to 8 clients, 16 pairs above.
+        pairs: sampled pairs of orders of "shapley" (None: exact up to 8 clients, 16 pairs above) and of coalitions of
+            "paired_shapley" (None: as many as clients).
         chat: wrap text in the tokenizer's chat template; None: if it has one.
         seed: seed of this generation alone.
         **generate_arguments: for the model's own `generate`. Without a length, 64 new tokens at most.

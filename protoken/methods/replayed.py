@@ -19,10 +19,10 @@ from .aumann_shapley import DEFAULT_NODES, aumann_shapley_scores, gauss_legendre
 from .baselines import BASELINES, baseline_scores
 from .game import Game
 from .leave_one_out import leave_one_out_scores
-from .shapley import shapley_scores
+from .shapley import paired_shapley_scores, shapley_scores
 from .weights import Updates, parameter_of
 
-REPLAYED = ("aumann_shapley", "shapley", "leave_one_out", *BASELINES)
+REPLAYED = ("aumann_shapley", "shapley", "paired_shapley", "leave_one_out", *BASELINES)
 """Everything but the first-order methods, which work on what was captured while the model generated."""
 
 TRACED_LAYERS_ONLY = ("activation_only",)
@@ -33,7 +33,8 @@ TRACED_LAYERS_ONLY = ("activation_only",)
 class Settings:
     """How a replayed method computes.
 
-    nodes: Gauss-Legendre nodes of aumann_shapley. pairs: sampled pairs of orders of shapley, None for its default.
+    nodes: Gauss-Legendre nodes of aumann_shapley. pairs: sampled pairs of shapley (orders) and paired_shapley
+    (coalitions), None for their defaults.
     per_token: aumann_shapley by the forward way. seed: of the sampled orders.
     """
 
@@ -44,8 +45,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         gauss_legendre(self.nodes)
-        if self.pairs is not None and (isinstance(self.pairs, bool) or self.pairs < 1):
-            raise ArgumentError("pairs", expected="1 or more, or None", got=self.pairs)
+        if self.pairs is not None and (type(self.pairs) is not int or self.pairs < 0):
+            raise ArgumentError("pairs", expected="a whole number of 0 or more, or None", got=self.pairs)
 
 
 def moving_parameters(
@@ -102,6 +103,8 @@ def replayed_scores(
         return aumann_shapley_scores(game, settings.nodes, per_token=settings.per_token, backend=backend)
     if method == "shapley":
         return shapley_scores(game, pairs=settings.pairs, seed=settings.seed)
+    if method == "paired_shapley":
+        return paired_shapley_scores(game, pairs=settings.pairs, seed=settings.seed)
     if method == "leave_one_out":
         return leave_one_out_scores(game, ledger)
     return baseline_scores(method, game, ledger)

@@ -45,26 +45,64 @@ def shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0, exact
     Returns:
         Scores whose `change` is f(G) - f(start); the residual is f(G) - v(all), the server's own.
     """
-    count = len(game.updates.clients)
-    memo: dict[int, Tensor] = {}
-
-    def value(mask: int) -> Tensor:
-        if mask not in memo:
-            members = torch.tensor([(mask >> k) & 1 for k in range(count)])
-            memo[mask] = game.coalition(members)
-        return memo[mask]
-
+    coalitions = Coalitions(game)
+    count = len(coalitions.players)
     if pairs is None and count <= exact_up_to:
-        tokens, errors, orders = exact_shapley(value, count), None, 0
-    else:
-        orders = DEFAULT_PAIRS if pairs is None else pairs
-        tokens, errors = sampled_shapley(value, count, orders, seed)
-    end = game.value_at_end()
-    change = end - value(0)
-    scores = Scores.of_weighted_deltas(
-        tokens=tokens, layer_totals=None, change_tokens=change, change=float(change.sum()), objective=end
-    )
-    return scores.noting(standard_errors=errors, pairs=orders, evaluations=len(memo) + 1)
+        return coalitions.scores(exact_shapley(coalitions, count), None, pairs=0)
+    orders = DEFAULT_PAIRS if pairs is None else pairs
+    tokens, errors = sampled_shapley(coalitions, count, orders, seed)
+    return coalitions.scores(tokens, errors, pairs=orders)
+
+
+def paired_shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0) -> Scores:
+    """Shapley values per token by `paired_shapley`: `pairs` sampled coalitions with their complements, K if None."""
+    from .paired_shapley import paired_shapley
+
+    coalitions = Coalitions(game)
+    count = len(coalitions.players)
+    sampled = count if pairs is None else pairs
+    tokens, errors = paired_shapley(coalitions, count, sampled, seed)
+    return coalitions.scores(tokens, errors, pairs=sampled)
+
+
+class Coalitions:
+    """v over the clients that changed anything; each coalition is evaluated once.
+
+    A client without any update is a null player: its value is exactly 0, and leaving it out halves an exact game.
+    """
+
+    def __init__(self, game: Game) -> None:
+        self.game, self.memo = game, {0: game.value_at_start()}
+        updates = game.updates
+        self.players = [
+            k
+            for k, delta in enumerate(updates.deltas)
+            if updates.weights[k] and any(bool(tensor.any()) for tensor in delta.values())
+        ]
+
+    def __call__(self, mask: int) -> Tensor:
+        """v of the players in a bit mask, fp64 [T]."""
+        if mask not in self.memo:
+            members = torch.zeros(len(self.game.updates.clients))
+            members[[k for place, k in enumerate(self.players) if (mask >> place) & 1]] = 1
+            self.memo[mask] = self.game.coalition(members)
+        return self.memo[mask]
+
+    def scores(self, tokens: Tensor, errors: Tensor | None, *, pairs: int) -> Scores:
+        """The players' values [T, players], put back among all clients."""
+        clients = len(self.game.updates.clients)
+        every = torch.zeros(len(tokens), clients, dtype=torch.float64)
+        every[:, self.players] = tokens
+        spread = None
+        if errors is not None:
+            spread = torch.zeros(clients, dtype=torch.float64)
+            spread[self.players] = errors
+        end = self.game.value_at_end()
+        change = end - self(0)
+        found = Scores.of_weighted_deltas(
+            tokens=every, layer_totals=None, change_tokens=change, change=float(change.sum()), objective=end
+        )
+        return found.noting(standard_errors=spread, pairs=pairs, evaluations=len(self.memo) + 1)
 
 
 def exact_shapley(value: Value, count: int) -> Tensor:
@@ -73,8 +111,10 @@ def exact_shapley(value: Value, count: int) -> Tensor:
     Raises:
         ArgumentError: more than 20 players.
     """
-    if not 1 <= count <= 20:
-        raise ArgumentError("clients", expected="1 to 20 for exact Shapley values", got=count, remedy="Sample orders")
+    if not 0 <= count <= 20:
+        raise ArgumentError(
+            "clients", expected="at most 20 for exact Shapley values", got=count, remedy="Sample orders"
+        )
     table = torch.stack([value(mask) for mask in range(1 << count)])  # [2^K, T]
     factor = [math.factorial(s) * math.factorial(count - s - 1) / math.factorial(count) for s in range(count)]
     columns = []
@@ -82,7 +122,7 @@ def exact_shapley(value: Value, count: int) -> Tensor:
         without = [mask for mask in range(1 << count) if not (mask >> k) & 1]
         weights = torch.tensor([factor[mask.bit_count()] for mask in without], dtype=table.dtype)
         columns.append(weights @ (table[[mask | 1 << k for mask in without]] - table[without]))
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1) if columns else torch.zeros(table.shape[1], 0, dtype=table.dtype)
 
 
 def sampled_shapley(value: Value, count: int, pairs: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -95,6 +135,8 @@ def sampled_shapley(value: Value, count: int, pairs: int, seed: int = 0) -> tupl
     """
     if pairs < 1:
         raise ArgumentError("pairs", expected="1 or more", got=pairs)
+    if not count:
+        return torch.zeros(len(value(0)), 0, dtype=torch.float64), None
     generator = torch.Generator().manual_seed(seed)
     estimates = []
     for _ in range(pairs):

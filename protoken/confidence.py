@@ -1,0 +1,232 @@
+"""How sure is a trace of the client it names, and when should it name none?
+
+    intervals(trace)              per client an interval of its total and the probability of being on top: bootstrap
+    Calibration.fit(...)          from a trace's margin to the probability that the named client is right
+    Abstention.fit(null_traces)   thresholds at a chosen false-alarm rate; .judge(trace) names a client or abstains
+
+Nothing here imports torch: saved traces are enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from protoken.errors import ArgumentError
+from protoken.results import Trace
+from protoken.results_checks import Array
+
+
+@dataclass(frozen=True)
+class ClientInterval:
+    """A client's total with its bootstrap interval, in the trace's unit, and how often resamples put it on top."""
+
+    client: str
+    total: float
+    low: float
+    high: float
+    top_probability: float
+
+
+def intervals(
+    trace: Trace, *, confidence: float = 0.95, draws: int = 1000, block: int | None = None, seed: int = 0
+) -> list[ClientInterval]:
+    """Percentile intervals of the totals, resampling the response's tokens; in the trace's order of clients.
+
+    Neighbouring tokens are not independent, so runs of `block` tokens are drawn (circular moving blocks; by default
+    the cube root of T). It says how much the total rests on few tokens, not how true the method is. Where the trace has
+    standard errors (sampled Shapley), their normal intervals are returned, since they are what is uncertain there.
+
+    Raises:
+        ArgumentError: no tokens, a totals-only trace without standard errors, or a parameter out of range.
+    """
+    if not 0 < confidence < 1 or draws < 1:
+        raise ArgumentError("confidence", expected="between 0 and 1, and 1 draw or more", got=(confidence, draws))
+    generator = np.random.default_rng(seed)
+    if trace.standard_errors is not None:
+        sampled = trace.totals + trace.standard_errors * generator.standard_normal((draws, len(trace.totals)))
+        reach = NormalDist().inv_cdf((1 + confidence) / 2) * trace.standard_errors
+        low, high = trace.totals - reach, trace.totals + reach
+    else:
+        sampled = resampled_totals(trace, draws, block, generator)
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(sampled, [tail, 1 - tail], axis=0)
+    top = np.bincount(sampled.argmax(axis=1), minlength=len(trace.totals)) / draws
+    return [
+        ClientInterval(client, float(trace.totals[k]), float(low[k]), float(high[k]), float(top[k]))
+        for k, client in enumerate(trace.client_ids)
+    ]
+
+
+def resampled_totals(trace: Trace, draws: int, block: int | None, generator: np.random.Generator) -> Array:
+    """Totals of `draws` resampled responses, [draws, K]."""
+    scores = trace.token_scores
+    if scores is None or not len(scores):
+        raise ArgumentError(
+            "trace",
+            expected="scores of at least one token",
+            got="totals only" if scores is None else "an empty response",
+            remedy='Trace with way="local" or way="forward"',
+        )
+    count = len(scores)
+    length = max(1, round(count ** (1 / 3))) if block is None else block
+    if not 1 <= length <= count:
+        raise ArgumentError("block", expected=f"1 to {count} tokens", got=length)
+    starts = generator.integers(0, count, size=(draws, math.ceil(count / length)))
+    rows = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)[:, :count] % count
+    totals: Array = scores[rows].sum(axis=1)
+    return totals
+
+
+def margin(trace: Trace) -> float:
+    """(best - second best) / sum_k |S_k|, from 0 to 1: how clearly one client leads; 1 for a single client."""
+    ranked = np.sort(trace.totals)[::-1]
+    size = float(np.abs(ranked).sum())
+    if len(ranked) == 1:
+        return 1.0
+    return float(ranked[0] - ranked[1]) / size if size else 0.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """P(named client is right) = 1 / (1 + exp(-(slope * margin + intercept))); `samples` it was fitted on.
+
+    Source: Platt (1999), with his smoothed targets, so that a perfect sample does not claim certainty.
+    """
+
+    slope: float
+    intercept: float
+    samples: int
+
+    @staticmethod
+    def fit(margins: ArrayLike, correct: ArrayLike) -> Calibration:
+        """Logistic regression by Newton's method on held-out traces whose responsible clients are known.
+
+        The slope is kept at 0 or more: a clearer lead never means less confidence.
+
+        Raises:
+            ArgumentError: fewer than 10 samples, or lengths that differ.
+        """
+        x, y = np.asarray(margins, dtype=np.float64), np.asarray(correct, dtype=bool)
+        if x.ndim != 1 or x.shape != y.shape or len(x) < 10 or not np.isfinite(x).all():
+            raise ArgumentError("margins", expected="10 or more finite margins, one outcome each", got=x.shape)
+        positives, negatives = int(y.sum()), int((~y).sum())
+        target = np.where(y, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+        slope, intercept = _logistic(x, target)
+        if slope < 0:
+            mean = float(target.mean())
+            slope, intercept = 0.0, math.log(mean / (1 - mean))
+        return Calibration(slope, intercept, len(x))
+
+    def probability(self, found: Trace | float) -> float:
+        """That the client a trace (or a margin) names is right."""
+        value = margin(found) if isinstance(found, Trace) else float(found)
+        logit = self.slope * value + self.intercept
+        return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to say about a response.
+
+    kind         "client", "mostly pretraining" (no client's evidence is beyond what unrelated answers show), or
+                 "no client stands out" (there is evidence, but not for one client rather than the next)
+    client       the named client, or None
+    evidence     its total per token, in the trace's unit
+    lead         bootstrap probability that it is the top client, or its margin for a totals-only trace
+    """
+
+    kind: Literal["client", "mostly pretraining", "no client stands out"]
+    client: str | None
+    evidence: float
+    lead: float
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """When to name no client. Fitted on traces of answers that no client taught.
+
+    evidence       the highest total per token that an unrelated answer may show
+    lead           how often the leader must lead over resampled tokens (or its margin, for totals alone)
+    false_alarm    the rate that was asked for; holds for exchangeable answers, whatever the scores' distribution
+    samples        unrelated answers it was fitted on
+    """
+
+    evidence: float
+    lead: float
+    false_alarm: float
+    samples: int
+
+    @staticmethod
+    def fit(null_traces: Sequence[Trace], *, false_alarm: float = 0.01, lead: float = 0.9) -> Abstention:
+        """The threshold is the ceil((n + 1)(1 - false_alarm))-th smallest evidence of n unrelated answers.
+
+        A fresh unrelated answer exceeds it with probability at most `false_alarm` (split conformal prediction,
+        Vovk et al. 2005).
+
+        Raises:
+            ArgumentError: too few answers for that rate: n >= 1 / false_alarm - 1 are needed.
+        """
+        if not 0 < false_alarm < 1:
+            raise ArgumentError("false_alarm", expected="between 0 and 1", got=false_alarm)
+        count = len(null_traces)
+        # Rounded against 99 * 0.99 = 98.01000000000001.
+        place = math.ceil(round((count + 1) * (1 - false_alarm), 9))
+        if place > count or count == 0:
+            raise ArgumentError(
+                "null_traces",
+                expected=f"at least {math.ceil(round(1 / false_alarm - 1, 9))} for a false-alarm rate of {false_alarm}",
+                got=count,
+                remedy="Trace more answers that no client taught, or allow more false alarms",
+            )
+        found = sorted(evidence_of(trace) for trace in null_traces)
+        return Abstention(found[place - 1], lead, false_alarm, count)
+
+    def judge(self, trace: Trace, *, draws: int = 500, seed: int = 0) -> Verdict:
+        """Name the leading client, or abstain and say why."""
+        best = int(np.argmax(trace.totals))
+        evidence = evidence_of(trace)
+        if trace.token_scores is not None and len(trace.token_scores):
+            lead = intervals(trace, draws=draws, seed=seed)[best].top_probability
+        else:
+            lead = margin(trace)
+        if not trace.token_list or evidence <= self.evidence:
+            return Verdict("mostly pretraining", None, evidence, lead)
+        if lead < self.lead:
+            return Verdict("no client stands out", None, evidence, lead)
+        return Verdict("client", trace.client_ids[best], evidence, lead)
+
+
+def evidence_of(trace: Trace) -> float:
+    """The top client's total per generated token; 0 for an empty response."""
+    return float(trace.totals.max()) / len(trace.token_list) if trace.token_list else 0.0
+
+
+def _logistic(x: Array, target: Array) -> tuple[float, float]:
+    """Slope and intercept that minimise cross-entropy, with a ridge too small to matter but against separation."""
+    scale = float(np.abs(x).max()) or 1.0
+    design = np.stack([x / scale, np.ones_like(x)], axis=1)
+    weights, ridge = np.zeros(2), 1e-6 * np.eye(2)
+
+    def loss(w: Array) -> float:
+        logits = design @ w
+        return float((np.logaddexp(0, logits) - target * logits).sum() + 0.5 * w @ ridge @ w)
+
+    for _ in range(100):
+        chance = 1 / (1 + np.exp(-np.clip(design @ weights, -500, 500)))
+        gradient = design.T @ (chance - target) + ridge @ weights
+        hessian = design.T @ (design * (chance * (1 - chance))[:, None]) + ridge
+        step = np.linalg.solve(hessian, gradient)
+        size = 1.0
+        while loss(weights - size * step) > loss(weights) and size > 1e-6:
+            size /= 2
+        weights = weights - size * step
+        if np.abs(size * step).max() < 1e-10:
+            break
+    return float(weights[0] / scale), float(weights[1])
