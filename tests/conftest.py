@@ -1,0 +1,32 @@
+"""Fixtures shared by the tests of the ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty returns NaN, so that an element nobody wrote shows."""
+    real = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = real(*args, **kwargs)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() and not kwargs.get("pin_memory") else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def instruction_sets() -> Iterator[list[str]]:
+    """What the CPU kernels can run here; the choice is put back afterwards."""
+    from protoken import _C
+
+    before = _C.instruction_set()
+    yield _C.instruction_sets()
+    _C.use_instruction_set(before)

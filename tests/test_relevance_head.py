@@ -1,0 +1,101 @@
+"""relevance_head against autograd in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import normal
+from tolerances import close
+
+from protoken.dispatch import backends_for
+from protoken.errors import ArgumentError, DtypeError, ShapeError
+from protoken.ops import Head, relevance_head, relevance_head_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+BACKENDS = [backend.name for backend in backends_for("relevance_head", "cpu") if backend.available]
+
+
+def case(
+    tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32, **options: object
+) -> tuple[torch.Tensor, torch.Tensor, Head]:
+    targets = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(5))
+    weight = (normal(vocabulary, width, seed=1) / width**0.5).to(dtype)
+    return normal(tokens, width, seed=2, dtype=dtype) * 3, targets, Head(weight, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("objective", ["logprob", "logit"])
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_relevance_equals_autograd(backend: str, objective: str, norm: str, softcap: float | None) -> None:
+    for tokens, width, vocabulary in ((1, 33, 5003), (7, 64, 300), (20, 17, 2048)):
+        hidden, targets, head = case(
+            tokens,
+            width,
+            vocabulary,
+            norm=norm,
+            objective=objective,
+            softcap=softcap,
+            bias=normal(vocabulary, seed=3),
+            norm_weight=normal(width, seed=4),
+            norm_bias=normal(width, seed=5) if norm == "layer" else None,
+            scale=0.7,
+        )
+        grad, value = relevance_head(hidden, targets, head, backend=backend)
+        expected_grad, expected_value = relevance_head_reference(hidden, targets, head)
+        close(grad, expected_grad, torch.float32)
+        close(value, expected_value, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_exactly_and_summed_in_fp32(backend: str, dtype: torch.dtype) -> None:
+    hidden, targets, head = case(5, 48, 3000, dtype)
+    got = relevance_head(hidden, targets, head, backend=backend)
+    for left, right in zip(got, relevance_head_reference(hidden, targets, head), strict=True):
+        assert left.dtype == torch.float32
+        close(left, right, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_do_not_overflow(backend: str) -> None:
+    hidden, targets, head = case(3, 20, 5000, norm="none")
+    grad, value = relevance_head(hidden * 1e4, targets, head, backend=backend)
+    expected_grad, expected_value = relevance_head_reference(hidden * 1e4, targets, head)
+    assert grad.isfinite().all()
+    close(value, expected_value, torch.float32)
+    close(grad, expected_grad, torch.float32, factor=100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_does_not_depend_on_its_neighbours(backend: str) -> None:
+    hidden, targets, head = case(9, 40, 4000)
+    grad, value = relevance_head(hidden, targets, head, backend=backend)
+    alone, own = relevance_head(hidden[4:5], targets[4:5], head, backend=backend)
+    close(grad[4:5], alone, torch.float32)
+    close(value[4:5], own, torch.float32)
+
+
+def test_no_tokens_give_empty_tensors() -> None:
+    hidden, targets, head = case(0, 8, 10)
+    grad, value = relevance_head(hidden, targets, head)
+    assert grad.shape == (0, 8)
+    assert value.shape == (0,)
+
+
+def test_bad_input_is_named() -> None:
+    hidden, targets, head = case(3, 8, 10)
+    with pytest.raises(ShapeError, match="hidden"):
+        relevance_head(hidden[:, :7], targets, head)
+    with pytest.raises(ShapeError, match="targets"):
+        relevance_head(hidden, targets[:2], head)
+    with pytest.raises(DtypeError, match="targets"):
+        relevance_head(hidden, targets.int(), head)
+    with pytest.raises(ArgumentError, match="token ids from 0 to 9, got 10"):
+        relevance_head(hidden, torch.tensor([0, 10, 1]), head)
+    with pytest.raises(ArgumentError, match=r"head\.norm: expected one of rms, layer, none"):
+        relevance_head(hidden, targets, Head(head.weight, norm="batch"))
+    with pytest.raises(ArgumentError, match="softcap"):
+        relevance_head(hidden, targets, Head(head.weight, softcap=0.0))
+    with pytest.raises(ShapeError, match="norm_weight"):
+        relevance_head(hidden, targets, Head(head.weight, norm_weight=torch.ones(3)))
