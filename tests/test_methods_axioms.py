@@ -66,11 +66,7 @@ def value_of(federation: TinyFederation, trace: protoken.Trace, members: set[str
 @pytest.mark.parametrize("rounds", ["last", "all"])
 def test_shapley_equals_its_definition(federation: TinyFederation, rounds: str) -> None:
     trace = run(federation, method="shapley", rounds=rounds)
-    v = {
-        frozenset(s): value_of(federation, trace, set(s))
-        for size in range(5)
-        for s in combinations(CLIENTS, size)
-    }
+    v = {frozenset(s): value_of(federation, trace, set(s)) for size in range(5) for s in combinations(CLIENTS, size)}
     for k, client in enumerate(CLIENTS):
         expected = sum(
             math.factorial(len(s)) * math.factorial(3 - len(s)) / 24 * (v[s | {client}] - v[s])
@@ -191,8 +187,7 @@ def test_scores_do_not_depend_on_the_factors_gauge(tmp_path: Path, method: str) 
     generator = torch.Generator().manual_seed(0)
     name = "model.layers.1.self_attn.o_proj.weight"
     pairs = [
-        (torch.randn(3, 48, generator=generator) * 0.2, torch.randn(48, 3, generator=generator) * 0.2)
-        for _ in range(2)
+        (torch.randn(3, 48, generator=generator) * 0.2, torch.randn(48, 3, generator=generator) * 0.2) for _ in range(2)
     ]
     found = []
     for place, factor in enumerate((1.0, 8.0)):
