@@ -42,19 +42,19 @@ def dense_weight(layer: Layer) -> Tensor:
 
 def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
     """The numbers that a quantised weight stands for, fp32."""
-    if hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter) and not _is_bitsandbytes(module):
-        plain: Tensor = weight.dequantize().float()
+    plain: Tensor
+    if not type(module).__module__.startswith("bitsandbytes"):
+        plain = weight.dequantize().float()
         return plain
     from bitsandbytes import functional
 
-    holder: Any = module.weight
-    state = getattr(holder, "quant_state", None) or getattr(module, "quant_state", None)
+    layer: Any = module
+    packed = layer.weight
+    state = getattr(packed, "quant_state", None)
     if state is not None:
-        four: Tensor = functional.dequantize_4bit(holder.data, state).float()
-        return four
-    scales = holder.SCB if holder.SCB is not None else module.state.SCB  # type: ignore[union-attr]
-    return holder.data.float() * (scales.float() / 127)[:, None]
-
-
-def _is_bitsandbytes(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("bitsandbytes")
+        plain = functional.dequantize_4bit(packed.data, state).float()
+    else:
+        # int8 rows, each scaled to its largest element.
+        scales = packed.SCB if packed.SCB is not None else layer.state.SCB
+        plain = packed.data.float() * (scales.float() / 127)[:, None]
+    return plain

@@ -135,7 +135,7 @@ def test_tied_head_is_one_tensor_that_acts_twice(tmp_path) -> None:
     # Together they are what moving the one tensor does: the slope of the objective along a client's update.
     delta = federation.ledger.round(1).delta("ada", f"{names[0]}.weight")
     expected = _slope(federation, traces[0], delta) * 0.4
-    assert traces[0].totals[0] == pytest.approx(expected, rel=1e-3)
+    assert traces[0].totals[0] == pytest.approx(expected, rel=2e-3)
 
 
 def _slope(federation: TinyFederation, trace: protoken.Trace, delta: torch.Tensor) -> float:
@@ -145,12 +145,12 @@ def _slope(federation: TinyFederation, trace: protoken.Trace, delta: torch.Tenso
     table = model.get_input_embeddings().weight
     values = []
     with torch.no_grad():
-        for step in (0.05, -0.1):
+        for step in (0.01, -0.02):
             table.add_(step * delta.double())
             logits = model(ids[:, :-1]).logits[0, len(trace.prompt_ids) - 1 :].log_softmax(-1)
             values.append(logits.gather(-1, ids[0, len(trace.prompt_ids) :, None]).sum())
-        table.add_(0.05 * delta.double())
-    return float(values[0] - values[1]) / 0.1
+        table.add_(0.01 * delta.double())
+    return float(values[0] - values[1]) / 0.02
 
 
 def test_pattern_that_names_nothing_lists_what_there_is(tmp_path) -> None:
