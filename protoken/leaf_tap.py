@@ -74,7 +74,8 @@ class LeafTap:
         self.layers, self.objective = tuple(layers), objective
         self._found = [layer_of(model, name) for name in self.layers]
         self._pass = _Pass()
-        self._passes = 0
+        self._lengths: list[int] = []
+        self._chosen = 0
         self._thread: int | None = None
 
     @contextmanager
@@ -123,19 +124,22 @@ class LeafTap:
         Raises:
             GenerationError: the model did not run once, on the position before, through every traced layer.
         """
-        seen, passes = self._pass, self._passes
+        seen, lengths = self._pass, self._lengths
+        # A long prompt may come in chunks, the last of which has chosen the first token.
+        chunks = not self._chosen and sum(lengths) == ids.shape[1] - 1
+        self._chosen += 1
         self._forget_pass()
-        if seen.length > 1:
-            # Chunks of a long prompt are several passes; the last one has chosen the token.
-            return self._replayed(seen, ids)
-        if passes != 1 or set(seen.y) != set(self.layers) or seen.logits is None:
+        whole = seen.length > 1 or (set(seen.y) == set(self.layers) and seen.logits is not None)
+        if not whole or not (chunks or len(lengths) == 1):
             raise GenerationError(
                 "model",
                 expected="one forward pass per token, through every traced layer",
-                got=f"{passes} passes through {sorted(seen.y) or 'none of them'}",
-                remedy="Compiled models (disable_compile=True) and processors that call the model cannot be streamed: "
-                "use protoken.trace",
+                got=f"{len(lengths)} passes, the last through {sorted(seen.y) or 'none of them'}",
+                remedy="Compiled models and processors that call the model cannot be streamed: use protoken.trace",
             )
+        if seen.length > 1:
+            return self._replayed(seen, ids)
+        assert seen.logits is not None
         return self._pulled_back(seen, ids[0, -1:].to(seen.logits.device))
 
     # ---- hooks ---------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ class LeafTap:
                 got=f"{batch} rows",
                 remedy="Use protoken.tracing for several",
             )
-        self._passes += 1
+        self._lengths.append(length)
         self._pass = _Pass(length)
         if length > 1:
             self._pass.capture.hidden.append(_last_row(hidden))
@@ -250,7 +254,7 @@ class LeafTap:
         return TokenRelevance(found.x, found.grad, found.objective, found.routes)
 
     def _forget_pass(self) -> None:
-        self._pass, self._passes = _Pass(), 0
+        self._pass, self._lengths = _Pass(), []
 
     def _forget(self) -> None:
         self._thread = None

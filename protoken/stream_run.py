@@ -57,7 +57,7 @@ class StreamedToken:
 
 @dataclass
 class StreamRun:
-    """What a stream knows; `tokens` are those handed over, `found` the relevance of all that were chosen."""
+    """What a stream knows; `tokens` are those that have arrived, `found` the relevance of all that were chosen."""
 
     model: PreTrainedModel
     own: Attachment
@@ -86,7 +86,8 @@ class StreamRun:
         ):
             criteria = [*(self.arguments.get("stopping_criteria") or []), _Chosen(step)]
             extra = {"stopping_criteria": StoppingCriteriaList(criteria), "streamer": step}
-            self.model.generate(inputs=self.row, **{**self.arguments, **extra})
+            # The class's own: inside `tracing` the instance's would replay the response under our hooks.
+            type(self.model).generate(self.model, inputs=self.row, **{**self.arguments, **extra})
         self.finished = True
 
     def project(self, found: TokenRelevance) -> Tensor:
@@ -99,7 +100,7 @@ class StreamRun:
         return by_layer.double().sum(0) * self.bank.weights
 
     def trace(self) -> Trace:
-        """The trace of the tokens handed over so far."""
+        """The trace of the tokens that have arrived so far."""
         new = torch.tensor([[token.id for token in self.tokens]], dtype=self.row.dtype, device=self.row.device)
         response = Response(torch.cat([self.row, new], dim=1), self.row.shape[1])
         found = self.found[: len(self.tokens)]
@@ -143,7 +144,7 @@ class _Step(BaseStreamer):  # type: ignore[misc]
         self.speller = _Speller(run.tokenizer, run.row[0].tolist())
         self.totals = torch.zeros(len(run.bank.clients), dtype=torch.float64)
         self.waiting: deque[StreamedToken] = deque()
-        self.put_calls = 0
+        self.put_calls = self.handed = 0
         self.ended = False
         self.asleep = 0.0
 
@@ -186,9 +187,9 @@ class _Step(BaseStreamer):  # type: ignore[misc]
             self.streamer.end()
 
     def _hand_over(self) -> None:
-        while self.waiting and len(self.run.tokens) < self.put_calls - 1:
+        while self.waiting and self.handed < self.put_calls - 1:
             token = self.waiting.popleft()
-            self.run.tokens.append(token)
+            self.handed += 1
             began = time.perf_counter()
             try:
                 with self.tap.paused(), self.seed.lent():

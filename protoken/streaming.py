@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from .attachment import attachment_of, make_attachment
 from .attribution import make_plan
 from .bank import Rounds, select_rounds
+from .dispatch import choose
 from .generation import complete_arguments
 from .handover import pulled
 from .ledger import Ledger
@@ -48,7 +50,9 @@ class Stream(Iterator[StreamedToken]):
         weakref.finalize(self, self._tokens.close)
 
     def __next__(self) -> StreamedToken:
-        return next(self._tokens)
+        token = next(self._tokens)
+        self._run.tokens.append(token)
+        return token
 
     def __enter__(self) -> Stream:
         return self
@@ -118,9 +122,11 @@ def stream(
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
     plan = make_plan(own.architecture, 1, layers, "local", objective, "protoken", backend)
     bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
+    device = model.get_input_embeddings().weight.device
+    choose("client_scores", backend, device)
     ids = encode_prompt(tokenizer, prompt, chat)
     check_ids(model, ids)
-    row = as_row(ids, model.get_input_embeddings().weight.device)
+    row = as_row(ids, device)
     complete = complete_arguments(model, arguments, len(ids))
     complete.setdefault("attention_mask", torch.ones_like(row))
     # A compiled pass ignores hooks that were placed after its compilation.
@@ -130,6 +136,11 @@ def stream(
     run = StreamRun(model, own, tokenizer, plan, bank, row, complete, arguments, seed)
     found = Stream(run)
     if on_token is not None:
-        run(on_token, lambda: None)
-        found.close()
+        found.close()  # Nothing is left to iterate over.
+        run(partial(_noted, run.tokens, on_token), lambda: None)
     return found
+
+
+def _noted(tokens: list[StreamedToken], on_token: Callable[[StreamedToken], object], token: StreamedToken) -> None:
+    tokens.append(token)
+    on_token(token)
