@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import PEFT_PREFIX
-from ..errors import ArgumentError, LayerError, LedgerMismatchError, UnknownClientError
+from ..errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
 from ..ledger import Ledger, Round
 
 
@@ -224,5 +224,25 @@ def _check_names(records: Sequence[Round], model: nn.Module, names: Sequence[str
                 got="no such parameter in the model" if ours is None else ours,
             )
         assert own is not None
+        _check_acts(model, own, parameters[own])
         found[name] = own
     return found
+
+
+def _check_acts(model: nn.Module, own: str, parameter: nn.Parameter) -> None:
+    """ModelError for a parameter that moving would not change the model by: factors of a merged adapter, packed bits."""
+    module = model.get_submodule(own.partition(".lora_")[0]) if ".lora_" in own else None
+    if module is not None and (getattr(module, "merged_adapters", None) or getattr(module, "disable_adapters", False)):
+        raise ModelError(
+            "model",
+            expected=f"an adapter that acts, to replay the response at other values of {own}",
+            got="one that is merged or disabled",
+            remedy="Call model.unmerge_adapter() or model.enable_adapters() first",
+        )
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        raise ModelError(
+            "model",
+            expected=f"{own} in floating point, to replay the response at other values of it",
+            got=f"a quantised weight ({parameter.dtype})",
+            remedy='Load the model unquantised, or use method="protoken"',
+        )
