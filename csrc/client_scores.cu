@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(256) pack_scores(const __grid_constant__ Score
     const ImageShape shape = {p.tile_tokens, p.planes_x, layer.width, p.e, p.descriptor};
     const int64_t total = static_cast<int64_t>(p.tiles) * layer.chunks * p.tile_tokens * layer.width;
     for (int64_t i = begin; i < total; i += step)
-      pack_value(layer.x, p.tokens, layer.columns, shape, layer.chunks, p.half != 0, i, const_cast<uint16_t*>(layer.image));
+      pack_value(layer.x, p.tokens, layer.columns, shape, layer.chunks, p.half != 0, i,
+                 const_cast<uint16_t*>(layer.image));
     return;
   }
   const int64_t pitch = static_cast<int64_t>(p.tiles) * p.tile_tokens, rows = round_up(layer.rows, kTeamRows);
@@ -64,7 +65,8 @@ static int64_t place(int64_t& end, int64_t bytes) {
 }
 
 static void require_int(const char* name, int64_t value) {
-  if (value > kLargest) throw std::invalid_argument(std::string(name) + " does not fit into 31 bits: " + std::to_string(value));
+  if (value > kLargest)
+    throw std::invalid_argument(std::string(name) + " does not fit into 31 bits: " + std::to_string(value));
 }
 
 // Fills the parameters; addresses inside the workspace are offsets until `bind` adds its base. Returns its size.
@@ -140,7 +142,8 @@ int64_t client_scores_workspace(const ScoresCall& call, const Device& device) {
   return bytes;
 }
 
-static std::string launch_format(const ScoreParams& p, const LaunchShape& shape, const ScoresCall& call, cudaStream_t stream) {
+static std::string launch_format(const ScoreParams& p, const LaunchShape& shape, const ScoresCall& call,
+                                 cudaStream_t stream) {
   switch (call.format) {
     case kF32: return launch_scores<kF32>(p, shape, call.vectors, stream);
     case kBF16: return launch_scores<kBF16>(p, shape, call.vectors, stream);
@@ -164,8 +167,8 @@ void client_scores(const ScoresCall& call, const Device& device, void* workspace
     LaunchShape shape;
     shape.shared = shared_bytes(p->image_bytes, p->tile_tokens, p->descriptor != 0);
     if (shape.shared > device.shared_bytes)
-      throw std::runtime_error("client_scores needs " + std::to_string(shape.shared) + " bytes of shared memory, the device has " +
-                               std::to_string(device.shared_bytes));
+      throw std::runtime_error("client_scores needs " + std::to_string(shape.shared) +
+                               " bytes of shared memory, the device has " + std::to_string(device.shared_bytes));
     const int resident = device.processors * (call.vectors ? blocks_per_sm(p->tile_tokens) : 1);
     shape.grid_x = static_cast<int>(most(1, resident / p->tiles));
     shape.grid_y = p->tiles;

@@ -11,23 +11,23 @@ using cudaStream_t = void*;
 
 namespace protoken::cuda {
 
-constexpr int kLayers = 48;      // per launch; their description travels as kernel parameters
-constexpr int kTeamRows = 64;    // a team of 4 warps multiplies 64 rows of one client at a time
+constexpr int kLayers = 48;    // per launch; their description travels as kernel parameters
+constexpr int kTeamRows = 64;  // a team of 4 warps multiplies 64 rows of one client at a time
 constexpr int kTeamThreads = 128;
 
 struct ScoreLayer {
-  const char* base;        // client 0, when the clients lie `client_stride` bytes apart
-  const int64_t* table;    // else their addresses
-  const float* scale;      // [K, O] or null
-  const uint16_t* image;   // packed x, [tiles, chunks] images
-  const void* relevance;   // grad transposed, [O rounded up, tiles * tokens], fp32 or bf16
-  float* partial;          // [tiles, chunks, row_units, K, tokens]
-  float* out;              // [K, T]
+  const char* base;       // client 0, when the clients lie `client_stride` bytes apart
+  const int64_t* table;   // else their addresses
+  const float* scale;     // [K, O] or null
+  const uint16_t* image;  // packed x, [tiles, chunks] images
+  const void* relevance;  // grad transposed, [O rounded up, tiles * tokens], fp32 or bf16
+  float* partial;         // [tiles, chunks, row_units, K, tokens]
+  float* out;             // [K, T]
   Matrix x, grad;
   int64_t client_stride, stride_o, stride_i;  // bytes, elements, elements
   int64_t rows, columns;
-  int64_t first_weight;    // work before this layer, in columns times rows
-  int64_t granules;        // per chunk: as many units as a block has teams; a unit is unit_rows rows of one client
+  int64_t first_weight;  // work before this layer, in columns times rows
+  int64_t granules;      // per chunk: as many units as a block has teams; a unit is unit_rows rows of one client
   int32_t width, chunks, row_units, relevance_bf16;
 };
 

@@ -85,8 +85,9 @@ __device__ __forceinline__ float2 load_relevance(const ScoreLayer& layer, int64_
 
 // sum[i] += over this warp's 16 rows of acc * relevance (* scale). `row` is the lane's row g.
 template <int kFormat, int kTokens>
-__device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4], float (&sum)[kTokens >= 32 ? kTokens / 32 : 1],
-                                      const ScoreLayer& layer, int client, int row, int pitch) {
+__device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4],
+                                      float (&sum)[kTokens >= 32 ? kTokens / 32 : 1], const ScoreLayer& layer,
+                                      int client, int row, int pitch) {
   const int lane = threadIdx.x % 32;
   float scale_low = 1.0f, scale_high = 1.0f;
   if constexpr (format_bytes(kFormat) == 1) {
@@ -113,8 +114,8 @@ __device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4], float 
 }
 
 // The image of one chunk into shared memory; every thread of the block calls it and may read the image after it.
-__device__ __forceinline__ void load_image(unsigned char* shared, const uint16_t* image, int64_t bytes, uint64_t* barrier,
-                                           uint32_t& parity) {
+__device__ __forceinline__ void load_image(unsigned char* shared, const uint16_t* image, int64_t bytes,
+                                           uint64_t* barrier, uint32_t& parity) {
   const char* from = reinterpret_cast<const char*>(image);
 #if defined(PROTOKEN_EMULATE) || __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
@@ -179,9 +180,10 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[kTokens / 8][4], con
 
 // All units [first, last) of one chunk, this team's every teams()-th of them.
 template <int kFormat, int kPlanesX, int kTokens, bool kVectors, bool kWgmma>
-__device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLayer& layer, int chunk, int first, int last,
-                                            const uint16_t* image, float* team_sums, uint32_t& turn) {
-  constexpr int kBytes = format_bytes(kFormat), kSums = kTokens >= 32 ? kTokens / 32 : 1, kUnitRows = unit_rows(kTokens);
+__device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLayer& layer, int chunk, int first,
+                                            int last, const uint16_t* image, float* team_sums, uint32_t& turn) {
+  constexpr int kBytes = format_bytes(kFormat), kSums = kTokens >= 32 ? kTokens / 32 : 1,
+                kUnitRows = unit_rows(kTokens);
   // The shuffle tells the compiler that a team's branches are the same for all its threads, which wgmma wants.
   const int team = kWgmma ? shuffle_first(threadIdx.x / kTeamThreads) : threadIdx.x / kTeamThreads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -191,8 +193,8 @@ __device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLay
   const int stages = layer.width / stage_columns(kFormat), clients = static_cast<int>(p.clients);
 
   const auto lane_rows = [&](int client, int row) {
-    const char* base = layer.table ? reinterpret_cast<const char*>(layer.table[client])
-                                   : layer.base + client * layer.client_stride;
+    const char* base =
+        layer.table ? reinterpret_cast<const char*>(layer.table[client]) : layer.base + client * layer.client_stride;
     LaneRows rows;
     rows.at = base + (row + lane_row) * layer.stride_o * kBytes + lane_column * step;
     rows.left = static_cast<int>(layer.rows) - row - lane_row;
@@ -289,7 +291,8 @@ __device__ __forceinline__ void score_block(const ScoreParams& p) {
 #pragma unroll 1
   for (int l = 0; l < p.count; ++l) {
     const ScoreLayer& layer = p.layers[l];
-    const int64_t granule = static_cast<int64_t>(layer.width) * unit_rows(kTokens), chunk_weight = layer.granules * granule;
+    const int64_t granule = static_cast<int64_t>(layer.width) * unit_rows(kTokens),
+                  chunk_weight = layer.granules * granule;
     if (end <= layer.first_weight || begin >= layer.first_weight + chunk_weight * layer.chunks) continue;
     int64_t chunk = most(0, begin - layer.first_weight) / chunk_weight;
 #pragma unroll 1
@@ -297,12 +300,13 @@ __device__ __forceinline__ void score_block(const ScoreParams& p) {
       const int64_t at = layer.first_weight + chunk * chunk_weight;
       if (at >= end) break;
       // A granule belongs to the block in whose share of the work it begins.
-      const int64_t from = ceil_div(most(0, begin - at), granule), to = least(layer.granules, ceil_div(end - at, granule));
+      const int64_t from = ceil_div(most(0, begin - at), granule),
+                    to = least(layer.granules, ceil_div(end - at, granule));
       if (from >= to) continue;
       const ImageShape shape = {kTokens, kPlanesX, layer.width, per_load(kFormat), kWgmma ? 1 : 0};
       const int64_t elements = shape.elements();
-      load_image(shared, layer.image + (blockIdx.y * static_cast<int64_t>(layer.chunks) + chunk) * elements, elements * 2,
-                 barrier, parity);
+      load_image(shared, layer.image + (blockIdx.y * static_cast<int64_t>(layer.chunks) + chunk) * elements,
+                 elements * 2, barrier, parity);
       score_units<kFormat, kPlanesX, kTokens, kVectors, kWgmma>(
           p, layer, static_cast<int>(chunk), static_cast<int>(from * teams(kTokens, kWgmma)),
           static_cast<int>(least(to * teams(kTokens, kWgmma), p.clients * layer.row_units)),
@@ -326,7 +330,8 @@ std::string launch_instance(const ScoreParams& params, const LaunchShape& shape,
   const cudaError_t raised = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
   if (raised != cudaSuccess) return cudaGetErrorString(raised);
 #endif
-  PT_LAUNCH(kernel, dim3(shape.grid_x, shape.grid_y), dim3(teams(kTokens, kWgmma) * kTeamThreads), shape.shared, stream, params);
+  PT_LAUNCH(kernel, dim3(shape.grid_x, shape.grid_y), dim3(teams(kTokens, kWgmma) * kTeamThreads), shape.shared, stream,
+            params);
 #ifndef PROTOKEN_EMULATE
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess) return cudaGetErrorString(launched);

@@ -95,7 +95,9 @@ __global__ void __launch_bounds__(kThreads) client_totals_kernel(const __grid_co
     for (int i = 0; i < kE; ++i) {
       Place at = {start.row, start.column + i};  // with vectors a load stays within its row
       if (!kVectors) at = place_of(least(first[q] + i, size - 1), layer.columns);
-      m[q][i] = first[q] + i < size ? load_float(layer.m.data, at.row * layer.m.stride_t + at.column * layer.m.stride_c, layer.m.dtype) : 0.0f;
+      m[q][i] = first[q] + i < size
+                    ? load_float(layer.m.data, at.row * layer.m.stride_t + at.column * layer.m.stride_c, layer.m.dtype)
+                    : 0.0f;
     }
   }
 
@@ -112,7 +114,8 @@ __global__ void __launch_bounds__(kThreads) client_totals_kernel(const __grid_co
     if (client + 1 < end) {
       const char* base = client_base(client + 1);
 #pragma unroll
-      for (int q = 0; q < kLoads; ++q) next[q] = load_bank<kFormat, kVectors>(layer, base, offset[q], first[q], first[q] < size);
+      for (int q = 0; q < kLoads; ++q)
+        next[q] = load_bank<kFormat, kVectors>(layer, base, offset[q], first[q], first[q] < size);
     }
     float sum = 0.0f;
 #pragma unroll
@@ -122,7 +125,8 @@ __global__ void __launch_bounds__(kThreads) client_totals_kernel(const __grid_co
       for (int i = 0; i < kE; ++i) {
         float value = value_of<kFormat>(now[q], i);
         if constexpr (format_bytes(kFormat) == 1 && !kVectors) {
-          if (first[q] + i < size) value *= layer.scale[client * layer.rows + place_of(first[q] + i, layer.columns).row];
+          if (first[q] + i < size)
+            value *= layer.scale[client * layer.rows + place_of(first[q] + i, layer.columns).row];
         }
         dot = fma_rn(value, m[q][i], dot);
       }
@@ -183,7 +187,8 @@ static int64_t plan(TotalsParams& p, const TotalsCall& call, int64_t first_layer
     layer.partial = reinterpret_cast<float*>(end);
     end = round_up(end + layer.pieces * call.clients * 4, 256);
   }
-  if (p.pieces > (int64_t{1} << 31) - 1) throw std::invalid_argument("client_totals: matrices too large for one launch");
+  if (p.pieces > (int64_t{1} << 31) - 1)
+    throw std::invalid_argument("client_totals: matrices too large for one launch");
   return end;
 }
 
@@ -215,7 +220,8 @@ void client_totals(const TotalsCall& call, const Device&, void* workspace, int64
     if (needed > bytes)
       throw std::invalid_argument("workspace of " + std::to_string(bytes) + " bytes, needed " + std::to_string(needed));
     for (int l = 0; l < p->count; ++l)
-      p->layers[l].partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + reinterpret_cast<intptr_t>(p->layers[l].partial));
+      p->layers[l].partial =
+          reinterpret_cast<float*>(static_cast<char*>(workspace) + reinterpret_cast<intptr_t>(p->layers[l].partial));
     switch (call.format) {
       case kF32: launch<kF32>(*p, call.vectors, stream); break;
       case kBF16: launch<kBF16>(*p, call.vectors, stream); break;
@@ -224,7 +230,8 @@ void client_totals(const TotalsCall& call, const Device&, void* workspace, int64
       case kE4M3: launch<kE4M3>(*p, call.vectors, stream); break;
       default: throw std::invalid_argument("unknown format code " + std::to_string(call.format));
     }
-    PT_LAUNCH(reduce_totals, dim3(static_cast<unsigned>(ceil_div(p->clients, 32)), p->count), dim3(1024), 4096, stream, *p);
+    PT_LAUNCH(reduce_totals, dim3(static_cast<unsigned>(ceil_div(p->clients, 32)), p->count), dim3(1024), 4096, stream,
+              *p);
     check_launch("reduce_totals");
   }
 }

@@ -24,10 +24,13 @@ static void run(int device, uintptr_t workspace, int64_t bytes, uintptr_t stream
 
 PYBIND11_MODULE(PT_MODULE, m) {
   m.doc() = "protoken's CUDA kernels; csrc/cuda_ops.h lists the columns of the tables.";
-  m.def("device", [](int index) {
-    const Device d = device_of(index);
-    return py::make_tuple(d.major, d.minor, d.processors, d.shared_bytes);
-  }, py::arg("index"), "(major, minor, multiprocessors, shared bytes per block).");
+  m.def(
+      "device",
+      [](int index) {
+        const Device d = device_of(index);
+        return py::make_tuple(d.major, d.minor, d.processors, d.shared_bytes);
+      },
+      py::arg("index"), "(major, minor, multiprocessors, shared bytes per block).");
 
   m.def("client_scores_workspace", [](uintptr_t table, int64_t layers, int64_t clients, int64_t tokens, int format,
                                       int planes_x, bool vectors, int path, int device) {

@@ -187,7 +187,8 @@ inline uint32_t float_bits(float value) {
 }
 inline float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, exponent = (half >> 10) & 31, mantissa = half & 0x3ff;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, exponent = (half >> 10) & 31,
+                 mantissa = half & 0x3ff;
   if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(mantissa) * 0x1p-24f;
   if (exponent == 31) return bits_float(sign | 0x7f800000u | (mantissa << 13));
   return bits_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
@@ -197,6 +198,7 @@ inline uint16_t float_to_bf16(float value) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline void walk(const char*& address, int64_t bytes) { address += bytes; }
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = (static_cast<uint64_t>(b) << 32) | a;
   uint32_t result = 0;

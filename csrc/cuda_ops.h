@@ -41,9 +41,9 @@ constexpr int64_t kScoreColumns = 17;
 struct ScoresCall {
   const int64_t* table;  // on the host
   int64_t layers, clients, tokens;
-  int format;     // Format of cuda_tiles.cuh
-  int planes_x;   // 1: every x is bf16 (or fp16 with kHalf), so one plane holds it
-  bool vectors;   // rows are contiguous, aligned to 16 bytes and a multiple of 16 bytes long
+  int format;    // Format of cuda_tiles.cuh
+  int planes_x;  // 1: every x is bf16 (or fp16 with kHalf), so one plane holds it
+  bool vectors;  // rows are contiguous, aligned to 16 bytes and a multiple of 16 bytes long
   int path;
 };
 int64_t client_scores_workspace(const ScoresCall& call, const Device& device);
@@ -57,9 +57,9 @@ constexpr int64_t kLowRankColumns = 26;
 struct LowRankCall {
   const int64_t* table;
   int64_t jobs, tokens;
-  int format;     // kF32, kBF16, kF16 or kHalf
-  int planes_x;   // 1: every x and grad is bf16 (or fp16 with kHalf)
-  int path;       // 0: chosen by the amount of work, 1: whole sums in a block, 2: sums split over blocks
+  int format;    // kF32, kBF16, kF16 or kHalf
+  int planes_x;  // 1: every x and grad is bf16 (or fp16 with kHalf)
+  int path;      // 0: chosen by the amount of work, 1: whole sums in a block, 2: sums split over blocks
 };
 int64_t client_scores_lowrank_workspace(const LowRankCall& call, const Device& device);
 void client_scores_lowrank(const LowRankCall& call, const Device& device, void* workspace, int64_t bytes,
@@ -70,7 +70,7 @@ constexpr int64_t kTotalsColumns = 13;
 struct TotalsCall {
   const int64_t* table;
   int64_t layers, clients;
-  int format;    // kF32, kBF16, kF16, kI8 or kE4M3
+  int format;  // kF32, kBF16, kF16, kI8 or kE4M3
   bool vectors;
 };
 int64_t client_totals_workspace(const TotalsCall& call);

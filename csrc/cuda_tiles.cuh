@@ -7,7 +7,8 @@
 // token tile is read, or laid out, in the same order (`inner_slot`).
 //
 // Everything is computed as products of bf16 with fp32 accumulation. What bf16 does not hold exactly is split into
-// planes that it does: fp32 = 3 planes of 8 bits, fp16 = 2; the tokens' values likewise, 1 plane when they are bf16 and 3 when not.
+// planes that it does: fp32 = 3 planes of 8 bits, fp16 = 2; the tokens' values likewise, 1 plane when they are bf16 and
+// 3 when not.
 #pragma once
 
 #include "cuda_primitives.cuh"
@@ -16,16 +17,14 @@ namespace protoken::cuda {
 
 enum Format : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kE4M3 = 4, kHalf = 5 };  // kHalf: fp16 bank and tokens
 
-PT_BOTH constexpr int format_bytes(int format) {
-  return format == kF32 ? 4 : format == kI8 || format == kE4M3 ? 1 : 2;
-}
+PT_BOTH constexpr int format_bytes(int format) { return format == kF32 ? 4 : format == kI8 || format == kE4M3 ? 1 : 2; }
 PT_BOTH constexpr int format_planes(int format) { return format == kF32 ? 3 : format == kF16 ? 2 : 1; }
 // Planes that hold any float the tokens may have.
 PT_BOTH constexpr int full_planes(int format) { return format == kHalf ? 1 : 3; }
-PT_BOTH constexpr int per_load(int format) { return 16 / format_bytes(format); }       // E
-PT_BOTH constexpr int group_columns(int format) { return 4 * per_load(format); }       // columns of a quad's load
-PT_BOTH constexpr int products(int format) { return per_load(format) / 4; }            // matrix products per group
-constexpr int kGroups = 4;                                                             // loads in flight per row
+PT_BOTH constexpr int per_load(int format) { return 16 / format_bytes(format); }  // E
+PT_BOTH constexpr int group_columns(int format) { return 4 * per_load(format); }  // columns of a quad's load
+PT_BOTH constexpr int products(int format) { return per_load(format) / 4; }       // matrix products per group
+constexpr int kGroups = 4;                                                        // loads in flight per row
 PT_BOTH constexpr int stage_columns(int format) { return kGroups * group_columns(format); }
 
 PT_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,8 +54,8 @@ struct ImageShape {
     if (!descriptor) return (static_cast<int64_t>(plane) * tokens + token) * (width + row_padding(e)) + column;
     const int group = 4 * e, slot = column / group * group + inner_slot(column % group, e);
     // Core matrices of 8 tokens x 8 slots, 128 bytes each: tokens fastest, then slots.
-    return static_cast<int64_t>(plane) * tokens * width + (static_cast<int64_t>(slot / 8) * (tokens / 8) + token / 8) * 64 +
-           token % 8 * 8 + slot % 8;
+    return static_cast<int64_t>(plane) * tokens * width +
+           (static_cast<int64_t>(slot / 8) * (tokens / 8) + token / 8) * 64 + token % 8 * 8 + slot % 8;
   }
 };
 
@@ -198,8 +197,7 @@ __device__ __forceinline__ void pack_value(const Matrix& from, int64_t tokens, i
     return;
   }
   const float value = inside ? load_float(from.data, at, from.dtype) : 0.0f;
-  for (int p = 0; p < shape.planes; ++p)
-    image[shape.offset(p, token, column)] = value_plane(value, p);
+  for (int p = 0; p < shape.planes; ++p) image[shape.offset(p, token, column)] = value_plane(value, p);
 }
 
 }  // namespace protoken::cuda

@@ -1,0 +1,112 @@
+"""nvcc compiles the kernels cleanly, and the machine code holds the instructions that were meant.
+
+Needs nvcc and Triton's own cuobjdump, no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+
+NVCC = shutil.which("nvcc")
+triton = pytest.importorskip("triton", reason="triton brings the cuobjdump that reads the machine code")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+if NVCC is None:
+    pytest.skip("nvcc is not installed", allow_module_level=True)
+if not CUOBJDUMP.exists():
+    pytest.skip(f"{CUOBJDUMP} is not there", allow_module_level=True)
+
+WIDE_LOAD = r"\bLDG\.E[\w.]*\.128"
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+@cache
+def compiled(source: str, architecture: str) -> tuple[str, dict[str, str]]:
+    """(the compiler's resource report, SASS by kernel) of a file for one architecture."""
+    cubin = Path(mkdtemp()) / "kernels.cubin"
+    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [str(NVCC), "-std=c++17", "-O3", code, "-Xptxas=-v", "-cubin", str(CSRC / source), "-o", str(cubin)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    dump = subprocess.run([str(CUOBJDUMP), "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    pieces = re.split(r"\n\s*Function : (\S+)", dump.stdout)
+    return run.stderr, dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def kernels_named(sass: dict[str, str], pattern: str) -> list[str]:
+    """Code of the kernels whose mangled name has the pattern."""
+    found = [code for name, code in sass.items() if re.search(pattern, name)]
+    assert found, f"no kernel matches {pattern} in {list(sass)}"
+    return found
+
+
+def spilled(report: str, allowed: int = 0) -> list[str]:
+    """Lines of the report with more bytes of spill stores than allowed."""
+    found = ((line, re.search(r"(\d+) bytes spill stores", line)) for line in report.splitlines())
+    return [line for line, match in found if match and int(match[1]) > allowed]
+
+
+@pytest.mark.parametrize("source", ["client_scores_bf16.cu", "client_scores_e4m3.cu", "client_scores_i8.cu"])
+def test_score_kernels_for_hopper_spill_nothing_and_keep_wgmma_asynchronous(source: str) -> None:
+    report, _ = compiled(source, "90a")
+    assert not spilled(report)
+    assert "serialized" not in report
+
+
+def test_score_kernels_for_hopper_use_warpgroup_products_and_bulk_copies() -> None:
+    _, sass = compiled("client_scores_bf16.cu", "90a")
+    wide = kernels_named(sass, r"client_scores_kernelILi1ELi1ELi(64|128)ELb1ELb1E")
+    for code in wide:
+        assert "HGMMA" in code
+        assert "HMMA" not in code
+        assert "UBLKCP" in code
+        assert re.search(WIDE_LOAD, code)
+    (narrow,) = kernels_named(sass, r"client_scores_kernelILi1ELi1ELi16ELb1ELb0E")
+    assert "HMMA" in narrow
+    assert re.search(WIDE_LOAD, narrow)
+
+
+def test_score_kernels_for_ampere_use_matrix_units_and_16_byte_loads() -> None:
+    _, sass = compiled("client_scores_bf16.cu", "80")
+    for code in kernels_named(sass, r"client_scores_kernelILi1ELi1ELi\d+ELb1ELb0E"):
+        assert "HMMA.16816.F32.BF16" in code
+        assert re.search(WIDE_LOAD, code)
+        assert "LDGSTS" in code
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_totals_stream_16_bytes_at_a_time(architecture: str) -> None:
+    _, sass = compiled("client_totals.cu", architecture)
+    for code in kernels_named(sass, r"client_totals_kernelILi1ELb1E"):
+        assert re.search(WIDE_LOAD, code)
+        assert "STL" not in code
+
+
+@pytest.mark.slow
+def test_lowrank_kernels_turn_factors_in_registers_and_spill_next_to_nothing() -> None:
+    report, sass = compiled("client_scores_lowrank.cu", "90a")
+    assert not spilled(report, allowed=64)  # 44 bytes, between the loops, at 64 tokens and 12 warps
+    for code in kernels_named(sass, r"lowrank_kernelILi1ELi1ELi64E"):
+        assert re.search(WIDE_LOAD, code)
+        for instruction in ("MOVM.16.MT88", "HMMA.16816.F32.BF16", "LDGSTS"):
+            assert instruction in code
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_blackwell() -> None:
+    report, sass = compiled("client_scores_bf16.cu", "100")
+    assert sass
+    assert "error" not in report
+
+
+def test_no_kernel_adds_floats_atomically() -> None:
+    for source in ("client_scores.cu", "client_totals.cu", "client_scores_bf16.cu"):
+        _, sass = compiled(source, "90a")
+        for name, code in sass.items():
+            assert not re.search(r"\b(RED|ATOM|ATOMG)\.", code), name
