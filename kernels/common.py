@@ -103,8 +103,19 @@ def sum_parts(out: Tensor, parts: Tensor) -> None:
 
 
 def device_rows(rows: Iterable[Sequence[int]], device: torch.device) -> Tensor:
-    """An int64 table on the device, copied without waiting for it."""
-    table = torch.tensor([list(row) for row in rows], dtype=torch.int64)
+    """An int64 table on the device, copied without waiting for it.
+
+    While a CUDA graph is captured the numbers travel inside the graph: a replayed copy would read host memory that
+    is long used for something else.
+    """
+    values = [list(row) for row in rows]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        held = torch.empty(len(values), len(values[0]), dtype=torch.int64, device=device)
+        for place, row in zip(held, values, strict=True):
+            for entry, value in zip(place, row, strict=True):
+                entry.fill_(value)
+        return held
+    table = torch.tensor(values, dtype=torch.int64)
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
