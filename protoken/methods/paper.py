@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from ..adapters import effective_weight
 from ..layers import layer_of
 from ..patching import hooks, replaced_method
+from ..quantised import straight_through
 
 
 def paper_scores(
@@ -87,9 +88,8 @@ def _objective_and_taps(
         return hook
 
     found = [layer_of(model, name) for name in layers]
-    handles = [layer.module.register_forward_hook(tap(layer.name)) for layer in found if layer.kind == "linear"]
     arguments = {"input_ids": context, "use_cache": False}
-    with hooks(*handles), torch.enable_grad(), ExitStack() as stack:
+    with torch.enable_grad(), straight_through([model]), ExitStack() as stack:
         for layer in found:
             if layer.kind == "embedding":
                 # torch leaves the padding token's row out of the gradient, also where the token is really meant.
@@ -99,6 +99,8 @@ def _objective_and_taps(
                 weight = (weight.mT if layer.transposed else weight).requires_grad_()
                 taps[layer.name] = (None, weight)
                 leaves[layer.parameter] = weight.mT if layer.transposed else weight
+            else:
+                stack.enter_context(hooks(layer.module.register_forward_hook(tap(layer.name))))
         output: Any = functional_call(model, leaves, (), arguments, tie_weights=False)
         logits = output.logits[0, -1]
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -230,7 +230,7 @@ def _check_names(records: Sequence[Round], model: nn.Module, names: Sequence[str
 
 
 def _check_acts(model: nn.Module, own: str, parameter: nn.Parameter) -> None:
-    """ModelError for a parameter that moving would not change the model by: factors of a merged adapter, packed bits."""
+    """ModelError for what cannot be moved: factors of a merged adapter, which do not act, and packed weights."""
     module = model.get_submodule(own.partition(".lora_")[0]) if ".lora_" in own else None
     if module is not None and (getattr(module, "merged_adapters", None) or getattr(module, "disable_adapters", False)):
         raise ModelError(
