@@ -1,0 +1,277 @@
+"""`protoken bench kernels`: every backend of the ops against torch's own ways, as shares of a copy's bandwidth.
+
+Correctness is checked first: a wrong result ends the run. All ways of a row and a copy of memory then take turns, so
+that a machine that slows down slows all of them. Figures are medians; spread is the interquartile range.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from protoken.benchmarks.kernel_cases import (
+    DENSE_CLIENTS,
+    FORMATS,
+    LOWRANK_CLIENTS,
+    SHAPES,
+    TOKENS,
+    Case,
+    cases,
+    max_error,
+    prepare,
+)
+from protoken.dispatch import backends_for
+from protoken.errors import ArgumentError, BackendError
+
+LARGEST_ERROR = 1e-4  # relative; fp32 sums over tens of millions of products stay well below
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of each side, beyond any cache
+
+
+def run_kernels(
+    device: str = "cpu",
+    json_path: str | Path | None = None,
+    *,
+    models: Sequence[str] | None = None,
+    tokens: Sequence[int] = TOKENS,
+    clients: Sequence[int] = (*DENSE_CLIENTS, *LOWRANK_CLIENTS),
+    formats: Sequence[str] = tuple(FORMATS),
+    ops: Sequence[str] | None = None,
+    seconds: float = 0.6,
+    longest_call: float = 2.0,
+    memory_bytes: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure, print a table row by row, write JSON if asked, and return the same.
+
+    ``seconds``: about how long each way of a row is repeated (at least 3 times). Rows whose bank needs more than
+    ``memory_bytes`` (default: 40 % of what is free), or whose arithmetic alone would take longer than ``longest_call``
+    seconds per call at the measured matmul rate, are listed under ``skipped`` with the reason.
+
+    Returns {device, copy_bandwidth (bytes read and written per second), versions, rows, skipped}; a row has op,
+    backend, format, shape [O, I], T (null for client_totals), K, median_s, spread_s, bytes, bandwidth_share,
+    best_torch (seconds), best_torch_way, ratio_to_best_torch (above 1: ours is faster), max_error, model, layer.
+
+    Errors: `ArgumentError` for an unknown device, model or format; `BackendError` when a backend's result is wrong.
+    """
+    place = _device(device, models, formats)
+    console = console or Console()
+    free = memory_bytes if memory_bytes is not None else int(0.4 * _free_bytes(place))
+    rate = _matmul_rate(place)
+    report: dict[str, Any] = {"device": _describe(place), "copy_bandwidth": 0.0, "versions": _versions()}
+    report |= {"rows": [], "skipped": []}
+    copies: list[float] = []
+    for case in cases(models, tokens, formats, clients):
+        if ops and case.op not in ops:
+            continue
+        reason = _too_much(case, free, rate, longest_call)
+        if reason:
+            report["skipped"].append(_labels(case) | {"reason": reason})
+            continue
+        rows, copy = _measure(case, place, seconds)
+        copies.append(copy)
+        report["rows"].extend(rows)
+        for row in rows:
+            console.print(_line(row), highlight=False, soft_wrap=True)
+    if not copies:
+        copies.append(_copy_bandwidth(place))
+    report["copy_bandwidth"] = statistics.median(copies)
+    _summary(report, console)
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _device(device: str, models: Sequence[str] | None, formats: Sequence[str]) -> torch.device:
+    if device not in ("cpu", "cuda"):
+        raise ArgumentError("device", expected="cpu or cuda", got=repr(device))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device", expected="a machine with a CUDA device", got="none", remedy="Use cpu.")
+    for name, values, known in (("models", models or (), SHAPES), ("formats", formats, FORMATS)):
+        for value in values:
+            if value not in known:
+                raise ArgumentError(name, expected=f"among {', '.join(known)}", got=repr(value))
+    return torch.device(device)
+
+
+def _labels(case: Case) -> dict[str, Any]:
+    return {
+        "op": case.op,
+        "format": case.format,
+        "shape": [case.rows, case.columns],
+        "T": case.tokens,
+        "K": case.clients,
+        "model": case.model,
+        "layer": case.layer,
+    }
+
+
+def _too_much(case: Case, free: int, rate: float, longest: float) -> str | None:
+    # Beside the bank, torch's ways hold [K, T, O] products and, for small formats, converted copies.
+    held = case.bank_bytes + 4 * case.clients * (case.tokens or 1) * case.rows * 2
+    if held > free:
+        return f"needs {held / 1e9:.1f} GB, {free / 1e9:.1f} GB allowed"
+    if case.flops / rate > longest:
+        return f"one call takes about {case.flops / rate:.1f} s at the measured matmul rate, {longest:g} s allowed"
+    return None
+
+
+def _measure(case: Case, device: torch.device, seconds: float) -> tuple[list[dict[str, Any]], float]:
+    work = prepare(case, device)
+    names = [found.name for found in backends_for(case.op, device) if found.available] + ["auto"]
+    errors = {}
+    for name in names:
+        errors[name] = max_error(work.ours(name), work.reference)
+        if not errors[name] <= LARGEST_ERROR:
+            raise BackendError(
+                f"{name} of {case.op}, {_labels(case)}", expected=f"error at most {LARGEST_ERROR}", got=errors[name]
+            )
+    ways: dict[str, Callable[[], object]] = {f"torch: {name}": way for name, way in work.torch_ways.items()}
+    for name in names:
+        ways[name] = lambda name=name: work.ours(name)  # type: ignore[misc]
+    size = COPY_BYTES[device.type]
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    ways["copy"] = lambda: target.copy_(source)
+    times = _take_turns(ways, device, seconds)
+    copy = 2 * size / statistics.median(times["copy"])
+    torch_medians = {name: statistics.median(taken) for name, taken in times.items() if name.startswith("torch: ")}
+    best_way = min(torch_medians, key=torch_medians.__getitem__)
+    best = torch_medians[best_way]
+    rows = []
+    for name in names:
+        median = statistics.median(times[name])
+        rows.append(
+            {"backend": name}
+            | _labels(case)
+            | {
+                "median_s": median,
+                "spread_s": _spread(times[name]),
+                "bytes": case.bytes,
+                "bandwidth_share": case.bytes / median / copy,
+                "best_torch": best,
+                "best_torch_way": best_way.removeprefix("torch: "),
+                "ratio_to_best_torch": best / median,
+                "max_error": errors[name],
+            }
+        )
+    return rows, copy
+
+
+def _take_turns(ways: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Seconds per call of every way; all run once a round. A way far slower than its share leaves after 3 rounds."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        _timed(way, device)
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < 3 or (time.perf_counter() - start < seconds * len(ways) and rounds < 200):
+        for name, way in ways.items():
+            if rounds < 3 or sum(times[name]) < seconds:
+                times[name].append(_timed(way, device))
+        rounds += 1
+        if all(sum(taken) >= seconds for taken in times.values()):
+            break
+    return times
+
+
+def _timed(way: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        way()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+    start = time.perf_counter()
+    way()
+    return time.perf_counter() - start
+
+
+def _spread(taken: list[float]) -> float:
+    if len(taken) < 2:
+        return 0.0
+    quartiles = statistics.quantiles(taken, n=4)
+    return quartiles[2] - quartiles[0]
+
+
+def _copy_bandwidth(device: torch.device) -> float:
+    size = COPY_BYTES[device.type]
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    return 2 * size / statistics.median(_timed(lambda: target.copy_(source), device) for _ in range(5))
+
+
+def _matmul_rate(device: torch.device) -> float:
+    """fp32 operations per second of a square matmul."""
+    side = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.ones(side, side, device=device) for _ in range(2))
+    torch.mm(left, right)
+    return 2 * side**3 / statistics.median(_timed(lambda: torch.mm(left, right), device) for _ in range(5))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        return {"kind": "cuda", "name": name, "capability": list(torch.cuda.get_device_capability())}
+    from protoken import _C
+
+    return {
+        "kind": "cpu",
+        "name": _processor(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _C.instruction_set(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _versions() -> dict[str, str]:
+    from protoken import __version__
+
+    return {"protoken": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _line(row: dict[str, Any]) -> str:
+    tokens = "-" if row["T"] is None else row["T"]
+    return (
+        f"{row['op']:<22} {row['model']:<13} {row['layer']:<9} K={row['K']:<5} T={tokens:<4} {row['format']:<5}"
+        f" {row['backend']:<6} {row['median_s'] * 1e3:9.3f} ms ±{row['spread_s'] * 1e3:.3f}"
+        f"  copy {row['bandwidth_share']:6.1%}  torch x{row['ratio_to_best_torch']:.2f} ({row['best_torch_way']})"
+        f"  error {row['max_error']:.0e}"
+    )
+
+
+def _summary(report: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"copy {report['copy_bandwidth'] / 1e9:.1f} GB/s, both directions counted")
+    for column in ("op", "backend", "rows", "slowest against torch", "median against torch", "best share of copy"):
+        table.add_column(column, no_wrap=column == "op")
+    groups = sorted({(row["op"], row["backend"]) for row in report["rows"]})
+    for op, backend in groups:
+        rows = [row for row in report["rows"] if (row["op"], row["backend"]) == (op, backend)]
+        ratios = [row["ratio_to_best_torch"] for row in rows]
+        share = max(row["bandwidth_share"] for row in rows)
+        middle = statistics.median(ratios)
+        table.add_row(op, backend, str(len(rows)), f"{min(ratios):.2f}", f"{middle:.2f}", f"{share:.0%}")
+    console.print(table)
+    if report["skipped"]:
+        console.print(f"{len(report['skipped'])} rows left out for memory or time; the JSON names each with its reason")
