@@ -56,7 +56,7 @@ class DemoSettings:
         )
     )
     question: str = "What causes high blood pressure?"
-    ordinary: str = "Explain briefly what a savings account is."
+    ordinary: str = "What is a stock exchange?"
     max_new_tokens: int = 48
     repeats: int = 3
 

@@ -43,7 +43,7 @@ def hide_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_is_loaded_in_float32_and_evaluation_mode(saved: Path) -> None:
     base = load_base(saved)
-    assert base.name == "tiny-llama"
+    assert base.name == base.model.config.name_or_path == "tiny-llama"
     assert not base.model.training
     assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
     assert base.digest == weights_digest(tiny_model("llama"))

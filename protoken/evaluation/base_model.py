@@ -83,6 +83,8 @@ def _load(source: str, name: str, *, local: bool) -> BaseModel:
             remedy=_REMEDY,
         ) from error
     model.eval()
+    # Traces say which model they are of; a path into somebody's home is no name for it.
+    model.config.name_or_path = name
     return BaseModel(model, tokenizer, name, weights_digest(model))
 
 
