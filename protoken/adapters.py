@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LayerError, LedgerMismatchError, ModelError
-from .layers import Layer
+from .layers import Layer, is_tied
 from .ledger import Ledger, LowRank
 from .quantised import dense_weight
 
@@ -185,6 +185,12 @@ def _pairs(layer: Layer, names: tuple[str, ...], known: Collection[str]) -> Iter
 
 def _aliases(model: nn.Module, layer: Layer) -> list[str]:
     """Other names of the same tensor: a tied head's weight is recorded as the embeddings'."""
+    ends: Any = model
+    pair = (
+        [ends.get_input_embeddings(), ends.get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
+    )
+    if layer.module in pair and is_tied(model):
+        return [f"{n}.weight" for n, module in model.named_modules() if module in pair]
     if layer.kind == "experts" or layer.weight.is_meta:
         return []
     return [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]

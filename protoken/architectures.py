@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ArgumentError, LayerError, ModelError
-from .layers import Layer, is_linear, layer_of, linear_names
+from .layers import Layer, is_linear, is_tied, layer_of, linear_names
 
 __all__ = ["FAMILIES", "Architecture", "Family", "ModelRow", "architecture_of", "is_linear", "list_models"]
 
@@ -219,7 +219,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         layers.dense_final,
         head_name=names.get(id(head), ""),
         embeddings_name=names.get(id(embeddings), "") if isinstance(embeddings, nn.Embedding) else "",
-        tied=getattr(head, "weight", None) is getattr(embeddings, "weight", embeddings),
+        tied=is_tied(model),
     )
     last = len(blocks) - 1
     inside = found.linear_layers(last)

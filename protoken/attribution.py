@@ -21,6 +21,7 @@ from .ledger import Ledger
 from .methods.paper import client_weights, paper_scores
 from .methods.replayed import REPLAYED, Settings, moving_parameters, replayed_scores
 from .methods.weights import Updates
+from .precision import warn_of_noise
 from .projection import Scores, project_local, project_reverse
 from .relevance import Objective, Response, local_relevance, reverse_relevance
 from .results import Trace, TraceInfo
@@ -200,6 +201,8 @@ def attribute(
         return Scores.empty(len(plan.layers), len(bank.clients))
     if plan.method == "paper":
         return _paper(model, response, bank, plan)
+    near = [name for name in plan.layers if name in local_layers(architecture)]
+    warn_of_noise(model, architecture, generated, bank, near, plan.objective)
     if plan.way == "local":
         local = local_relevance(model, architecture, capture, response, plan.layers, plan.objective)
         return project_local(local, bank, plan.layers, plan.backend)

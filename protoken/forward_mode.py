@@ -28,6 +28,7 @@ from .capture import Capture, run_whole
 from .layer_bank import LayerBank, directions
 from .layers import Layer, layer_of
 from .patching import hooks, replaced_method
+from .quantised import linearised, recorded
 from .relevance import LocalRelevance, Response
 from .replay import Tap, passed_through, replaced_input, replay
 from .sites import visited
@@ -60,11 +61,12 @@ def forward_scores(
     rows = slice(prompt - 1, length)
     hidden = capture.sequence(length)
     first = min(architecture.block_of(name) for name in layers)
-    taps = _layer_taps(model, architecture, capture, response, layers, first, hidden)
+    with recorded(architecture.blocks[first:]) as records:
+        taps = _layer_taps(model, architecture, capture, response, layers, first, hidden)
     clients = len(banks[layers[0]].updates)
     parts = []
     # The fused attention has no forward mode; its math form computes the same thing.
-    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), linearised(records):
         for start in range(0, clients, chunk):
             some = slice(start, start + chunk)
             pushed = [directions(banks[n], taps[n].x, taps[n].route, some).to(hidden.dtype) for n in layers]

@@ -135,6 +135,23 @@ def device_of(layer: Layer) -> torch.device:
     return layer.weight.device if place is None else torch.device(place)
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head's weight is the embeddings'; of offloaded weights only the configuration tells."""
+    ends: Any = model
+    head = getattr(ends.get_output_embeddings(), "weight", None)
+    table = getattr(ends.get_input_embeddings(), "weight", None)
+    if isinstance(head, Tensor) and head.is_meta:
+        return bool(getattr(ends.config.get_text_config(), "tie_word_embeddings", False))
+    return head is not None and head is table
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids belong: with the embeddings, or where they are brought for each call."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if place is None else torch.device(place)
+
+
 def _experts(module: nn.Module | None, name: str, attribute: str) -> Layer:
     assert module is not None
     weight: Tensor = getattr(module, attribute)

@@ -1,17 +1,25 @@
 """Weights that are not plain numbers: packed to 4 bits, scaled integers, or kept on another device between calls.
 
-Relevance needs only activations and gradients, which such layers give like any other. What needs the weight itself
-(forward mode, the published method) gets it dequantised.
+Relevance needs activations and gradients. Where a quantised layer gives no gradient, because it rounds its input to
+integers or because its kernel has no derivative, it is that of its dequantised weight W (straight through):
+
+    backward    y(x) + W (x - stop(x))                      forward    y(x0) + W (x - x0),   x0 and y(x0) recorded
+
+so values are always the layer's own. Forward mode takes the second form everywhere: kernels that lack a tangent drop it
+without a word.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .layers import Layer
+from .patching import hooks, replaced_method
 
 
 def at_hand(module: nn.Module) -> AbstractContextManager[Any]:
@@ -58,3 +66,54 @@ def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
         scales = packed.SCB if packed.SCB is not None else layer.state.SCB
         plain = packed.data.float() * (scales.float() / 127)[:, None]
     return plain
+
+
+def quantised_linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
+    """All linear layers below these modules whose weight is no plain matrix."""
+    found = {id(m): m for top in modules for m in top.modules() if isinstance(m, nn.Linear)}
+    return [module for module in found.values() if not module.weight.is_meta and is_quantised(module.weight)]
+
+
+@contextmanager
+def straight_through(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give quantised layers a gradient where they would give none; their values stay their own."""
+
+    def hook(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        x = args[0]
+        if output.requires_grad or not x.requires_grad:
+            return None
+        weight = dequantised(module, module.weight.detach())
+        return output + functional.linear(x - x.detach(), weight.to(x)).to(output.dtype)
+
+    with hooks(*(module.register_forward_hook(hook) for module in quantised_linears(modules))):
+        yield
+
+
+@contextmanager
+def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Linear, tuple[Tensor, Tensor]]]:
+    """Inputs and outputs of the quantised layers that run inside the `with`."""
+    kept: dict[nn.Linear, tuple[Tensor, Tensor]] = {}
+
+    def hook(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+        kept[module] = (args[0].detach(), output.detach())
+
+    with hooks(*(module.register_forward_hook(hook) for module in quantised_linears(modules))):
+        yield kept
+
+
+@contextmanager
+def linearised(records: dict[nn.Linear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let recorded layers compute y0 + W (x - x0), which forward mode can go through; their W are held meanwhile."""
+    with ExitStack() as stack:
+        for module, (x0, y0) in records.items():
+            stack.enter_context(replaced_method(module, "forward", _around(module, x0, y0)))
+        yield
+
+
+def _around(module: nn.Linear, x0: Tensor, y0: Tensor) -> Callable[[Tensor], Tensor]:
+    weight = dequantised(module, module.weight.detach()).to(x0)
+
+    def forward(x: Tensor) -> Tensor:
+        return y0 + functional.linear(x - x0, weight).to(y0.dtype)
+
+    return forward

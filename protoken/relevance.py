@@ -23,6 +23,7 @@ from .architectures import Architecture
 from .capture import Capture
 from .errors import GenerationError
 from .layers import layer_of
+from .quantised import is_quantised
 from .replay import Replayed, Tap, replay
 
 Objective = Literal["log_prob", "logit"]
@@ -94,11 +95,16 @@ def local_relevance(
     response: Response,
     layers: tuple[str, ...],
     objective: Objective,
+    *,
+    check: bool = True,
 ) -> LocalRelevance:
     """Relevance of every generated token at layers of the last block from its out-projection on.
 
     The attention is not repeated: the recorded outputs of the out-projection stand in for it, and the T deciding rows
     run through the rest of the block as if they were a sequence of T positions.
+
+    Args:
+        check: compare what the replay computes with what the generation did (`replay_error`).
     """
     prompt, count = response.prompt_length, response.new_tokens
     last = len(architecture.blocks) - 1
@@ -114,7 +120,8 @@ def local_relevance(
         given_outputs={projection: capture.deciding(capture.projections, prompt, count)},
         head=_gathered_head(architecture, response.tokens, layers) if objective == "logit" else None,
     )
-    error = replay_error(replayed.output, capture.deciding(capture.outputs, prompt, count))
+    recorded = capture.deciding(capture.outputs, prompt, count)
+    error = replay_error(replayed.output, recorded) if check else 0.0
     tapped = list(replayed.taps)
     sources = [replayed.hidden, *(replayed.taps[name].y for name in tapped)]
     values, (hidden_grad, *rest) = _backward(replayed, response.tokens, sources, objective)
@@ -225,7 +232,9 @@ def _gathered_head(
     plain linear heads that are at hand and not traced themselves; others run as they are.
     """
     head = architecture.head
-    if type(head) is not nn.Linear or head.weight.is_meta or architecture.head_name in layers:
+    if type(head) is not nn.Linear or head.weight.is_meta or is_quantised(head.weight):
+        return None
+    if architecture.head_name in layers:
         return None
     # [T, d] rows, widened: a half-precision dot product over d would round more than the whole head's matmul.
     wide = torch.promote_types(head.weight.dtype, torch.float32)

@@ -21,6 +21,7 @@ from .capture import run_whole
 from .errors import GenerationError
 from .layers import Layer, layer_of
 from .patching import hooks, replaced_method
+from .quantised import straight_through
 from .sites import Visit, visited
 
 
@@ -98,7 +99,9 @@ def replay(
     rows: dict[str, Any] = {} if logits_rows is None else {"logits_to_keep": logits_rows}
     with hooks(*handles), ExitStack() as stack, torch.enable_grad():
         stack.enter_context(passed_through(architecture, first_block, blocks_return_tuples))
-        stack.enter_context(visited(tapped, tap, architecture.blocks[first_block:]))
+        running = [*architecture.blocks[first_block:], architecture.head]
+        stack.enter_context(straight_through(running))
+        stack.enter_context(visited(tapped, tap, running))
         if head is not None:
             stack.enter_context(replaced_method(architecture.head, "forward", head))
         logits = run_whole(model, ids, attention_mask, **rows).logits

@@ -21,6 +21,7 @@ from .attribution import Method, Way, assemble, attribute, make_plan, model_name
 from .bank import Rounds
 from .counterfactual import remember
 from .generation import check_arguments, complete_arguments, generate
+from .layers import input_device
 from .ledger import Ledger
 from .methods.replayed import Settings
 from .patching import evaluation_mode, refuse_inference_mode
@@ -96,7 +97,7 @@ def trace(
     check_ids(model, ids)
     arguments = complete_arguments(model, generate_arguments, len(ids))
 
-    row = as_row(ids, model.get_input_embeddings().weight.device)
+    row = as_row(ids, input_device(model))
     mask = arguments.setdefault("attention_mask", torch.ones_like(row))
 
     began = time.perf_counter()

@@ -28,6 +28,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..adapters import effective_weight
+from ..errors import GenerationError
 from ..layers import layer_of
 from ..patching import hooks, replaced_method
 from ..quantised import straight_through
@@ -95,6 +96,13 @@ def _objective_and_taps(
                 # torch leaves the padding token's row out of the gradient, also where the token is really meant.
                 stack.enter_context(replaced_method(layer.owner, "padding_idx", None))
             if layer.kind != "linear":
+                if layer.weight.is_meta:
+                    raise GenerationError(
+                        "method",
+                        expected=f"{layer.parameter} in memory for method paper",
+                        got="an offloaded weight",
+                        remedy="Use another method, or trace linear layers alone",
+                    )
                 weight = layer.weight.detach()
                 weight = (weight.mT if layer.transposed else weight).requires_grad_()
                 taps[layer.name] = (None, weight)

@@ -1,0 +1,228 @@
+"""Quantised bases, weights that accelerate keeps elsewhere, and half precision with its self-check."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import equals_oracle, oracle
+from tiny_federation import TinyFederation, tiny_federation
+from tolerances import close
+
+import protoken
+from protoken import errors
+from protoken.layers import input_device
+from protoken.quantised import is_quantised, quantised_linears
+
+PROMPT = [5, 17, 42, 8, 60, 33, 21]
+WAYS = {
+    "local": {},
+    "forward": {"blocks": 3},
+    "reverse": {"blocks": 3, "way": "reverse"},
+    "every layer": {"blocks": 2, "layers": ["*"]},
+}
+
+
+def trace(federation: TinyFederation, **arguments: Any) -> protoken.Trace:
+    arguments = {"max_new_tokens": 6, "do_sample": True, "seed": 2, **arguments}
+    return protoken.trace(federation.model, PROMPT, ledger=federation.path, **arguments)
+
+
+def scores(trace: protoken.Trace) -> torch.Tensor:
+    return torch.tensor(trace.token_scores if trace.token_scores is not None else trace.layer_totals)
+
+
+# ---- quantised ---------------------------------------------------------------------------------------------------
+
+
+def torchao_weights(model: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def torchao_activations(model: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+
+
+def bitsandbytes_4bit(model: Any) -> None:
+    nn = pytest.importorskip("bitsandbytes").nn
+
+    def packed(linear: torch.nn.Linear) -> Any:
+        bias = linear.bias is not None
+        own = nn.Linear4bit(linear.in_features, linear.out_features, bias, torch.float32, quant_type="nf4")
+        own.weight = nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        return own
+
+    _replace_linears(model, packed)
+
+
+def bitsandbytes_8bit(model: Any) -> None:
+    nn = pytest.importorskip("bitsandbytes").nn
+
+    def packed(linear: torch.nn.Linear) -> Any:
+        own = nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False)
+        own.weight = nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        return own
+
+    _replace_linears(model, packed)
+
+
+def _replace_linears(model: Any, packed: Callable[[torch.nn.Linear], Any]) -> None:
+    for block in model.model.layers:
+        for parent in [module for module in block.modules() if not isinstance(module, torch.nn.Linear)]:
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, packed(child).to("cpu"))
+    model.eval()
+
+
+# Rounding activations to integers turns the last bits of two equal computations into whole steps.
+QUANTISED: dict[str, tuple[Callable[[Any], None], float]] = {
+    "torchao int8": (torchao_weights, 1.0),
+    "torchao int8 activations": (torchao_activations, 2000.0),
+    "bitsandbytes 4 bit": (bitsandbytes_4bit, 1.0),
+    "bitsandbytes 8 bit": (bitsandbytes_8bit, 1.0),
+}
+
+
+@pytest.fixture(scope="module", params=QUANTISED)
+def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyFederation, float]:
+    federation = tiny_federation(tmp_path_factory.mktemp("quantised"), "llama")
+    pack, factor = QUANTISED[request.param]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pack(federation.model)
+    return federation, factor
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_quantised_base_equals_the_oracle(quantised: tuple[TinyFederation, float], way: str) -> None:
+    federation, factor = quantised
+    assert len(quantised_linears(federation.model.model.layers)) == 28
+    protoken.attach(federation.model, federation.path, verify=False)
+    arguments = {"max_new_tokens": 6, "do_sample": True, "seed": 2, **WAYS[way]}
+    found = protoken.trace(federation.model, PROMPT, **arguments)
+    equals_oracle(federation.model, federation.ledger, found, factor=factor)
+    assert found.conservation_residual < 1e-5
+
+
+def test_quantised_weights_are_refused_with_the_remedy(quantised: tuple[TinyFederation, float]) -> None:
+    with pytest.raises(errors.LedgerMismatchError, match=r"quantised weight.*verify=False"):
+        trace(quantised[0])
+
+
+def test_published_method_takes_a_quantised_base(quantised: tuple[TinyFederation, float]) -> None:
+    """Full weights W_k of a packed layer are its dequantised weight, less the change, plus the update."""
+    federation, factor = quantised
+    protoken.attach(federation.model, federation.path, verify=False)
+    arguments = {"max_new_tokens": 4, "do_sample": False}
+    paper = protoken.trace(federation.model, PROMPT, method="paper", **arguments)
+    fast = protoken.trace(federation.model, PROMPT, objective="logit", **arguments)
+    unweighted = fast.token_scores / fast.weights
+    centred = torch.tensor(paper.token_scores - paper.token_scores.mean(1, keepdims=True))
+    close(centred, torch.tensor(unweighted - unweighted.mean(1, keepdims=True)), torch.float32, factor=30 * factor)
+
+
+def test_plain_weights_are_not_taken_for_quantised() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert not is_quantised(torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype)))
+    assert is_quantised(torch.zeros(2, 2, dtype=torch.int8))
+    assert is_quantised(torch.zeros(2, 2, dtype=torch.float8_e4m3fn))
+
+
+# ---- weights elsewhere -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("family", ["llama", "smollm", "gpt2", "mixtral"])
+def test_offloaded_weights_change_nothing(tmp_path: Path, family: str, place: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    federation = tiny_federation(tmp_path / "federation", family, ends=True)
+    ends = {"head": {"layers": ["lm_head"], "way": "reverse"}}
+    expected = {way: trace(federation, **arguments) for way, arguments in {**WAYS, **ends}.items()}
+    if place == "cpu":
+        accelerate.cpu_offload(federation.model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(federation.model, str(tmp_path / "weights"), execution_device=torch.device("cpu"))
+    hooks = [(len(m._forward_hooks), sorted(m.__dict__)) for m in federation.model.modules()]
+    for way, arguments in {**WAYS, **ends}.items():
+        found = trace(federation, **arguments)  # the digests are checked, too
+        assert found.info.layers == expected[way].info.layers
+        close(scores(found), scores(expected[way]), torch.float32)
+    assert {parameter.device.type for parameter in federation.model.parameters()} == {"meta"}
+    assert [(len(m._forward_hooks), sorted(m.__dict__)) for m in federation.model.modules()] == hooks
+    assert input_device(federation.model) == torch.device("cpu")
+
+
+def test_offloaded_weights_of_another_model_are_noticed(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    federation = tiny_federation(tmp_path, "llama")
+    with torch.no_grad():
+        federation.model.model.layers[3].mlp.down_proj.weight.add_(1e-3)
+    accelerate.cpu_offload(federation.model, execution_device=torch.device("cpu"))
+    with pytest.raises(errors.LedgerMismatchError, match="digest"):
+        trace(federation)
+
+
+def test_published_method_refuses_what_is_not_in_memory(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    federation = tiny_federation(tmp_path, "mixtral")
+    linear = {"method": "paper", "layers": ["self_attn.o_proj"]}
+    expected = trace(federation, **linear)
+    accelerate.cpu_offload(federation.model, execution_device=torch.device("cpu"))
+    close(scores(trace(federation, **linear)), scores(expected), torch.float32)
+    with pytest.raises(errors.GenerationError, match="offloaded"):
+        trace(federation, method="paper")
+
+
+# ---- half precision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "gpt_oss"])
+def test_half_precision_stays_near_fp32_and_silent(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """The same weights and tokens, in half precision and widened; warnings are errors in this suite."""
+    federation = tiny_federation(tmp_path, family, dtype=dtype)
+    found = trace(federation)
+    assert {parameter.dtype for parameter in federation.model.parameters()} == {dtype}
+    federation.model.float()
+    expected = oracle(federation.model, federation.ledger, found).sum(0)
+    error = (scores(found) - expected).norm() / expected.norm()
+    # Routing and rounding below the last block differ as well: this is no statement about the projection.
+    assert error < 0.2
+
+
+def saturated(folder: Path, dtype: torch.dtype) -> TinyFederation:
+    """A model that is sure of every token: what is left of the log-probability's gradient is below bf16's step."""
+    federation = tiny_federation(folder, "llama", dtype=dtype)
+    with torch.no_grad():
+        federation.model.lm_head.weight.mul_(100)
+    return federation
+
+
+def test_gradient_that_is_rounding_is_warned_about_once(tmp_path: Path) -> None:
+    federation = saturated(tmp_path, torch.bfloat16)
+    with pytest.warns(errors.ProtokenWarning, match=r"bfloat16 differ by \d+% from the same replay in float32"):
+        trace(federation, do_sample=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace(federation, do_sample=False)
+    assert not [w for w in caught if issubclass(w.category, errors.ProtokenWarning)]
+
+
+def test_same_model_in_fp32_is_not_warned_about(tmp_path: Path) -> None:
+    assert trace(saturated(tmp_path, torch.float32), do_sample=False).conservation_residual < 1e-3
+
+
+def test_self_check_leaves_the_model_alone(tmp_path: Path) -> None:
+    federation = tiny_federation(tmp_path, "llama", dtype=torch.bfloat16)
+    before = [(n, id(p), p.dtype) for n, p in federation.model.named_parameters()]
+    hooks = [(len(m._forward_hooks), sorted(m.__dict__)) for m in federation.model.modules()]
+    trace(federation)
+    assert [(n, id(p), p.dtype) for n, p in federation.model.named_parameters()] == before
+    assert [(len(m._forward_hooks), sorted(m.__dict__)) for m in federation.model.modules()] == hooks
