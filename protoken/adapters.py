@@ -4,7 +4,7 @@ A federation of adapters leaves one of two records, by the name of the parameter
 
     <layer>.weight                          the adapter as one value s B A (`LowRank`), or a dense (merged) weight
     <layer>.lora_A[.<adapter>].weight       both factors as parameters of their own, averaged apart by the server
-    <layer>.lora_B[.<adapter>].weight
+    <layer>.lora_B[.<adapter>].weight                                        (embeddings: lora_embedding_A, _B)
 
 The average of products is not the product of averages. With averages A, B and dX_k = X_k - X_{r-1}, the split
 
@@ -61,8 +61,10 @@ def recorded_as(model: nn.Module, layer: Layer, known: Collection[str], place: s
 
     Raises:
         LayerError: none of them is a parameter of this layer.
+        ModelError: an adapter acts here whose effect is no sum (`require_additive`).
         LedgerMismatchError: factors are recorded of adapters that do not act in the model.
     """
+    require_additive(layer)
     bare = layer.name.removeprefix(PEFT_PREFIX)
     own = [name if layer.kind == "experts" else f"{name}.weight" for name in (layer.name, bare)]
     candidates = [layer.parameter, *own, f"{bare}.base_layer.weight", *_aliases(model, layer)]
@@ -91,7 +93,24 @@ def active_adapters(module: nn.Module) -> tuple[str, ...]:
     merged = tuple(lora.merged_adapters)
     if merged or lora.disable_adapters:
         return merged
-    return tuple(name for name in lora.active_adapters if name in lora.lora_A)
+    return tuple(name for name in lora.active_adapters if name in lora.lora_A or name in lora.lora_embedding_A)
+
+
+def require_additive(layer: Layer) -> None:
+    """Refuse adapters whose effect is not W x + s B A x: below them an update of W is not what reaches the output.
+
+    Raises:
+        ModelError: another kind of adapter, or a variant of LoRA such as DoRA, acts at this layer.
+    """
+    for adapter in active_adapters(layer.module):
+        factors_of(layer.module, adapter)
+    if isinstance(getattr(layer.module, "base_layer", None), nn.Module) and not is_lora(layer.module):
+        raise ModelError(
+            "layers",
+            expected="layers with plain LoRA or rsLoRA, or without an adapter",
+            got=f"{layer.name}, a {type(layer.module).__module__}.{type(layer.module).__name__}",
+            remedy="Trace layers that this adapter leaves alone, or merge it and record the merged weights",
+        )
 
 
 def factors_of(module: nn.Module, adapter: str) -> LowRank:
@@ -110,7 +129,10 @@ def factors_of(module: nn.Module, adapter: str) -> LowRank:
             got=f"{kind}, whose effect is no sum of updates",
             remedy="Merge the adapter, and record the merged weights in the ledger",
         )
-    a, b = lora.lora_A[adapter].weight.detach(), lora.lora_B[adapter].weight.detach()
+    if adapter in lora.lora_embedding_A:
+        a, b = lora.lora_embedding_A[adapter].detach(), lora.lora_embedding_B[adapter].detach()
+    else:
+        a, b = lora.lora_A[adapter].weight.detach(), lora.lora_B[adapter].weight.detach()
     return LowRank(a, b, float(lora.scaling[adapter]))
 
 
@@ -161,7 +183,7 @@ def _pairs(layer: Layer, names: tuple[str, ...], known: Collection[str]) -> Iter
     for name in dict.fromkeys(names):
         for adapter in active:
             for infix in (f".{adapter}", ""):
-                a, b = f"{name}.lora_A{infix}.weight", f"{name}.lora_B{infix}.weight"
+                a, b = (_factor_name(layer, name, factor, infix) for factor in "AB")
                 if a in known and b in known and adapter not in found:
                     if not infix and len(active) > 1:
                         raise LedgerMismatchError(
@@ -172,7 +194,7 @@ def _pairs(layer: Layer, names: tuple[str, ...], known: Collection[str]) -> Iter
                         )
                     found.add(adapter)
                     yield Pair(a, b, adapter)
-    start = tuple(f"{name}.lora_A." for name in names)
+    start = tuple(f"{name}.lora_{kind}" for name in names for kind in ("A.", "embedding_A"))
     recorded = [n for n in known if n.startswith(start)]
     if recorded and not found:
         raise LedgerMismatchError(
@@ -181,6 +203,13 @@ def _pairs(layer: Layer, names: tuple[str, ...], known: Collection[str]) -> Iter
             got=f"{recorded[0]}",
             remedy="Load the federation's adapter and activate it (set_adapter, enable_adapters)",
         )
+
+
+def _factor_name(layer: Layer, name: str, factor: str, infix: str) -> str:
+    """Embedding tables keep their factors as parameters, other layers in modules."""
+    if layer.kind == "embedding":
+        return f"{name}.lora_embedding_{factor}{infix}"
+    return f"{name}.lora_{factor}{infix}.weight"
 
 
 def _aliases(model: nn.Module, layer: Layer) -> list[str]:

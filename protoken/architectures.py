@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ArgumentError, LayerError, ModelError
-from .layers import Layer, is_linear, is_tied, layer_of, linear_names
+from .layers import Layer, base_of, is_linear, is_tied, layer_of, linear_names
 
 __all__ = ["FAMILIES", "Architecture", "Family", "ModelRow", "architecture_of", "is_linear", "list_models"]
 
@@ -202,6 +202,14 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             got=type(model).__name__,
             remedy="Load it with AutoModelForCausalLM.from_pretrained",
         )
+    for adapter, settings in getattr(model, "peft_config", {}).items():
+        if getattr(settings, "is_prompt_learning", False):
+            raise ModelError(
+                "model",
+                expected="an adapter that changes weights (LoRA)",
+                got=f"adapter {adapter!r} of type {settings.peft_type}, which puts virtual tokens before the prompt",
+                remedy="Trace the base model: model.get_base_model()",
+            )
     blocks = _find_blocks(decoder)
     names = {id(module): name for name, module in model.named_modules()}
     family = decoder.config.model_type if hasattr(decoder, "config") else config.model_type
@@ -218,7 +226,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         head,
         layers.dense_final,
         head_name=names.get(id(head), ""),
-        embeddings_name=names.get(id(embeddings), "") if isinstance(embeddings, nn.Embedding) else "",
+        embeddings_name=names.get(id(embeddings), "") if isinstance(base_of(embeddings), nn.Embedding) else "",
         tied=is_tied(model),
     )
     last = len(blocks) - 1

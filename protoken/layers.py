@@ -73,7 +73,8 @@ def layer_of(model: nn.Module, name: str) -> Layer:
     if module is None:
         raise LayerError("layers", expected="layers of the model", got=name, remedy="See model.named_modules()")
     owner = base_of(module)
-    where = f"{name}.base_layer.weight" if owner is not module else f"{name}.weight"
+    inside = next(path for path, below in module.named_modules() if below is owner)
+    where = f"{name}.{inside}.weight" if inside else f"{name}.weight"
     if isinstance(owner, nn.Embedding):
         return Layer(name, "embedding", module, owner, "weight", where, owner.embedding_dim, owner.num_embeddings, True)
     if isinstance(owner, Conv1D):
@@ -122,10 +123,17 @@ def is_router(module: nn.Module) -> bool:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The layer below an adapter; the module itself if there is none."""
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
+    """The layer below an adapter, or PEFT's trained copy of a whole layer; the module itself if there is neither."""
+    while True:
+        wrapper: Any = module
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            active = [name for name in wrapper.active_adapters if name in copies]
+            module = copies[active[0]] if active and not wrapper.disable_adapters else wrapper.original_module
+        elif isinstance(getattr(module, "base_layer", None), nn.Module):
+            module = wrapper.base_layer
+        else:
+            return module
 
 
 def device_of(layer: Layer) -> torch.device:
@@ -138,8 +146,8 @@ def device_of(layer: Layer) -> torch.device:
 def is_tied(model: nn.Module) -> bool:
     """Whether the head's weight is the embeddings'; of offloaded weights only the configuration tells."""
     ends: Any = model
-    head = getattr(ends.get_output_embeddings(), "weight", None)
-    table = getattr(ends.get_input_embeddings(), "weight", None)
+    head = getattr(base_of(ends.get_output_embeddings()), "weight", None)
+    table = getattr(base_of(ends.get_input_embeddings()), "weight", None)
     if isinstance(head, Tensor) and head.is_meta:
         return bool(getattr(ends.config.get_text_config(), "tie_word_embeddings", False))
     return head is not None and head is table
@@ -147,7 +155,7 @@ def is_tied(model: nn.Module) -> bool:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids belong: with the embeddings, or where they are brought for each call."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings: Any = base_of(model.get_input_embeddings())  # type: ignore[operator]
     place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return embeddings.weight.device if place is None else torch.device(place)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import PromptError
+from .layers import base_of
 from .results import Token
 
 # Tokens decoded along before a new one, so that tokenizers which strip a leading space see that it does not lead.
@@ -97,7 +98,8 @@ def check_ids(model: PreTrainedModel, ids: Sequence[int]) -> None:
     Raises:
         PromptError: an id is negative or beyond the vocabulary.
     """
-    size = model.get_input_embeddings().num_embeddings
+    table: Any = base_of(model.get_input_embeddings())
+    size = int(table.num_embeddings)
     bad = [token for token in ids if not 0 <= token < size]
     if bad:
         raise PromptError(

@@ -423,3 +423,86 @@ def test_resized_embeddings_are_named(tmp_path: Path) -> None:
             errors.LedgerMismatchError, match=r"105 tokens, the federation's had 97: were the embeddings"
         ):
             trace(federation.model, federation.path, layers=[layer])
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "OFTConfig"])
+def test_adapters_that_are_no_sum_are_refused(tmp_path: Path, kind: str) -> None:
+    """Below a factor on the output, an update of the base weight is not what reaches the next layer."""
+    plain = tiny_model("llama")
+    path = commit(plain, tmp_path / "ledger", thin_updates(plain))
+    settings: dict[str, Any] = {
+        "IA3Config": {"feedforward_modules": []},
+        "OFTConfig": {"oft_block_size": 0, "r": 2},
+    }.get(kind, {})
+    config = getattr(peft, kind)(target_modules=["down_proj"], **settings)
+    model = peft.get_peft_model(plain, config).eval()
+    with pytest.raises(errors.ModelError, match=r"down_proj, a peft\.tuners"):
+        trace(model, path)
+    assert trace(model, path, layers=["*o_proj"]).totals.any()
+
+
+def test_dora_is_refused_above_updates_of_the_base_weight(tmp_path: Path) -> None:
+    plain = tiny_model("llama")
+    path = commit(plain, tmp_path / "ledger", thin_updates(plain))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], use_dora=True)
+    with pytest.raises(errors.ModelError, match="DoRA"):
+        trace(peft.get_peft_model(plain, config).eval(), path)
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_virtual_tokens_are_refused(tmp_path: Path, kind: str) -> None:
+    federation = tiny_federation(tmp_path, "llama")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(federation.model, config).eval()
+    with pytest.raises(errors.ModelError, match="virtual tokens"):
+        trace(model, federation.path)
+
+
+def test_adapters_inside_experts_are_refused(tmp_path: Path) -> None:
+    federation = tiny_federation(tmp_path, "mixtral")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["o_proj"], target_parameters=["mlp.experts.down_proj"]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(federation.model, config).eval()
+    with pytest.raises(errors.ModelError, match="adapter of another kind wraps it"):
+        trace(model, federation.path)
+
+
+# ---- embeddings and heads that an adapter trained ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["forward", "reverse"])
+def test_adapted_embeddings_are_traced(tmp_path: Path, way: str) -> None:
+    model = adapted("llama", target_modules=["embed_tokens", "o_proj"])
+    path = average_factors(model, tmp_path / "ledger")
+    name = "base_model.model.model.embed_tokens"
+    assert f"{name}.lora_embedding_A.default" in Ledger.open(path).round(1).parameters
+    found = trace(model, path, layers=["*embed_tokens"], way=way)
+    assert found.info.layers == (name,)
+    assert found.conservation_residual < 1e-5
+    # The slope of the objective along one client's contribution, by differences.
+    bank = protoken.bank.build_bank(Ledger.open(path), model, [name], [1])
+    ids = torch.tensor([[*found.prompt_ids, *(token.id for token in found.token_list)]])
+    table = model.get_submodule(name).base_layer.weight
+    step, values = 0.003 * bank.deltas[name][0].T, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            table.add_(sign * step)
+            logits = model(input_ids=ids[:, :-1]).logits[0, len(PROMPT) - 1 :].log_softmax(-1)
+            values.append(logits.gather(-1, ids[0, len(PROMPT) :, None]).double().sum())
+    slope = float(values[0] - values[1]) / 0.006 * WEIGHTS[0]
+    assert found.totals[0] == pytest.approx(slope, rel=5e-3)
+
+
+def test_head_that_peft_saves_whole_is_traced(tmp_path: Path) -> None:
+    """modules_to_save unties it: a copy of its own, recorded under its name in memory."""
+    model = adapted("llama", target_modules=["o_proj"], modules_to_save=["lm_head"])
+    name = "base_model.model.lm_head"
+    parameter = f"{name}.modules_to_save.default.weight"
+    path = commit(model, tmp_path / "ledger", [{parameter: torch.randn(97, 48) * 0.02} for _ in CLIENTS])
+    found = trace(model, path, layers=["*lm_head"])
+    assert (found.info.layers, found.info.way) == ((name,), "local")
+    equals_oracle(model, Ledger.open(path), found)
+    assert found.conservation_residual < 1e-5
