@@ -38,7 +38,7 @@ pybind11_add_module(_C_cuda NO_EXTRAS
 target_include_directories(_C_cuda PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_options(_C_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra>
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads=3 -Xptxas=-v -lineinfo>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads=3 -Xptxas=-v>)
 set_target_properties(_C_cuda PROPERTIES
   CUDA_RUNTIME_LIBRARY Static
   CUDA_SEPARABLE_COMPILATION OFF
