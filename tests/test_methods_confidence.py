@@ -156,7 +156,7 @@ def test_verdicts() -> None:
     rule = Abstention.fit([noise(i) for i in range(99)], false_alarm=0.01)
     assert rule.judge(noise(500, lead=3.0)).client == "b"
     assert rule.judge(noise(501)).kind == "mostly pretraining"
-    twins = np.random.default_rng(1).normal(size=(24, 4)) + [3, 3, 0, 0]
+    twins = np.random.default_rng(1).normal(size=(24, 4)) + np.array([3, 3, 0, 0])
     verdict = rule.judge(trace_of(twins))
     assert (verdict.kind, verdict.client) == ("no client stands out", None)
     assert rule.judge(trace_of(np.zeros((0, 4)))).kind == "mostly pretraining"

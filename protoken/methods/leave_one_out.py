@@ -8,7 +8,8 @@ reaggregate=False  G without k = G - rho_k delta_k: the last term of the Shapley
                    scores exactly 0.
 
 Scores are per token. Over the clients they do not add up to the change; the difference, their interaction, is the
-trace's residual. Cost: K + 2 forward passes over the moving blocks, and K passes over the clients' bytes.
+trace's residual. Cost: K + 2 forward passes over the moving blocks, and one pass over the clients' bytes; over several
+rounds K copies of the moving parameters in memory.
 Limits: two clients who taught the same thing cover for each other, and neither gets a score; the others' updates are
 those they computed with the absent client in earlier rounds.
 
@@ -17,12 +18,15 @@ Source: the counterfactual of the FedAvg formula (McMahan et al., arXiv 1602.056
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import torch
+from torch import Tensor
 
 from ..ledger import Ledger
 from ..projection import Scores
 from .game import Game
-from .weights import shift_without
+from .weights import Updates, participants
 
 
 def leave_one_out_scores(game: Game, ledger: Ledger, *, reaggregate: bool = True) -> Scores:
@@ -30,8 +34,7 @@ def leave_one_out_scores(game: Game, ledger: Ledger, *, reaggregate: bool = True
     updates = game.updates
     end = game.value_at_end()
     columns = []
-    for client in updates.clients:
-        shift = shift_without(ledger, updates.rounds, updates.names, {client}, reaggregate=reaggregate)
+    for shift in _shifts(updates, ledger, reaggregate):
         moved = {name: value + shift[name].to(value) for name, value in game.end.items()}
         columns.append(end - game.value_at(moved))
     change = end - game.value_at_start()
@@ -43,3 +46,42 @@ def leave_one_out_scores(game: Game, ledger: Ledger, *, reaggregate: bool = True
         objective=end,
     )
     return scores.noting(reaggregate=reaggregate, evaluations=len(columns) + 2)
+
+
+def _shifts(updates: Updates, ledger: Ledger, reaggregate: bool) -> Iterator[dict[str, Tensor]]:
+    """`shift_without` of each client in turn, every update being read once.
+
+    With A_r = sum_j rho_j delta_j and c = rho_k / (1 - rho_k) a round without k is shifted by c (A_r - rho_k delta_k)
+    - rho_k delta_k; without the others' gain c is 0.
+    """
+    if len(updates.rounds) == 1:
+        weights = updates.weights.tolist()
+        total = _weighted_sum(updates.deltas, weights)
+        for delta, weight in zip(updates.deltas, weights, strict=True):
+            yield {name: _shift(total[name], delta[name], weight, reaggregate) for name in updates.names}
+        return
+    shifts = {client: {n: torch.zeros(updates.change[n].shape) for n in updates.names} for client in updates.clients}
+    for number in updates.rounds:
+        record = ledger.round(number)
+        shares = participants(record)
+        deltas = [dict(record.deltas(client, updates.names)) for client in shares]
+        total = _weighted_sum(deltas, list(shares.values()))
+        for (client, weight), delta in zip(shares.items(), deltas, strict=True):
+            for name in updates.names:
+                shifts[client][name].add_(_shift(total[name], delta[name], weight, reaggregate))
+    for client in updates.clients:
+        yield shifts.pop(client)
+
+
+def _weighted_sum(deltas: Sequence[Mapping[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    found = {name: torch.zeros(value.shape) for name, value in deltas[0].items()}
+    for delta, weight in zip(deltas, weights, strict=True):
+        for name, value in delta.items():
+            found[name].add_(value.float(), alpha=weight)
+    return found
+
+
+def _shift(total: Tensor, delta: Tensor, weight: float, reaggregate: bool) -> Tensor:
+    """Nobody gains where the absent was alone in its round."""
+    gain = weight / (1 - weight) if reaggregate and weight < 1 else 0.0
+    return total * gain - delta.float() * (weight * (1 + gain))
