@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoken import _C_cuda as native
+import protoken._C_cuda as native
 from protoken.ops.banks import DenseBank, LowRankBank
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
