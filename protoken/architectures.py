@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ArgumentError, LayerError, ModelError
-from .layers import Layer, base_of, is_linear, is_tied, layer_of, linear_names
+from .layers import base_of, is_linear, is_tied, layer_of, linear_names
 
 __all__ = ["FAMILIES", "Architecture", "Family", "ModelRow", "architecture_of", "is_linear", "list_models"]
 
@@ -270,8 +270,3 @@ def _by_structure(block: nn.Module, family: str) -> Family:
             remedy="protoken models lists what is known; open an issue with this message for others",
         )
     return Family(attention[-1], rest[-1])
-
-
-def layers_of(model: nn.Module, names: Sequence[str]) -> list[Layer]:
-    """`layer_of` each name."""
-    return [layer_of(model, name) for name in names]

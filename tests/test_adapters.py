@@ -506,3 +506,32 @@ def test_head_that_peft_saves_whole_is_traced(tmp_path: Path) -> None:
     assert (found.info.layers, found.info.way) == ((name,), "local")
     equals_oracle(model, Ledger.open(path), found)
     assert found.conservation_residual < 1e-5
+
+
+# ---- clients that cannot be used ---------------------------------------------------------------------------------
+
+
+def test_client_with_a_missing_layer_is_left_out_and_stands_in_the_residual(tmp_path: Path) -> None:
+    """The server had aggregated it: its effect is known only as what the others do not explain."""
+    model = tiny_model("llama")
+    updates = thin_updates(model)
+    dense = [{name: factors.dense() for name, factors in update.items()} for update in updates]
+    base = {name: model.get_parameter(name).detach().clone() for name in dense[0]}
+    with torch.no_grad():
+        for name in base:
+            model.get_parameter(name).add_(sum(w * d[name] for w, d in zip(WEIGHTS, dense, strict=True)))
+    aggregate = {name: model.get_parameter(name).detach().clone() for name in base}
+    short = dict(dense[2])
+    del short[next(iter(short))]
+    with Ledger.create(tmp_path / "ledger").begin_round(base) as writer:
+        for client, weight, delta in zip(CLIENTS, WEIGHTS, (dense[0], dense[1], short), strict=True):
+            writer.add(ClientUpdate(client, weight, delta=delta), on_bad="quarantine")
+        writer.commit(aggregate)
+    whole = trace(model, commit(tiny_model("llama"), tmp_path / "whole", dense))
+    for way in WAYS.values():
+        found = trace(model, tmp_path / "ledger", **way)
+        assert found.client_ids == ("ada", "bob")
+        assert found.totals.sum() + found.residual == pytest.approx(found.change, rel=1e-9)
+    found = trace(model, tmp_path / "ledger")
+    close(torch.tensor(found.token_scores), torch.tensor(whole.token_scores[:, :2]), torch.float32)
+    assert found.residual == pytest.approx(whole.totals[2], rel=1e-3)
