@@ -33,6 +33,7 @@ from .capture import Capture
 from .errors import GenerationError
 from .layers import Layer, layer_of
 from .patching import hooks
+from .quantised import is_quantised
 from .relevance import Objective, Response, local_relevance, objective_values
 from .sites import visited
 
@@ -152,8 +153,9 @@ class LeafTap:
     def _cuts_head(self) -> bool:
         """Only around a plain head whose weight is at hand, and which is not itself traced."""
         head = self.architecture.head
-        plain = type(head) is nn.Linear and not head.weight.is_meta and "forward" not in head.__dict__
-        return plain and all(layer.module is not head for layer in self._found)
+        if type(head) is not nn.Linear or head.weight.is_meta or is_quantised(head.weight):
+            return False
+        return "forward" not in head.__dict__ and all(layer.module is not head for layer in self._found)
 
     def _checked(self, check: Callable[[], None]) -> list[torch.utils.hooks.RemovableHandle]:
         def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:

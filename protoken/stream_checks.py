@@ -39,7 +39,7 @@ def checked_arguments(model: Any, prompt: object, arguments: Mapping[str, Any]) 
     """The generation arguments that are left for `generate`.
 
     Raises:
-        GenerationError: several prompts, or a mode of decoding that cannot be streamed.
+        GenerationError: several prompts, padding, or a mode of decoding that cannot be streamed.
         ArgumentError: another depth, way or method than a stream's, or prompts hidden among the arguments.
     """
     _refuse_several(prompt)
@@ -52,6 +52,14 @@ def checked_arguments(model: Any, prompt: object, arguments: Mapping[str, Any]) 
                 got=arguments[name],
                 remedy="Use protoken.trace, which answers when the response is complete",
             )
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        raise GenerationError(
+            "attention_mask",
+            expected="ones only: one prompt needs no padding",
+            got=f"{int((mask == 0).sum())} zeros",
+            remedy="Give the prompt's own tokens, or use protoken.tracing for padded batches",
+        )
     left = {name: value for name, value in arguments.items() if name not in _FIXED}
     check_arguments(left)
     return left

@@ -25,6 +25,7 @@ from .bank import Rounds, select_rounds
 from .dispatch import choose
 from .generation import complete_arguments
 from .handover import pulled
+from .layers import input_device
 from .ledger import Ledger
 from .patching import refuse_inference_mode
 from .relevance import Objective
@@ -122,7 +123,7 @@ def stream(
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
     plan = make_plan(own.architecture, 1, layers, "local", objective, "protoken", backend)
     bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     choose("client_scores", backend, device)
     ids = encode_prompt(tokenizer, prompt, chat)
     check_ids(model, ids)

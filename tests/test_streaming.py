@@ -394,6 +394,7 @@ UNSTREAMABLE: dict[str, dict[str, Any]] = {
     "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
     "custom decoding": {"custom_generate": failing},
     "paged cache": {"cache_implementation": "paged"},
+    "padding": {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1]])},
 }
 
 
