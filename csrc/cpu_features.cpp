@@ -3,8 +3,29 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace protoken {
 namespace {
+
+#if defined(__x86_64__)
+// The processor has tiles, the system saves them, and this process may use them (Linux asks to be asked).
+bool amx_allowed() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTilesAndBf16 = 1u << 24 | 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTilesAndBf16) != kTilesAndBf16) return false;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kTileState = 1u << 17 | 1u << 18;
+  if ((low & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
@@ -15,6 +36,7 @@ std::vector<const Kernels*> runnable() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
+  if (avx512 && amx_allowed()) found.push_back(amx_kernels());
   if (avx512) found.push_back(avx512_kernels());
   if (avx2) found.push_back(avx2_kernels());
 #endif
@@ -44,7 +66,11 @@ const Kernels& active_kernels() {
 
 void use_instruction_set(const std::string& name) {
   std::string known;
+  std::vector<const Kernels*> all = sets();
   for (const Kernels* kernels : sets()) {
+    if (kernels == avx512_kernels()) all.push_back(amx_emulated_kernels());
+  }
+  for (const Kernels* kernels : all) {
     if (name == kernels->name) {
       chosen.store(kernels, std::memory_order_relaxed);
       return;

@@ -14,7 +14,8 @@ std::vector<std::string> instruction_sets();
 // The set in use: the best one, unless another was chosen.
 const Kernels& active_kernels();
 
-// Choose a set by name for the whole process (tests run every one). Throws std::invalid_argument with the ones there
+// Choose a set by name for the whole process (tests run every one, and "amx-emulated", which is never chosen by itself,
+// where AVX-512 is). Throws std::invalid_argument with the ones there
 // are.
 void use_instruction_set(const std::string& name);
 

@@ -68,7 +68,9 @@ inline int64_t padded_tokens(const Kernels& kernels, int64_t tokens) {
 }
 
 const Kernels* portable_kernels();
-const Kernels* avx2_kernels();    // null where the compiler's target is not x86-64
-const Kernels* avx512_kernels();  // likewise
+const Kernels* avx2_kernels();          // null where the compiler's target is not x86-64
+const Kernels* avx512_kernels();        // likewise
+const Kernels* amx_kernels();           // likewise
+const Kernels* amx_emulated_kernels();  // AMX's layout on AVX-512 alone, for tests
 
 }  // namespace protoken

@@ -70,12 +70,13 @@ def layouts_of(bank: Tensor) -> dict[str, Tensor]:
 
 
 def cpu_ways() -> list[str]:
-    """The ways to run the ops here: backend torch, and backend cpp with every instruction set."""
+    """The ways to run the ops here: backend torch, and backend cpp with every instruction set and AMX's emulation."""
     from protoken import _C
 
     names = [backend.name for backend in backends_for("client_scores", "cpu") if backend.available]
     assert set(names) <= set(ORDER)
-    return ["torch", *(f"cpp-{name}" for name in _C.instruction_sets())]
+    emulated = ["amx-emulated"] if "avx512" in _C.instruction_sets() else []
+    return ["torch", *(f"cpp-{name}" for name in _C.instruction_sets() + emulated)]
 
 
 def use(way: str) -> str:
