@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture
 from .attachment import Attachment
 from .bank import Bank, Rounds, select_rounds
-from .dispatch import choose
+from .dispatch import ORDER, choose
 from .errors import ArgumentError
 from .forward_mode import forward_scores
 from .generation import Generated
@@ -90,6 +90,7 @@ def make_plan(
     """
     _check_word("method", method, get_args(Method))
     _check_word("way", way, get_args(Way))
+    _check_word("backend", backend, ("auto", *ORDER))
     objective = objective or ("logit" if method == "paper" else "log_prob")
     _check_word("objective", objective, get_args(Objective))
     if method in REPLAYED:

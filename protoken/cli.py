@@ -48,9 +48,13 @@ def trace(
     model: Annotated[str, typer.Option(help="Folder or hub id of the global model.")],
     ledger: Annotated[Path, typer.Option(help="The federation's ledger.")],
     rounds: Annotated[str, typer.Option(help='"last", "all" or round numbers like 1,2,5.')] = "last",
-    blocks: Annotated[int, typer.Option(help="Trace this many of the last blocks.")] = 1,
+    blocks: Annotated[
+        int | None, typer.Option(help="Trace this many of the last blocks; the method's own choice if left out.")
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="log_prob or logit.")] = None,
-    method: Annotated[str, typer.Option(help="protoken or paper.")] = "protoken",
+    method: Annotated[
+        str, typer.Option(help="protoken, paper, aumann_shapley, shapley, ... (docs/methods.md).")
+    ] = "protoken",
     backend: Annotated[str, typer.Option(help="auto, cuda, triton, cpp or torch.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
@@ -94,6 +98,19 @@ def env() -> None:
     from .environment import show_environment
 
     show_environment(Console())
+
+
+@app.command()
+def models() -> None:
+    """Model families in the table, and where each keeps its traced layers; others are tried by structure."""
+    from rich.table import Table
+
+    from .architectures import list_models
+
+    table = Table("family", "blocks", "out-projection", "MLP-final layer", "experts", box=None)
+    for row in list_models():
+        table.add_row(row.family, row.blocks, row.out_projection, row.mlp_final, "yes" if row.experts else "")
+    Console().print(table)
 
 
 @bench.command("overhead")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .attachment import Attachment, attachment_of, make_attachment
 from .errors import ModelError
+from .layers import input_device
 from .ledger import Ledger
 from .methods.game import Game
 from .methods.replayed import moving_parameters
@@ -129,7 +130,7 @@ def counterfactual(
     updates = own.moving(model, names, rounds)
     shift = shift_without(own.ledger, rounds, names, absent, reaggregate=reaggregate)
     ids = [*trace.prompt_ids, *(token.id for token in trace.token_list)]
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     answered: tuple[str | None, tuple[int, ...]] = (None, ())
     with evaluation_mode(model):
         before = after = np.zeros(0)
@@ -186,7 +187,7 @@ def _origin_of(
 def _answer(model: PreTrainedModel, tokenizer: Any, trace: Trace) -> tuple[str, tuple[int, ...]]:
     from .generation import complete_arguments, seeded
 
-    row = as_row(trace.prompt_ids, model.get_input_embeddings().weight.device)
+    row = as_row(trace.prompt_ids, input_device(model))
     # What could not be kept in JSON's types (processors, criteria) is left out.
     plain = {k: v for k, v in trace.info.generate_arguments.items() if isinstance(v, int | float | bool | None)}
     arguments = complete_arguments(model, plain, row.shape[1])

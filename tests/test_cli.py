@@ -44,6 +44,14 @@ def test_env_names_versions_native_modules_and_backends() -> None:
         assert expected in result.output
 
 
+def test_models_lists_every_family() -> None:
+    from protoken.architectures import FAMILIES
+
+    result = run(app, ["models"])
+    assert result.exit_code == 0
+    assert all(family in result.output for family in FAMILIES)
+
+
 def test_trace_prints_a_ranking_and_writes_page_and_json(folder: Path, tmp_path: Path) -> None:
     arguments = ["trace", "hello", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
     files = ["--html", str(tmp_path / "t.html"), "--json", str(tmp_path / "t.json")]
