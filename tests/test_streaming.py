@@ -588,9 +588,14 @@ def test_ctrl_c_while_the_model_computes(llama: TinyFederation) -> None:
             return scores
 
     stream = streamed(llama, logits_processor=LogitsProcessorList([Interrupt()]), **GREEDY)
-    with pytest.raises(KeyboardInterrupt):
-        for _ in stream:
-            pass
+    # Workers of a parallel test run ignore the signal; a user's interpreter does not.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for _ in stream:
+                pass
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert len(stream.tokens) == 2
     assert len(stream.trace.token_list) == 2
     assert fingerprint(llama.model) == before
