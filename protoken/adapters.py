@@ -148,13 +148,14 @@ def effective_weight(layer: Layer) -> Tensor:
 
 
 def pair_factors(
-    ledger: Ledger, layer: Layer, pair: Pair, number: int, at_round: int
+    ledger: Ledger, layer: Layer, pair: Pair, number: int, at_round: int, clients: Collection[str]
 ) -> tuple[dict[str, LowRank], LowRank]:
     """Contributions c_k of a round's clients, and the round's change, of factors that were averaged apart.
 
     Args:
         number: the round.
         at_round: the round whose aggregate the model holds; the factors of earlier ones are found backwards from it.
+        clients: whose contributions are read.
     """
     current = factors_of(layer.module, pair.adapter)
     after_a, after_b = current.a.float().cpu(), current.b.float().cpu()
@@ -172,7 +173,7 @@ def pair_factors(
     contributions = {
         client.client: split(record.delta(client.client, pair.a), record.delta(client.client, pair.b))
         for client in record.clients
-        if client.quarantined is None
+        if client.quarantined is None and client.client in clients
     }
     return contributions, split(change_a, change_b)
 

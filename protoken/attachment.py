@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .architectures import Architecture, architecture_of
-from .bank import Bank, build_bank
+from .bank import Bank, LedgerBank
 from .errors import LayerError, LedgerMismatchError, ModelError
 from .ledger import Ledger, tensor_digest
 from .methods.weights import Updates, parameter_of, read_updates
@@ -28,18 +28,22 @@ class Attachment:
     round: int
     verify: bool
     checked: set[str] = field(default_factory=set)
-    banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
+    banks: dict[tuple[Any, ...], LedgerBank] = field(default_factory=dict)
     updates: dict[tuple[Any, ...], Updates] = field(default_factory=dict)
 
     def bank(self, model: nn.Module, layers: Sequence[str], rounds: Sequence[int]) -> Bank:
-        """The bank of these layers and rounds, after checking once that the model's weights are the ledger's."""
+        """The bank of these layers and rounds in memory, after checking once that the weights are the ledger's."""
+        return self.ledger_bank(model, layers, rounds).whole(model)
+
+    def ledger_bank(self, model: nn.Module, layers: Sequence[str], rounds: Sequence[int]) -> LedgerBank:
+        """The same, of which nothing need be in memory."""
         if self.verify:
             self._check_layers(model, layers)
         key = (tuple(layers), tuple(rounds))
         if key not in self.banks:
             # One bank at a time: alternating between many selections must not pile up memory.
             self.banks.clear()
-            self.banks[key] = build_bank(self.ledger, model, layers, rounds, self.round)
+            self.banks[key] = LedgerBank(self.ledger, model, layers, rounds, self.round)
         return self.banks[key]
 
     def moving(self, model: nn.Module, names: Sequence[str], rounds: Sequence[int]) -> Updates:

@@ -1,8 +1,11 @@
 """The clients' updates of the traced layers, in the layout of the ledger.
 
-A bank holds per layer K updates (mapped from the ledger where they can be), the K aggregation weights, and the change
-G - G_prev that the updates must add up to. Its clients are in the ledger's order. Low-rank updates stay factors,
-quantised ones stay integers with a scale per row; see layer_bank.py for how they are scored.
+A bank holds per layer K updates, the K aggregation weights, and the change G - G_prev that the updates must add up to.
+Its clients are in the ledger's order. Low-rank updates stay factors, quantised ones stay integers with a scale per row;
+see layer_bank.py for how they are scored.
+
+A small bank is read once and kept. A large one is read from the ledger a few clients at a time whenever it is needed,
+so that memory does not grow with the number of clients.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -44,6 +48,10 @@ class Bank:
     changes: dict[str, LayerBank]
     rounds: tuple[int, ...]
 
+    def parts(self, layers: Sequence[str]) -> Iterator[Bank]:
+        """The bank of these layers in runs of clients, the last with the changes: here, all of it at once."""
+        yield self
+
     @property
     def deltas(self) -> Mapping[str, list[Tensor]]:
         """Per layer K dense matrices [O, I] (experts: [E, O, I]), made when asked for and not kept."""
@@ -59,6 +67,124 @@ class Bank:
         own = self.layers[layer]
         both = [*own.updates, *self.changes[layer].updates]
         return LayerBank.of(both, transposed=own.transposed, experts=own.experts)
+
+
+class LedgerBank:
+    """The updates of `rounds` for some layers of a model, in a ledger; read when asked for.
+
+    One round: its deltas as stored, with its aggregation weights. Several: per client sum_r rho_k^r delta_k^r in
+    fp32, with weight 1, which gives lineage scores at the price of one round and covers clients absent from the last.
+    Updates under quarantine are left out: what they did is part of the residual. Each update comes to the device where
+    its layer computes. Holds no reference to the model.
+
+    Args:
+        at_round: the round whose aggregate the model holds, the ledger's last if None; only needed for adapters whose
+            factors were averaged apart.
+
+    Raises:
+        LayerError: the ledger holds no update of a layer.
+        LedgerMismatchError: an update has another shape than the model's layer.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        model: nn.Module,
+        layers: Sequence[str],
+        rounds: Sequence[int],
+        at_round: int | None = None,
+    ) -> None:
+        self.ledger, self.layers, self.rounds = ledger, tuple(layers), tuple(rounds)
+        self.at_round = ledger.round("last" if at_round is None else at_round).number
+        self.records = [ledger.round(number) for number in rounds]
+        self.clients = _participants(self.records)
+        self.kept: Bank | None = None
+        own = {c.client: c.weight for c in self.records[0].clients}
+        weights = [own[c] if len(self.records) == 1 else 1.0 for c in self.clients]
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self._recorded = {name: self._find(model, layer_of(model, name)) for name in layers}
+        self._bytes: dict[str, int] = {}
+
+    def read(self, model: nn.Module, layers: Sequence[str], clients: slice | None = None, change: bool = True) -> Bank:
+        """Read the updates of a run of clients (None: all) for some of the layers, and the layers' changes."""
+        some = clients or slice(0, len(self.clients))
+        chosen = self.clients[some]
+        found = {
+            name: _layer(
+                self.ledger,
+                layer_of(model, name),
+                self.records,
+                self._recorded[name],
+                chosen,
+                self.at_round,
+                change,
+            )
+            for name in layers
+        }
+        return Bank(
+            chosen,
+            self.weights[some],
+            {name: updates for name, (updates, _) in found.items()},
+            {name: changed for name, (_, changed) in found.items() if changed is not None},
+            self.rounds,
+        )
+
+    def whole(self, model: nn.Module) -> Bank:
+        """All of it, read at the first call and kept."""
+        if self.kept is None:
+            self.kept = self.read(model, self.layers)
+        return self.kept
+
+    def client_bytes(self, model: nn.Module, layer: str) -> int:
+        """Bytes of the largest client's update of a layer in memory."""
+        if layer not in self._bytes:
+            shape = layer_of(model, layer).shape
+            dense = 4 * prod(shape)
+            found = [0]
+            for record, names in zip(self.records, self._recorded[layer], strict=True):
+                present = [c.client for c in record.clients if c.quarantined is None]
+                direct = [record.stored_bytes(c, names.direct) for c in present] if names.direct else [0]
+                # Factors that were averaged apart become factors of twice the rank, in fp32.
+                apart = sum(8 * prod(record.parameters[n].shape) for pair in names.pairs for n in (pair.a, pair.b))
+                found.append(max(direct, default=0) + apart)
+            self._bytes[layer] = max(found) if len(self.records) == 1 else max(dense, *found)
+        return self._bytes[layer]
+
+    def _find(self, model: nn.Module, layer: Layer) -> list[Recorded]:
+        found = []
+        for record in self.records:
+            recorded = recorded_as(model, layer, record.parameters, f"round {record.number} of the ledger")
+            check_shape(record, layer, recorded)
+            found.append(recorded)
+        return found
+
+
+@dataclass(frozen=True)
+class BankInParts:
+    """A ledger's bank that is read `count` clients at a time, and forgotten again."""
+
+    bank: LedgerBank
+    model: nn.Module
+    count: int
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        return self.bank.clients
+
+    @property
+    def weights(self) -> Tensor:
+        return self.bank.weights
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        return self.bank.rounds
+
+    def parts(self, layers: Sequence[str]) -> Iterator[Bank]:
+        """The bank of these layers in runs of clients, the last with the changes."""
+        total = len(self.clients)
+        for start in range(0, total, self.count):
+            stop = min(start + self.count, total)
+            yield self.bank.read(self.model, layers, slice(start, stop), change=stop == total)
 
 
 class _Made(Mapping[str, T]):
@@ -105,33 +231,8 @@ def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
 def build_bank(
     ledger: Ledger, model: nn.Module, layers: Sequence[str], rounds: Sequence[int], at_round: int | None = None
 ) -> Bank:
-    """Lay out the updates of `rounds` for the `layers` of `model`, each on the device where its layer computes.
-
-    One round: its deltas as stored, with its aggregation weights. Several: per client sum_r rho_k^r delta_k^r in
-    fp32, with weight 1, which gives lineage scores at the price of one round and covers clients absent from the last.
-    Updates under quarantine are left out: what they did is part of the residual.
-
-    Args:
-        at_round: the round whose aggregate the model holds, the ledger's last if None; only needed for adapters whose
-            factors were averaged apart.
-
-    Raises:
-        LayerError: the ledger holds no update of a layer.
-        LedgerMismatchError: an update has another shape than the model's layer.
-    """
-    records = [ledger.round(number) for number in rounds]
-    at_round = ledger.round("last" if at_round is None else at_round).number
-    clients = _participants(records)
-    single = len(records) == 1
-    weights = {c.client: c.weight for c in records[0].clients}
-    found = [_layer(ledger, model, layer_of(model, name), records, clients, at_round) for name in layers]
-    return Bank(
-        clients,
-        torch.tensor([weights[c] if single else 1.0 for c in clients], dtype=torch.float64),
-        {name: updates for name, (updates, _) in zip(layers, found, strict=True)},
-        {name: change for name, (_, change) in zip(layers, found, strict=True)},
-        tuple(record.number for record in records),
-    )
+    """Lay out the updates of `rounds` for the `layers` of `model`; see `LedgerBank`, whose whole this is."""
+    return LedgerBank(ledger, model, layers, rounds, at_round).read(model, layers)
 
 
 def _participants(records: Sequence[Round]) -> tuple[str, ...]:
@@ -141,30 +242,34 @@ def _participants(records: Sequence[Round]) -> tuple[str, ...]:
 
 
 def _layer(
-    ledger: Ledger, model: nn.Module, layer: Layer, records: Sequence[Round], clients: Sequence[str], at_round: int
-) -> tuple[LayerBank, LayerBank]:
-    """A layer's K updates and its change."""
+    ledger: Ledger,
+    layer: Layer,
+    records: Sequence[Round],
+    recorded: Sequence[Recorded],
+    clients: Sequence[str],
+    at_round: int,
+    change: bool,
+) -> tuple[LayerBank, LayerBank | None]:
+    """A layer's updates of these clients and, if wanted, its change."""
     updates: dict[str, list[tuple[float, Stored]]] = {client: [] for client in clients}
     changes: list[tuple[float, Stored]] = []
-    for record in records:
-        recorded = recorded_as(model, layer, record.parameters, f"round {record.number} of the ledger")
-        check_shape(record, layer, recorded)
-        weights = {c.client: c.weight if len(records) > 1 else 1.0 for c in record.clients if c.quarantined is None}
-        if recorded.direct is not None:
+    for record, names in zip(records, recorded, strict=True):
+        present = [c for c in record.clients if c.quarantined is None and c.client in updates]
+        weights = {c.client: c.weight if len(records) > 1 else 1.0 for c in present}
+        if names.direct is not None:
             for client, weight in weights.items():
-                updates[client].append((weight, _stored(record, client, recorded.direct, layer)))
-            changes.append((1.0, _stored_change(record, recorded.direct, layer)))
-        for pair in recorded.pairs:
-            contributions, change = pair_factors(ledger, layer, pair, record.number, at_round)
+                updates[client].append((weight, _stored(record, client, names.direct, layer)))
+            if change:
+                changes.append((1.0, _stored_change(record, names.direct, layer)))
+        for pair in names.pairs:
+            contributions, changed = pair_factors(ledger, layer, pair, record.number, at_round, weights)
             for client, weight in weights.items():
                 updates[client].append((weight, Stored(factors=contributions[client])))
-            changes.append((1.0, Stored(factors=change)))
+            changes.append((1.0, Stored(factors=changed)))
     make = partial(LayerBank.of, transposed=layer.transposed, experts=layer.experts)
     device = device_of(layer)
-    return (
-        make([_summed(updates[client], layer).to(device) for client in clients]),
-        make([_summed(changes, layer).to(device)]),
-    )
+    found = make([_summed(updates[client], layer).to(device) for client in clients])
+    return found, make([_summed(changes, layer).to(device)]) if change else None
 
 
 def _stored(record: Round, client: str, parameter: str, layer: Layer) -> Stored:

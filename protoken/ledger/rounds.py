@@ -158,6 +158,14 @@ class Round:
         self._require_finite(parameter, parts[codecs.VALUES], parts[codecs.SCALE])
         return parts[codecs.VALUES], parts[codecs.SCALE]
 
+    def stored_bytes(self, client: str, parameter: str) -> int:
+        """Bytes of one update as it lies in its shard; reads the header only."""
+        index, spec = self._index(self._usable(client).shard, client), self._spec(parameter)
+        suffixes = codecs.expected_parts(check_layout(index, parameter, spec), spec.shape, index.file)
+        return sum(
+            index.entries[parameter + suffix].end - index.entries[parameter + suffix].begin for suffix in suffixes
+        )
+
     def error_bound(self, client: str, parameter: str) -> float:
         """Frobenius norm of what the codec lost of this update, as measured when it was written."""
         self._spec(parameter)
