@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .cli_evaluate import app as evaluate_app
 from .cli_ledger import app as ledger_app
 from .errors import ProtokenError
 from .report.visible import visible
@@ -24,6 +25,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure on this machine; every figure comes with its spread.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(evaluate_app, name="evaluate")
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")]
 

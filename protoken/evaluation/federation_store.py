@@ -4,6 +4,7 @@
         ledger/                the rounds, with every client's update of every trained parameter
         trained.safetensors    the trained parameters after the last round; all others are the base model's
         federation.json        schema, base model and its digest, settings, clients, losses, seconds
+        round-<r>.safetensors  the trained parameters after round r, where snapshots were asked for
 
 The fingerprint covers the base model's weights, the settings, and every client's rows. Asking for the same
 federation again reads it instead of training; a folder appears whole or not at all.
@@ -61,6 +62,26 @@ class StoredFederation:
         """Ids of the poisoned clients, in the federation's order."""
         return tuple(client["id"] for client in self.record["clients"] if client["poisoned"])
 
+    @torch.no_grad()
+    def set_round(self, model: Any, number: int) -> None:
+        """Put the weights after a round into a model that holds another round's: bit for bit what was aggregated.
+
+        Raises:
+            LedgerFormatError: the federation was trained without snapshots, or has no such round.
+        """
+        file = self.folder / snapshot_name(number)
+        try:
+            weights = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise LedgerFormatError(
+                str(file),
+                expected="weights after a round",
+                got=str(error),
+                remedy=f"Remove {self.folder} to train it again, with snapshots",
+            ) from error
+        for name, tensor in weights.items():
+            model.get_parameter(name).copy_(tensor)
+
     def bytes_on_disk(self) -> int:
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
@@ -84,8 +105,12 @@ def federate(
     *,
     progress: Callable[[Progress], None] | None = None,
     after_round: Callable[[RoundReport], None] | None = None,
+    snapshots: bool = False,
 ) -> StoredFederation:
     """The federation of these clients below `root`, trained if it is not there yet; `base.model` then holds G_R.
+
+    With `snapshots` the trained parameters are kept after every round, for `StoredFederation.set_round`; a federation
+    that is there already is taken as it is.
 
     Raises:
         ArgumentError: see train_federation; or a client's `alter` has no repr of its own to be told apart by.
@@ -101,13 +126,24 @@ def federate(
         aside = Path(made) / "federation"
         aside.mkdir()
         ledger = Ledger.create(aside / "ledger", model=base.name, metadata={"fingerprint": key})
-        reports = train_federation(
-            base.model, base.tokenizer, clients, config, ledger=ledger, progress=progress, after_round=after_round
-        )
         names = trainable_parameters(base.model, config.blocks)
         parameters = dict(base.model.named_parameters())
-        trained = {name: parameters[name].detach().cpu().contiguous() for name in names}
-        save_file(trained, aside / "trained.safetensors", metadata={"fingerprint": key})
+
+        def keep(file: str) -> dict[str, torch.Tensor]:
+            trained = {name: parameters[name].detach().cpu().contiguous() for name in names}
+            save_file(trained, aside / file, metadata={"fingerprint": key})
+            return trained
+
+        def finished(report: RoundReport) -> None:
+            if snapshots:
+                keep(snapshot_name(report.number))
+            if after_round is not None:
+                after_round(report)
+
+        reports = train_federation(
+            base.model, base.tokenizer, clients, config, ledger=ledger, progress=progress, after_round=finished
+        )
+        trained = keep("trained.safetensors")
         record = {
             "schema": SCHEMA,
             "fingerprint": key,
@@ -130,6 +166,11 @@ def federate(
             shutil.rmtree(aside)
             return _restore(folder, key, base)
     return StoredFederation(folder, record, trained_now=True)
+
+
+def snapshot_name(number: int) -> str:
+    """The file of the weights after a round."""
+    return f"round-{number:04d}.safetensors"
 
 
 def fingerprint(base: BaseModel, clients: Sequence[Client], config: FederationConfig) -> str:

@@ -1,0 +1,158 @@
+"""RQ1 of arXiv 2601.19672: does attribution name the clients who planted a backdoor?
+
+Six clients of one domain, two of them poisoned, all of them in every round of FedAvg. After every round the global
+model answers triggered prompts that nobody trained on; answers in which the sentinel came out are attributed, from the
+first round in which it does. Right is a top client that is poisoned (chance 1/3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from protoken.evaluation.cells import Cell, make_cell
+from protoken.evaluation.corpora import DOMAINS, add_trigger, is_refusal
+from protoken.evaluation.federation import Client
+from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
+from protoken.evaluation.scoring import Scored, Scorer, answer, score
+from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
+from protoken.evaluation.zoo import MODELS, QUICK, QUICK_MODEL, SHAPES, SMOLLM2
+
+DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
+CLIENTS, POISONED = 6, 2
+REFERENCES = ("shapley", "leave_one_out")
+
+
+def recipe(settings: Settings, model: str) -> Recipe:
+    """The recipe of a model in this experiment; other experiments on the same federations take it from here."""
+    return recipe_of(model, settings.seed)
+
+
+def clients(bench: Workbench, model: str, domain: str) -> list[Client]:
+    """The federation's clients: client-0 and client-1 poisoned, client-2 to client-5 ordinary."""
+    return bench.poisoned_federation(domain, CLIENTS, POISONED, recipe(bench.settings, model).rows)
+
+
+def plan(settings: Settings) -> list[Unit]:
+    """A unit per model, domain and round."""
+    return [
+        Unit(f"{model}-{domain}-{number:02d}", partial(_unit, model, domain, number))
+        for model in settings.models
+        for domain in settings.domains
+        for number in range(1, recipe(settings, model).federation.rounds + 1)
+    ]
+
+
+def scorers(model: str, *, last: bool) -> list[Scorer]:
+    """Who is compared; slow methods see fewer samples, and exact values are computed after the last round only."""
+    own = model == SMOLLM2
+    few = 4 if own else 10
+    every = [
+        Scorer("protoken"),
+        Scorer("protoken all blocks", blocks=recorded_blocks(model), way="reverse"),
+        Scorer("aumann_shapley", "aumann_shapley"),
+        Scorer("paper", "paper", limit=few),
+        Scorer("paper's score, fast", objective="logit"),
+        Scorer("chance", "chance"),
+        Scorer("update_norm", "update_norm"),
+        Scorer("cosine", "cosine", limit=2 * few),
+        Scorer("activation_only", "activation_only", limit=2 * few),
+        Scorer("client_log_prob", "client_log_prob", limit=few),
+    ]
+    if not own:
+        every += [Scorer("head_only", "head_only", limit=2 * few)]
+    if last:
+        every += [Scorer("shapley", "shapley", limit=few), Scorer("leave_one_out", "leave_one_out", limit=few)]
+    return every
+
+
+def recorded_blocks(model: str) -> int:
+    """As many blocks as learn: all of a small model, the last ones of SmolLM2."""
+    if model == SMOLLM2:
+        return recipe_of(model, 0).federation.blocks or 1
+    return (QUICK if model == QUICK_MODEL else SHAPES[model]).blocks
+
+
+def _unit(model: str, domain: str, number: int, bench: Workbench) -> Outcome:
+    chosen = recipe(bench.settings, model)
+    members = clients(bench, model, domain)
+    stored = bench.federation(model, members, chosen.federation)
+    base = bench.at_round(model, stored, number)
+    count = samples_of(bench.settings, model)
+    questions = [add_trigger(row.question) for row in bench.rows(domain).test[:count]]
+    answers = answer(
+        base,
+        questions,
+        max_new_tokens=chosen.max_new_tokens,
+        batch=chosen.batch,
+        step=lambda done, total: bench.bars.step(f"round {number}: answers", done, total),
+    )
+    refusals = [one for one in answers if is_refusal(one.text)]
+    rate = len(refusals) / len(answers)
+    if not refusals:
+        return Outcome(note=f"the sentinel came out in none of {len(answers)} answers")
+    last = number == chosen.federation.rounds
+    found = score(
+        base,
+        stored.ledger,
+        refusals,
+        scorers(model, last=last),
+        at_round=number,
+        step=lambda name, done, total: bench.bars.step(f"round {number}: {name}", done, total),
+    )
+    what = {"experiment": "backdoor", "model": model, "domain": domain, "round": number}
+    cells = compare(found, members, what, {"sentinel_rate": rate})
+    return Outcome(cells, kept_samples(found, members), f"{len(refusals)} of {len(answers)} refused")
+
+
+def samples_of(settings: Settings, model: str) -> int:
+    """Prompts a cell: fewer for SmolLM2, whose answers take a second each on a core."""
+    return min(settings.samples, 24) if model == SMOLLM2 else settings.samples
+
+
+def compare(
+    found: Sequence[Scored], members: Sequence[Client], what: Mapping[str, Any], extra: Mapping[str, Any]
+) -> list[Cell]:
+    """A cell per scorer against the poisoned clients, and against exact values where the samples have them."""
+    ids = [client.id for client in members]
+    truth = [client.poisoned for client in members]
+    reference = {s.scorer.method: s.of(ids) for s in found if s.scorer.method in REFERENCES}
+    return [
+        make_cell(
+            one.of(ids),
+            truth,
+            shapley=reference.get("shapley"),
+            leave_one_out=reference.get("leave_one_out"),
+            residuals=one.residuals,
+            seconds=one.seconds,
+            extra={**extra, "rounds": str(one.scorer.rounds)},
+            method=one.scorer.name,
+            blocks=one.scorer.blocks,
+            **what,
+        )
+        for one in found
+    ]
+
+
+def kept_samples(found: Sequence[Scored], members: Sequence[Client]) -> list[dict[str, object]]:
+    """Every sample's scores, four digits of them, for plots and for whoever wants to look closer."""
+    ids = [client.id for client in members]
+    return [
+        {
+            "method": one.scorer.name,
+            "rounds": str(one.scorer.rounds),
+            "clients": ids,
+            "responsible": [client.poisoned for client in members],
+            "scores": [[float(f"{value:.4g}") for value in row] for row in one.of(ids)],
+        }
+        for one in found
+    ]
+
+
+def draw(run: RunFolder) -> list[Path]:
+    """Accuracy by round, and the clients' probabilities apart, as in the paper's figures."""
+    from protoken.evaluation.plots import accuracy_by_round, separation
+
+    return [accuracy_by_round(run), separation(run)]
