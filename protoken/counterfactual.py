@@ -123,7 +123,7 @@ def counterfactual(
         UnknownClientError: a client took part in none of the rounds.
         LedgerMismatchError: the model is not the one that the ledger was written for.
     """
-    model, own = _origin_of(trace, model, ledger, tokenizer)
+    model, own = origin_of(trace, model, ledger, tokenizer)
     absent = (without,) if isinstance(without, str) else tuple(sorted(set(without)))
     rounds = trace.info.rounds
     names = moving_parameters("leave_one_out", own.ledger, rounds, model, own.architecture, None, None)
@@ -161,7 +161,7 @@ def remember(trace: Trace, model: PreTrainedModel, own: Attachment) -> None:
     object.__setattr__(trace, _ORIGIN, origin)
 
 
-def _origin_of(
+def origin_of(
     trace: Trace,
     model: PreTrainedModel | None,
     ledger: Ledger | str | PathLike[str] | None,

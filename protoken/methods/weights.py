@@ -59,7 +59,7 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
         LedgerMismatchError: the model has no such parameter, or one of another shape.
     """
     records = [ledger.round(number) for number in rounds]
-    own = _check_names(records, model, names)
+    own = own_names(records, model, names)
     present = {name for record in records for name in participants(record)}
     if len(records) == 1:
         (record,) = records
@@ -201,7 +201,7 @@ def point(start: Mapping[str, Tensor], updates: Updates, coefficients: Tensor, a
     return found
 
 
-def _check_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+def own_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """The model's names of the recorded ones, after checking that every round has them, in the model's shape."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {}
