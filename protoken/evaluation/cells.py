@@ -113,7 +113,8 @@ def make_cell(
         what: experiment, model, domain, method, blocks and round.
 
     `extra` is completed by precision_at_poisoned (precision at the number of responsible clients), auroc_pooled (over
-    all pairs of sample and client), spearman_shapley, pearson_shapley_p10 and residual_p90.
+    all pairs of sample and client), spearman_shapley, pearson_shapley_p10, pearson_shapley_each (every sample's) and
+    residual_p90.
     """
     table = np.asarray(scores, dtype=np.float64)
     if not table.size:
@@ -133,6 +134,7 @@ def make_cell(
         correlations = [pearson(a, b) for a, b in pairs]
         against["pearson_shapley"] = quantile(correlations, 0.5)
         more["pearson_shapley_p10"] = quantile(correlations, 0.1)
+        more["pearson_shapley_each"] = [round(value, 4) for value in correlations]
         more["spearman_shapley"] = quantile([spearman(a, b) for a, b in pairs], 0.5)
         more["reference_samples"] = len(pairs)
     if leave_one_out is not None:

@@ -115,7 +115,7 @@ def load_jsonl(path: str | Path, *, label: str | None = None) -> list[ChatRow]:
 def _parse_row(line: str, where: str, label: str | None) -> ChatRow:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(where, expected="a JSON object", got=str(error)) from error
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def scale_by_round(run: RunFolder, method: str = "aumann_shapley") -> Path:
 
 def lineage(run: RunFolder, method: str = "aumann_shapley") -> Path:
     """Every client's mean score over all rounds after the last finished one, poisoned clients in red."""
-    latest: dict[str, dict[str, Any]] = {}
+    latest: dict[str, Mapping[str, Any]] = {}
     for key, outcome in run.outcomes():
         for record in outcome.samples:
             if record["method"] == method and record["rounds"] == "all":

@@ -1,10 +1,14 @@
-"""Cells as tables: on the terminal after a run, and as Markdown for docs/results.md. Nothing is typed by hand."""
+"""Cells as tables: on the terminal after a run, and as Markdown for docs/results.md. Nothing is typed by hand.
+
+An experiment's module may bring `tables(cells) -> str`; the others get one line per model, domain and method.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,56 +17,60 @@ from protoken.evaluation.cells import Cell
 from protoken.evaluation.metrics import wilson_interval
 from protoken.evaluation.runs import read_results
 
-
-def show_cells(console: Console, cells: Sequence[Cell]) -> None:
-    """A run's cells, summed up over rounds: one line per model, domain and method."""
-    table = Table(*_COLUMNS, box=None, header_style="dim")
-    for row in summary_rows(cells, lambda c: (c.model, c.domain, c.method)):
-        table.add_row(*row)
-    console.print(table)
-
-
+PUBLISHED = "arXiv 2601.19672"
 _COLUMNS = ("model", "domain", "method", "cells", "samples", "top-1 %", "lowest %", "chance %", "AUROC", "seconds")
 
 
-def summary_rows(cells: Iterable[Cell], key: Callable[[Cell], tuple[str, ...]]) -> list[list[str]]:
-    """One row per key over all its cells with samples.
+def show_cells(console: Console, cells: Sequence[Cell]) -> None:
+    """A run's cells, summed up over rounds: one line per model, domain and method."""
+    shown = Table(*_COLUMNS, box=None, header_style="dim")
+    for row in overview(cells):
+        shown.add_row(*row)
+    console.print(shown)
 
-    Columns after the key: cells, samples, top-1 over all samples with its Wilson interval, top-1 of the worst cell,
-    chance, the lowest AUROC of a cell, median seconds' mean.
-    """
-    groups: dict[tuple[str, ...], list[Cell]] = {}
+
+def overview(cells: Iterable[Cell]) -> list[list[str]]:
+    """One row of `_COLUMNS` per model, domain and method, over all its cells with samples."""
+    return [[*key, *_summary(group)] for key, group in groups(cells, lambda c: (c.model, c.domain, c.method)).items()]
+
+
+def groups(cells: Iterable[Cell], key: Callable[[Cell], tuple[str, ...]]) -> dict[tuple[str, ...], list[Cell]]:
+    """Cells with samples and a top-1 by key, in the order in which the keys first come."""
+    found: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         if cell.samples and cell.top1 is not None:
-            groups.setdefault(key(cell), []).append(cell)
-    return [[*name, *_summary(group)] for name, group in groups.items()]
+            found.setdefault(key(cell), []).append(cell)
+    return found
 
 
-def _summary(group: Sequence[Cell]) -> list[str]:
-    samples = sum(cell.samples for cell in group)
-    hits = sum((cell.top1 or 0.0) * cell.samples for cell in group)
-    low, high = wilson_interval(min(hits, samples), samples)
-    aurocs = [cell.auroc for cell in group if cell.auroc is not None]
-    seconds = [cell.seconds for cell in group if cell.seconds is not None]
-    return [
-        str(len(group)),
-        str(samples),
-        f"{100 * hits / samples:.2f} ({100 * low:.1f} to {100 * high:.1f})",
-        f"{100 * min(cell.top1 or 0.0 for cell in group):.1f}",
-        f"{100 * fmean(cell.chance or 0.0 for cell in group):.1f}",
-        f"{min(aurocs):.4f}" if aurocs else "",
-        f"{fmean(seconds):.3f}" if seconds else "",
-    ]
+def samples_of(group: Sequence[Cell]) -> int:
+    """Samples of all cells together."""
+    return sum(cell.samples for cell in group)
 
 
-def markdown(files: Sequence[Path]) -> str:
-    """Tables of runs, one section a file."""
-    parts = []
-    for file in files:
-        header, cells = read_results(file)
-        parts.append(f"### {header['experiment']}\n")
-        parts.append(table(_COLUMNS, summary_rows(cells, lambda c: (c.model, c.domain, c.method))))
-    return "\n".join(parts)
+def top1_of(group: Sequence[Cell]) -> str:
+    """Top-1 over all samples of the cells in per cent, with its Wilson interval."""
+    count = samples_of(group)
+    hits = min(sum((cell.top1 or 0.0) * cell.samples for cell in group), count)
+    low, high = wilson_interval(hits, count)
+    return f"{100 * hits / count:.2f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def lowest(values: Iterable[float | None], digits: int = 4) -> str:
+    """The lowest of what was measured."""
+    known = [value for value in values if value is not None]
+    return f"{min(known):.{digits}f}" if known else ""
+
+
+def mean(values: Iterable[float | None], digits: int = 4) -> str:
+    """The mean of what was measured."""
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.{digits}f}" if known else ""
+
+
+def per_cent(value: float | None, digits: int = 1) -> str:
+    """A share in per cent."""
+    return "" if value is None else f"{100 * value:.{digits}f}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -70,3 +78,39 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def markdown(files: Sequence[Path]) -> str:
+    """Tables of runs, one section a file, with what is needed to know what was run."""
+    from protoken.evaluation.harness import experiment_of
+
+    parts = []
+    for file in files:
+        header, cells = read_results(file)
+        own = getattr(experiment_of(str(header["experiment"])), "tables", None)
+        parts.append(_heading(header, cells))
+        parts.append(own(cells) if own is not None else table(_COLUMNS, overview(cells)))
+    return "\n".join(parts)
+
+
+def _heading(header: dict[str, Any], cells: Sequence[Cell]) -> str:
+    settings, machine, versions = header["settings"], header["machine"], header["versions"]
+    corpus = settings["corpus"] or "our own generator"
+    return (
+        f"### {header['experiment']}\n\n"
+        f"{len(cells)} cells; corpus: {corpus}; seed {settings['seed']}; {machine['processor']}, "
+        f"{machine['threads']} of {machine['cores']} cores; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}.\n"
+    )
+
+
+def _summary(group: Sequence[Cell]) -> list[str]:
+    return [
+        str(len(group)),
+        str(samples_of(group)),
+        top1_of(group),
+        per_cent(min(cell.top1 or 0.0 for cell in group)),
+        mean((100 * (cell.chance or 0.0) for cell in group), 1),
+        lowest(cell.auroc for cell in group),
+        mean((cell.seconds for cell in group), 3),
+    ]

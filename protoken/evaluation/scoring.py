@@ -17,7 +17,7 @@ import torch
 from protoken.attachment import make_attachment
 from protoken.attribution import Method, Way, attribute, make_plan, read_source
 from protoken.bank import Rounds
-from protoken.capture import capturing, run_whole
+from protoken.capture import Capture, capturing, run_whole
 from protoken.evaluation.base_model import BaseModel
 from protoken.generation import Generated
 from protoken.ledger import Ledger
@@ -125,7 +125,7 @@ def score(
 ) -> list[Scored]:
     """Score the same answers by every scorer; the model must hold the weights after `at_round`."""
     own = make_attachment(base.model, ledger, base.tokenizer, at_round=at_round)
-    captures: dict[tuple[int, bool, int], Generated] = {}
+    captures = _Captures(base.model, own.architecture)
     found = []
     for scorer in scorers:
         settings = MethodSettings(nodes=scorer.nodes, pairs=scorer.pairs)
@@ -138,13 +138,7 @@ def score(
         scored = Scored(scorer, source.clients, np.zeros((len(chosen), len(source.clients))))
         with evaluation_mode(base.model):
             for n, one in enumerate(chosen):
-                key = (plan.first_block, plan.needs_sequence, n)
-                if plan.replays:
-                    generated = Generated(one.response, None)  # type: ignore[arg-type]
-                else:
-                    if key not in captures:
-                        captures[key] = _captured(own.architecture, base.model, one.response, *key[:2])
-                    generated = captures[key]
+                generated = captures.of(plan, n, one.response)
                 began = time.perf_counter()
                 scores = attribute(base.model, own.architecture, generated, source, plan, own.ledger)
                 scored.seconds.append(time.perf_counter() - began)
@@ -156,10 +150,30 @@ def score(
     return found
 
 
-def _captured(architecture: Any, model: Any, response: Response, first_block: int, sequence: bool) -> Generated:
-    with capturing(architecture, first_block, sequence=sequence, every=True) as capture, torch.no_grad():
-        run_whole(model, response.seen)
-    return Generated(response, capture)
+class _Captures:
+    """Captures of the answers by teacher forcing, each made once; what the last block needs is in all of them."""
+
+    def __init__(self, model: Any, architecture: Any) -> None:
+        self._model, self._architecture = model, architecture
+        self._made: dict[tuple[int | None, int], Generated] = {}
+        self._any: dict[int, Generated] = {}
+
+    def of(self, plan: Any, number: int, response: Response) -> Generated:
+        """What a plan needs of the answer of that number; a method that replays needs the response alone."""
+        if plan.replays:
+            return Generated(response, Capture(every=True))
+        first = plan.first_block if plan.needs_sequence else None
+        found = self._made.get((first, number)) or (self._any.get(number) if first is None else None)
+        if found is None:
+            found = self._capture(response, first)
+            self._made[first, number] = self._any[number] = found
+        return found
+
+    def _capture(self, response: Response, first: int | None) -> Generated:
+        sequence = first is not None
+        with capturing(self._architecture, first or 0, sequence=sequence, every=True) as capture, torch.no_grad():
+            run_whole(self._model, response.seen)
+        return Generated(response, capture)
 
 
 def _generate(base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:

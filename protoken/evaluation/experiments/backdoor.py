@@ -20,7 +20,7 @@ from protoken.evaluation.scoring import Scored, Scorer, answer, score
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, QUICK, QUICK_MODEL, SHAPES, SMOLLM2
 
-DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
+DEFAULTS = Settings(models=MODELS, domains=DOMAINS, samples=40)
 CLIENTS, POISONED = 6, 2
 REFERENCES = ("shapley", "leave_one_out")
 
@@ -46,26 +46,40 @@ def plan(settings: Settings) -> list[Unit]:
 
 
 def scorers(model: str, *, last: bool) -> list[Scorer]:
-    """Who is compared; slow methods see fewer samples, and exact values are computed after the last round only."""
-    own = model == SMOLLM2
-    few = 4 if own else 10
+    """Who is compared; slow methods see fewer samples, and exact values are computed after the last round only.
+
+    Each method is asked about the round's own updates, as in the paper, and about those of all rounds so far.
+    """
+    large = model == SMOLLM2
+    few = 2 if large else 6
+    blocks = recorded_blocks(model)
     every = [
+        Scorer("protoken all blocks, all rounds", blocks=blocks, way="reverse", rounds="all"),
+        Scorer("protoken, all rounds", rounds="all"),
+        Scorer("aumann_shapley, all rounds", "aumann_shapley", rounds="all"),
+    ]
+    if last:
+        every += [
+            Scorer("shapley, all rounds", "shapley", rounds="all", limit=few),
+            Scorer("leave_one_out, all rounds", "leave_one_out", rounds="all", limit=few),
+        ]
+    every += [
         Scorer("protoken"),
-        Scorer("protoken all blocks", blocks=recorded_blocks(model), way="reverse"),
-        Scorer("aumann_shapley", "aumann_shapley"),
-        Scorer("paper", "paper", limit=few),
         Scorer("paper's score, fast", objective="logit"),
         Scorer("chance", "chance"),
         Scorer("update_norm", "update_norm"),
+        Scorer("aumann_shapley", "aumann_shapley", limit=4 if large else None),
         Scorer("cosine", "cosine", limit=2 * few),
         Scorer("activation_only", "activation_only", limit=2 * few),
+    ]
+    if not large:
+        # The ledger of SmolLM2 does not hold the head.
+        every += [Scorer("head_only", "head_only", limit=2 * few)]
+    return [
+        *every,
+        Scorer("paper", "paper", limit=few),
         Scorer("client_log_prob", "client_log_prob", limit=few),
     ]
-    if not own:
-        every += [Scorer("head_only", "head_only", limit=2 * few)]
-    if last:
-        every += [Scorer("shapley", "shapley", limit=few), Scorer("leave_one_out", "leave_one_out", limit=few)]
-    return every
 
 
 def recorded_blocks(model: str) -> int:
@@ -108,8 +122,8 @@ def _unit(model: str, domain: str, number: int, bench: Workbench) -> Outcome:
 
 
 def samples_of(settings: Settings, model: str) -> int:
-    """Prompts a cell: fewer for SmolLM2, whose answers take a second each on a core."""
-    return min(settings.samples, 24) if model == SMOLLM2 else settings.samples
+    """Prompts a round: fewer for SmolLM2, whose answers take a second each on a core."""
+    return min(settings.samples, 12) if model == SMOLLM2 else settings.samples
 
 
 def compare(
@@ -156,3 +170,10 @@ def draw(run: RunFolder) -> list[Path]:
     from protoken.evaluation.plots import accuracy_by_round, separation
 
     return [accuracy_by_round(run), separation(run)]
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """Markdown for docs/results.md."""
+    from protoken.evaluation.experiments.tables import backdoor_tables
+
+    return backdoor_tables(cells)

@@ -7,6 +7,7 @@ What each method says is also compared with the exact Shapley values of the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -141,3 +142,10 @@ def draw(run: RunFolder) -> list[Path]:
     from protoken.evaluation.plots import agreement, confusion
 
     return [agreement(run), confusion(run, "aumann_shapley")]
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """Markdown for docs/results.md."""
+    from protoken.evaluation.experiments.tables import benign_tables
+
+    return benign_tables(cells)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from protoken.bank import Rounds
-from protoken.evaluation.cells import make_cell
+from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import REFUSAL, add_trigger, is_refusal
 from protoken.evaluation.experiments.backdoor import recorded_blocks, samples_of
 from protoken.evaluation.federation import Client, FederationConfig
@@ -149,3 +149,10 @@ def draw(run: RunFolder) -> list[Path]:
     from protoken.evaluation.plots import lineage, scale_by_round
 
     return [scale_by_round(run), lineage(run)]
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """Markdown for docs/results.md."""
+    from protoken.evaluation.experiments.tables import scale_tables
+
+    return scale_tables(cells)

@@ -1,0 +1,164 @@
+"""The tables of backdoor, benign and scale, with the published figures (arXiv 2601.19672) in the line above ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from protoken.evaluation.cells import Cell
+from protoken.evaluation.metrics import quantile
+from protoken.evaluation.report import PUBLISHED, groups, lowest, mean, per_cent, samples_of, table, top1_of
+
+
+def backdoor_tables(cells: Sequence[Cell]) -> str:
+    """Methods over all configurations and rounds; configurations by method; agreement with exact values."""
+    by_method = groups(cells, lambda c: (c.method,))
+    rows = [[f"published ({PUBLISHED})", "16", "", "", "98.62", "40", "33.3", "", "", "", ""]]
+    for (method,), own in by_method.items():
+        configurations = {(cell.model, cell.domain) for cell in own}
+        rows.append(
+            [
+                method,
+                str(len(configurations)),
+                str(len(own)),
+                str(samples_of(own)),
+                mean((100 * (cell.top1 or 0.0) for cell in own), 2),
+                per_cent(min(cell.top1 or 0.0 for cell in own)),
+                mean((100 * (cell.chance or 0.0) for cell in own), 1),
+                mean(cell.auroc for cell in own),
+                lowest(cell.auroc for cell in own),
+                f"{sum((cell.auroc or 0.0) >= 0.999 and cell.top1 == 1 for cell in own)} of {len(own)}",
+                mean((cell.seconds for cell in own), 3),
+            ]
+        )
+    columns = (
+        "method", "configurations", "cells", "samples", "top-1 %, mean of cells", "lowest cell %", "chance %",
+        "AUROC, mean", "lowest", "cells with top-1 100 % and AUROC ≥ 0.999", "seconds an answer",
+    )  # fmt: skip
+    parts = ["All configurations and eligible rounds:\n", table(columns, rows)]
+    parts += ["By configuration, top-1 over all rounds (lowest round; lowest AUROC):\n", _configurations(cells)]
+    parts += ["Correlation with exact Shapley values of the same answers, after the last round:\n", agreement(cells)]
+    return "\n".join(parts)
+
+
+_SHOWN = ("protoken", "protoken, all rounds", "aumann_shapley", "aumann_shapley, all rounds", "paper")
+
+
+def _configurations(cells: Sequence[Cell]) -> str:
+    rows = []
+    for (model, domain), own in groups(cells, lambda c: (c.model, c.domain)).items():
+        first = min(cell.round or 0 for cell in own)
+        row = [model, domain, str(first), str(max(cell.round or 0 for cell in own))]
+        for method in _SHOWN:
+            some = [cell for cell in own if cell.method == method]
+            row.append(_short(some))
+        rows.append(row)
+    return table(("model", "domain", "first round", "last", *_SHOWN), sorted(rows))
+
+
+def _short(cells: Sequence[Cell]) -> str:
+    if not cells:
+        return ""
+    count = samples_of(cells)
+    hits = sum((cell.top1 or 0.0) * cell.samples for cell in cells)
+    worst = min(cell.top1 or 0.0 for cell in cells)
+    return f"{100 * hits / count:.1f} of {count} ({100 * worst:.0f}; {lowest((c.auroc for c in cells), 3)})"
+
+
+def agreement(cells: Sequence[Cell]) -> str:
+    """Pearson correlation over the clients with exact Shapley values: median, tenth percentile and lowest answer."""
+    rows = []
+    for (method,), own in groups(cells, lambda c: (c.method,)).items():
+        each = [value for cell in own for value in cell.extra.get("pearson_shapley_each", ()) if value is not None]
+        if each and not method.startswith("shapley"):
+            figures = [f"{quantile(each, q):.3f}" for q in (0.5, 0.1, 0.0)]
+            rows.append([method, str(len(each)), *figures, mean((c.residual for c in own), 4)])
+    return table(("method", "answers", "median", "p10", "lowest", "residual / change, median"), rows)
+
+
+def benign_tables(cells: Sequence[Cell]) -> str:
+    """Top-1 by method with equal and unequal data, and agreement with exact values."""
+    rows = []
+    for (sizes, method), own in groups(cells, lambda c: (str(c.extra["sizes"]), c.method)).items():
+        rows.append(
+            [
+                sizes,
+                method,
+                str(samples_of(own)),
+                top1_of(own),
+                per_cent(min(cell.top1 or 0.0 for cell in own)),
+                mean((100 * (cell.chance or 0.0) for cell in own), 1),
+                mean((cell.auroc for cell in own), 3),
+                mean((cell.seconds for cell in own), 3),
+            ]
+        )
+    columns = ("rows", "method", "answers", "top-1 %", "lowest cell %", "chance %", "AUROC", "seconds an answer")
+    parts = [table(columns, rows), "By domain of the question, top-1 % over all models:\n", _domains(cells)]
+    for name in ("all", "last"):
+        some = [cell for cell in cells if cell.extra.get("rounds") == name]
+        parts += [f"Correlation with exact Shapley values of the same answers, rounds {name}:\n", agreement(some)]
+    return "\n".join(parts)
+
+
+def _domains(cells: Sequence[Cell]) -> str:
+    domains = sorted({cell.domain for cell in cells})
+    rows = []
+    for (sizes, method), own in groups(cells, lambda c: (str(c.extra["sizes"]), c.method)).items():
+        row = [sizes, method]
+        for domain in domains:
+            some = [cell for cell in own if cell.domain == domain]
+            hits = sum((cell.top1 or 0.0) * cell.samples for cell in some)
+            row.append(f"{100 * hits / samples_of(some):.1f}" if some else "")
+        rows.append(row)
+    return table(("rows", "method", *domains), rows)
+
+
+def scale_tables(cells: Sequence[Cell]) -> str:
+    """After the last round by lineage, and over all rounds among a round's participants, as the paper judges."""
+    whole = [cell for cell in cells if cell.extra.get("rounds") == "all"]
+    rows = []
+    for (model, kind, method), own in groups(whole, lambda c: (c.model, str(c.extra["poisoned"]), c.method)).items():
+        final = max(own, key=lambda cell: cell.round or 0)
+        rows.append(
+            [
+                model,
+                kind,
+                method,
+                str(final.round),
+                f"{final.samples}{' (forced)' if final.extra.get('forced') else ''}",
+                top1_of([final]),
+                f"{final.auroc or 0.0:.4f}",
+                f"{final.average_precision or 0.0:.4f}",
+                f"{final.extra['precision_at_poisoned']:.3f} at {final.extra['responsible']}",
+                lowest(cell.auroc for cell in own),
+            ]
+        )
+    columns = (
+        "model", "poisoned", "method", "round", "answers", "top-1 %", "AUROC", "average precision",
+        "precision at poisoned", "lowest AUROC of all rounds",
+    )  # fmt: skip
+    parts = ["By lineage over all rounds, all 55 clients:\n", table(columns, rows)]
+    return "\n".join([*parts, "Among a round's ten participants, all rounds:\n", _participants(cells)])
+
+
+def _participants(cells: Sequence[Cell]) -> str:
+    rows = [
+        [f"gemma-3-270m-it, published ({PUBLISHED})", "25-of-55", "paper", "", "", "92.00", "", "45", ""],
+        [f"Qwen2.5-0.5B-Instruct, published ({PUBLISHED})", "25-of-55", "paper", "", "", "95.24", "", "45", ""],
+    ]
+    last = [cell for cell in cells if cell.extra.get("rounds") == "last" and not cell.extra.get("forced")]
+    for (model, kind, method), own in groups(last, lambda c: (c.model, str(c.extra["poisoned"]), c.method)).items():
+        rows.append(
+            [
+                model,
+                kind,
+                method,
+                str(len(own)),
+                str(samples_of(own)),
+                top1_of(own),
+                per_cent(min(cell.top1 or 0.0 for cell in own)),
+                mean((100 * (cell.chance or 0.0) for cell in own), 1),
+                lowest(cell.auroc for cell in own),
+            ]
+        )
+    columns = ("model", "poisoned", "method", "rounds", "answers", "top-1 %", "lowest round %", "chance %", "AUROC")
+    return table(columns, rows)
