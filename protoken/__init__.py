@@ -10,6 +10,8 @@ from .account import Account, account
 from .attachment import attach, detach
 from .counterfactual import Counterfactual
 from .ledger import ClientUpdate, Ledger
+from .record_scores import RecordScores
+from .records import RecordProbe, record_probe
 from .results import Trace
 from .streaming import Stream, StreamedToken, stream
 from .trace import trace
@@ -23,6 +25,8 @@ __all__ = [
     "ClientUpdate",
     "Counterfactual",
     "Ledger",
+    "RecordProbe",
+    "RecordScores",
     "Stream",
     "StreamedToken",
     "Tape",
@@ -30,6 +34,7 @@ __all__ = [
     "account",
     "attach",
     "detach",
+    "record_probe",
     "stream",
     "trace",
     "tracing",

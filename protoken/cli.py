@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .cli_evaluate import app as evaluate_app
 from .cli_ledger import app as ledger_app
+from .cli_records import app as records_app
 from .errors import ProtokenError
 from .report.visible import visible
 
@@ -26,6 +27,7 @@ bench = typer.Typer(help="Measure on this machine; every figure comes with its s
 app.add_typer(bench, name="bench")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(records_app, name="records")
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")]
 
