@@ -2,40 +2,55 @@
 
     s[k, t] = d f_t / d eps   when eps * delta_k x is added to the output y of every traced layer
 
-A client's tangent starts at the traced layers and is pushed forward through the traced blocks up to two places in
-the last block: its input h and its out-projection's output y. From there on no position talks to another, so what
-the tangents do to f_t is a dot product with the local gradients at the deciding position,
+The traced blocks run once more on the recorded hidden states, and the tangents of all clients ride along (dual.py):
+they start where the first traced layer adds delta_k x, and end at two places in the last block, its input h and its
+out-projection's input a. From there on no position talks to another, so what the tangents do to f_t is a dot product
+with the local gradients at the deciding position,
 
-    s[k, t] = < df_t/dh[t], dh_k[t] > + < df_t/dy[t], dy_k[t] > + the last block's own layers, scored locally,
+    s[k, t] = < df_t/dh[t], dh_k[t] > + < df_t/da[t], da_k[t] > + the last block's own layers, scored locally,
 
-and neither the last MLP nor the head ever sees K tangents. Clients share the primal and run as one batch
-(torch.func: vmap over jvp). Attention runs in its math form for this pass; the fused one has no forward mode.
+and neither the last MLP nor the head ever sees K tangents. Code that tangents cannot ride through is differentiated
+as a whole, by torch.func (forward_autograd.py): slower, and just as exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.bloom.modeling_bloom import BloomGelu, bloom_gelu_forward
 
+from . import dual_rules  # noqa: F401 - its rules are what makes tangents cheap
 from .architectures import Architecture
 from .capture import Capture, run_whole
+from .dual import Dual, NoRule, tangent_of, value_of
+from .dual_attention import only_rows
+from .forward_autograd import scores_by_autograd, use_plain_formulas
 from .layer_bank import LayerBank, directions
 from .layers import Layer, layer_of
 from .patching import hooks, replaced_method
-from .quantised import linearised, recorded
-from .relevance import LocalRelevance, Response
-from .replay import Tap, passed_through, replaced_input, replay
+from .quantised import dequantised, quantised_linears, straight_through
+from .relevance import LocalRelevance, Response, replay_error
+from .replay import by_position, passed_through, replaced_input
 from .sites import visited
+
+# Bytes of one activation with all its tangents: more directions at once bring no more speed, only memory.
+_AT_ONCE = 128 << 20
 
 
 class _Reached(Exception):
     """The pass has computed all it is for; ends the model's forward from inside a hook."""
+
+
+@dataclass
+class _Arrived:
+    """What reached the last block, plain or `Dual`: its input h [1, s, d], its out-projection's input a [1, s, I]."""
+
+    h: list[Tensor] = field(default_factory=list)
+    a: list[Tensor] = field(default_factory=list)
 
 
 def forward_scores(
@@ -55,111 +70,133 @@ def forward_scores(
         layers: traced layers below the last block's out-projection.
         banks: per layer K updates; low-rank ones are applied factor by factor.
         local: the local gradients at the deciding positions.
-        chunk: how many clients' tangents run at once; bounds the memory, not the result.
+        chunk: how many clients' tangents run at once at most; bounds the memory, not the result.
+
+    Raises:
+        GenerationError: the blocks compute something else than they did while generating.
     """
-    prompt, length = response.prompt_length, response.prompt_length - 1 + response.new_tokens
-    rows = slice(prompt - 1, length)
-    hidden = capture.sequence(length)
-    first = min(architecture.block_of(name) for name in layers)
-    with recorded(architecture.blocks[first:]) as records:
-        taps = _layer_taps(model, architecture, capture, response, layers, first, hidden)
     clients = len(banks[layers[0]].updates)
-    parts = []
-    # The fused attention has no forward mode; its math form computes the same thing.
-    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), linearised(records):
-        for start in range(0, clients, chunk):
-            some = slice(start, start + chunk)
-            pushed = [directions(banks[n], taps[n].x, taps[n].route, some).to(hidden.dtype) for n in layers]
-            h, y = _push(model, architecture, response, layers, first, hidden, pushed, capture.returns_tuples)
-            parts.append(_paired(h[:, 0, rows], local.hidden_grad) + _paired(y[:, 0, rows], local.projection_grad))
-    return torch.cat(parts)
+    chunk = max(1, min(chunk, _AT_ONCE // _bytes_per_direction(model, capture, response, layers)))
+    found = []
+    with torch.no_grad():
+        try:
+            upstream: Tensor | None = None
+            for start in range(0, clients, chunk):
+                some = slice(start, start + chunk)
+                reached = _pushed(model, architecture, capture, response, layers, banks, some)
+                if upstream is None:
+                    upstream = _through_projection(architecture, _rows(reached.a[0], response), local.projection_grad)
+                    decided = capture.deciding(capture.hidden, response.prompt_length, response.new_tokens)
+                    replay_error(_rows(reached.h[0], response), decided)
+                size = min(chunk, clients - start)
+                found.append(
+                    _paired(reached.h[0], local.hidden_grad, response, size)
+                    + _paired(reached.a[0], upstream, response, size)
+                )
+        except NoRule:
+            return scores_by_autograd(model, architecture, capture, response, layers, banks, local, chunk=chunk)
+    return torch.cat(found)
 
 
-def _layer_taps(
+def _bytes_per_direction(model: nn.Module, capture: Capture, response: Response, layers: Sequence[str]) -> int:
+    length = response.prompt_length - 1 + response.new_tokens
+    found = [layer_of(model, name) for name in layers]
+    widest = max([layer.rows for layer in found] + [layer.columns for layer in found if layer.kind != "embedding"])
+    return length * widest * capture.sequence_hidden[0].element_size()
+
+
+def _pushed(
     model: nn.Module,
     architecture: Architecture,
     capture: Capture,
     response: Response,
     layers: Sequence[str],
-    first: int,
-    hidden: Tensor,
-) -> dict[str, Tap]:
-    """x of every layer over all positions, [1, s, I]; the taps hold no graph."""
-    replayed = replay(
-        model,
-        architecture,
-        first_block=first,
-        hidden=hidden,
-        ids=response.seen,
-        layers=layers,
-        blocks_return_tuples=capture.returns_tuples,
-        logits_rows=torch.zeros(1, dtype=torch.long, device=hidden.device),
-    )
-    return {name: Tap(tap.x, tap.y.detach(), tap.route) for name, tap in replayed.taps.items()}
+    banks: Mapping[str, LayerBank],
+    clients: slice,
+) -> _Arrived:
+    """Run the traced blocks with some clients' tangents, up to the last block's out-projection."""
+    length = response.prompt_length - 1 + response.new_tokens
+    hidden, arrived = capture.sequence(length), _Arrived()
+    first = min(architecture.block_of(name) for name in layers)
+    running, last = architecture.blocks[first:], architecture.blocks[-1]
 
+    def add(layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
+        bank = banks[layer.name]
+        if _is_still(bank):
+            return y
+        seen = by_position(layer, value_of(x), hidden.shape[:2])
+        slots = None if route is None else route.reshape(*hidden.shape[:2], -1)
+        moved = directions(bank, seen, slots, clients).to(y.dtype)
+        moved = moved.reshape(moved.shape[0], *y.shape)
+        before = tangent_of(y)
+        return Dual.of(value_of(y), moved if before is None else before + moved)
 
-def _paired(tangent: Tensor, gradient: Tensor) -> Tensor:
-    """<tangent[k, t], gradient[t]>, accumulated in fp32 or better: [K, T, d] and [T, d] give [K, T]."""
-    wide = torch.promote_types(tangent.dtype, torch.float32)
-    return torch.einsum("ktd,td->kt", tangent.to(wide), gradient.to(wide))
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arrived.h.append(args[0] if args else kwargs["hidden_states"])
+        stack.enter_context(only_rows(slice(response.prompt_length - 1, length)))
 
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        arrived.a.append(args[0].reshape(*hidden.shape[:2], -1))
+        raise _Reached
 
-def _push(
-    model: nn.Module,
-    architecture: Architecture,
-    response: Response,
-    layers: Sequence[str],
-    first: int,
-    hidden: Tensor,
-    directions: Sequence[Tensor],
-    returns_tuples: bool,
-) -> tuple[Tensor, Tensor]:
-    """Tangents of the last block's input and of its out-projection's output, [K, 1, s, .], for K tangents per layer."""
-    last = architecture.blocks[-1]
-    projection = last.get_submodule(architecture.out_projection)
-
-    def run(*added: Tensor) -> tuple[Tensor, Tensor]:
-        reached: dict[str, Tensor] = {}
-
-        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reached["h"] = args[0] if args else kwargs["hidden_states"]
-
-        def leave(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            reached["y"] = output.reshape(*hidden.shape[:2], -1)
-            raise _Reached
-
-        values = dict(zip(layers, added, strict=True))
-
-        def add(layer: Layer, _x: Tensor, y: Tensor, _route: Tensor | None) -> Tensor:
-            return y + values[layer.name].reshape(y.shape)
-
-        handles = []
+    with ExitStack() as stack:
         if architecture.embeddings_name not in layers:
-            handles.append(replaced_input(architecture.blocks[first], hidden))
-        handles.append(last.register_forward_pre_hook(enter, with_kwargs=True))
-        with hooks(*handles), ExitStack() as stack:
-            stack.enter_context(passed_through(architecture, first, returns_tuples))
-            stack.enter_context(visited([layer_of(model, n) for n in layers], add, architecture.blocks[first:]))
-            stack.enter_context(hooks(projection.register_forward_hook(leave)))
-            for block in architecture.blocks[first:]:
-                _use_plain_formulas(block, stack)
-            with suppress(_Reached):
-                run_whole(model, response.seen)
-        return reached["h"], reached["y"]
-
-    primals = tuple(torch.zeros_like(direction[0]) for direction in directions)
-
-    def tangent(*direction: Tensor) -> tuple[Tensor, Tensor]:
-        # Without an auxiliary output jvp returns (values, tangents); its type also allows a third part.
-        result: Any = torch.func.jvp(run, primals, direction)
-        return result[1]  # type: ignore[no-any-return]
-
-    pushed: tuple[Tensor, Tensor] = torch.func.vmap(tangent)(*directions)
-    return pushed
+            stack.enter_context(hooks(replaced_input(architecture.blocks[first], hidden)))
+        stack.enter_context(passed_through(architecture, first, capture.returns_tuples))
+        stack.enter_context(visited([layer_of(model, name) for name in layers], add, running))
+        projection = last.get_submodule(architecture.out_projection)
+        handles = [last.register_forward_pre_hook(enter, with_kwargs=True), projection.register_forward_pre_hook(stop)]
+        stack.enter_context(hooks(*handles))
+        for module in quantised_linears(running):
+            stack.enter_context(replaced_method(module, "forward", _with_tangents(module)))
+        for block in running:
+            use_plain_formulas(block, stack)
+        with suppress(_Reached):
+            run_whole(model, response.seen)
+    return arrived
 
 
-def _use_plain_formulas(block: nn.Module, stack: ExitStack) -> None:
-    """Bloom's GELU is an autograd.Function without a forward mode; the formula it wraps has one."""
-    for module in block.modules():
-        if type(module) is BloomGelu:
-            stack.enter_context(replaced_method(module, "forward", bloom_gelu_forward))
+def _is_still(bank: LayerBank) -> bool:
+    """Whether no client changes this layer; its output then starts no tangent."""
+    return all(update.factors is not None and update.factors.rank == 0 for update in bank.updates)
+
+
+def _with_tangents(module: nn.Linear) -> Any:
+    """A quantised layer's own values; tangents through its dequantised weight."""
+    own = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        y, moved = own(value_of(x)), tangent_of(x)
+        if moved is None:
+            return y
+        weight = dequantised(module, module.weight.detach()).to(moved)
+        return Dual.of(y, nn.functional.linear(moved, weight).to(y.dtype))
+
+    return forward
+
+
+def _rows(x: Tensor, response: Response) -> Tensor:
+    """The deciding positions of a plain or dual [1, s, n]: plain [1, T, n]."""
+    start = response.prompt_length - 1
+    plain: Tensor = value_of(x)
+    return plain[:, start : start + response.new_tokens]
+
+
+def _through_projection(architecture: Architecture, rows: Tensor, grad: Tensor) -> Tensor:
+    """df_t/da [T, I] from df_t/dy [T, O], through the out-projection as it is: adapters, packed weights."""
+    projection = architecture.blocks[-1].get_submodule(architecture.out_projection)
+    with torch.enable_grad(), straight_through([projection]):
+        leaf = rows.detach().clone().requires_grad_()
+        y = projection(leaf)
+        (found,) = torch.autograd.grad(y, leaf, grad.reshape(y.shape).to(y.dtype))
+    return found[0]
+
+
+def _paired(reached: Tensor, gradient: Tensor, response: Response, clients: int) -> Tensor:
+    """<tangent[k, t], gradient[t]> at the deciding positions, accumulated in fp32 or better: [K, T]."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    tangent, start = tangent_of(reached), response.prompt_length - 1
+    if tangent is None:
+        return torch.zeros(clients, response.new_tokens, dtype=wide, device=gradient.device)
+    rows = tangent[:, 0, start : start + response.new_tokens]
+    return torch.einsum("ktd,td->kt", rows.to(wide), gradient.to(rows.device, wide)).to(gradient.device)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ..architectures import Architecture
-from ..forward_mode import _use_plain_formulas
+from ..forward_autograd import use_plain_formulas
 from ..patching import hooks
 from ..relevance import Objective, Response, objective_values
 from .moved import Moved
@@ -91,7 +91,7 @@ class Game:
         moved = {name: direction[name].to(value) for name, value in primal.items()}
         with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), ExitStack() as stack:
             for block in self.architecture.blocks:
-                _use_plain_formulas(block, stack)
+                use_plain_formulas(block, stack)
             result: Any = jvp(self._values, (primal,), (moved,))
         tangent: Tensor = result[1]
         return tangent.double().cpu()
