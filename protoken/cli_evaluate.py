@@ -69,8 +69,15 @@ for _name in EXPERIMENTS:
 @app.command("report")
 def report(
     files: Annotated[list[Path], typer.Argument(help="results.json of one or several runs.")],
+    into: Annotated[
+        Path | None, typer.Option(help="A Markdown file with a marked place for each experiment.", show_default=False)
+    ] = None,
 ) -> None:
     """Markdown tables of finished runs, as in docs/results.md."""
-    from .evaluation.report import markdown
+    from .evaluation.report import sections, write_into
 
-    typer.echo(markdown(files))
+    found = sections(files)
+    if into is not None:
+        write_into(into, found)
+    else:
+        typer.echo("\n".join(f"### {name}\n\n{text}" for name, text in found.items()))

@@ -58,7 +58,7 @@ class Cell:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat object in JSON's types; NaN becomes null."""
+        """One flat object in JSON's types, numbers to six digits; NaN becomes null."""
         own = {name: _plain(getattr(self, name)) for name in KEYS}
         clash = set(own) & set(self.extra)
         if clash:
@@ -168,7 +168,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        # Six digits are more than any figure here is good for, and keep the file small.
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):

@@ -15,6 +15,9 @@ from protoken.evaluation.runs import RunFolder
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
+ACCURACY = ("protoken", "protoken, all rounds", "aumann_shapley, all rounds", "paper's score, fast")
+
+
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """A figure without a display, and its axes.
 
@@ -42,7 +45,7 @@ def save(made: Any, file: Path) -> Path:
     return file
 
 
-def accuracy_by_round(run: RunFolder, methods: Sequence[str] = ("protoken", "aumann_shapley", "paper")) -> Path:
+def accuracy_by_round(run: RunFolder, methods: Sequence[str] = ACCURACY) -> Path:
     """Top-1 accuracy per round, averaged over configurations, the lowest configuration dotted, chance grey."""
     cells = [cell for cell in run.cells() if cell.samples and cell.round is not None and cell.top1 is not None]
     made, axes = figure(6.4, 3.6)
@@ -142,7 +145,7 @@ def confusion(run: RunFolder, method: str) -> Path:
     return save(made, run.folder / "confusion.png")
 
 
-def scale_by_round(run: RunFolder, method: str = "aumann_shapley") -> Path:
+def scale_by_round(run: RunFolder, method: str = "protoken all blocks") -> Path:
     """AUROC and precision by lineage, and top-1 among a round's participants, after every round."""
     cells = [c for c in run.cells() if c.samples and c.method == method]
     kinds = sorted({str(c.extra.get("poisoned")) for c in cells})
@@ -166,7 +169,7 @@ def scale_by_round(run: RunFolder, method: str = "aumann_shapley") -> Path:
     return save(made, run.folder / "scale.png")
 
 
-def lineage(run: RunFolder, method: str = "aumann_shapley") -> Path:
+def lineage(run: RunFolder, method: str = "protoken all blocks") -> Path:
     """Every client's mean score over all rounds after the last finished one, poisoned clients in red."""
     latest: dict[str, Mapping[str, Any]] = {}
     for key, outcome in run.outcomes():

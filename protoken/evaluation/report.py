@@ -5,7 +5,7 @@ An experiment's module may bring `tables(cells) -> str`; the others get one line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from protoken.errors import ArgumentError
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.metrics import wilson_interval
 from protoken.evaluation.runs import read_results
@@ -80,24 +81,40 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown(files: Sequence[Path]) -> str:
-    """Tables of runs, one section a file, with what is needed to know what was run."""
+def sections(files: Sequence[Path]) -> dict[str, str]:
+    """Tables of runs by experiment, with what is needed to know what was run."""
     from protoken.evaluation.harness import experiment_of
 
-    parts = []
+    found = {}
     for file in files:
         header, cells = read_results(file)
-        own = getattr(experiment_of(str(header["experiment"])), "tables", None)
-        parts.append(_heading(header, cells))
-        parts.append(own(cells) if own is not None else table(_COLUMNS, overview(cells)))
-    return "\n".join(parts)
+        name = str(header["experiment"])
+        own = getattr(experiment_of(name), "tables", None)
+        shown = own(cells) if own is not None else table(_COLUMNS, overview(cells))
+        found[name] = f"{_heading(header, cells)}\n{shown}"
+    return found
+
+
+def write_into(document: Path, found: Mapping[str, str]) -> None:
+    """Put each section between `<!-- report: <experiment> -->` and `<!-- end -->` of a Markdown file.
+
+    Raises:
+        ArgumentError: the document has no such place.
+    """
+    text = document.read_text(encoding="utf-8")
+    for name, section in found.items():
+        before, mark, rest = text.partition(f"<!-- report: {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not mark or not end:
+            raise ArgumentError("into", expected=f"<!-- report: {name} --> and <!-- end -->", got=document)
+        text = f"{before}{mark}{section}{end}{after}"
+    document.write_text(text, encoding="utf-8")
 
 
 def _heading(header: dict[str, Any], cells: Sequence[Cell]) -> str:
     settings, machine, versions = header["settings"], header["machine"], header["versions"]
     corpus = settings["corpus"] or "our own generator"
     return (
-        f"### {header['experiment']}\n\n"
         f"{len(cells)} cells; corpus: {corpus}; seed {settings['seed']}; {machine['processor']}, "
         f"{machine['threads']} of {machine['cores']} cores; torch {versions['torch']}, "
         f"transformers {versions['transformers']}.\n"

@@ -16,7 +16,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,9 +194,14 @@ def _read(file: Path) -> Any:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
+    """Whole or not at all; a list has an item a line, so that files of many cells stay small and can be compared."""
+    fields = [f"{json.dumps(name)}: {_lines(value)}" for name, value in record.items()]
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    aside.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
     os.replace(aside, file)
 
 
-__all__ = ["Outcome", "RunFolder", "Settings", "Unit", "asdict", "machine", "read_results"]
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value) + "\n]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

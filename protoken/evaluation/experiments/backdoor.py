@@ -20,7 +20,7 @@ from protoken.evaluation.scoring import Scored, Scorer, answer, score
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, QUICK, QUICK_MODEL, SHAPES, SMOLLM2
 
-DEFAULTS = Settings(models=MODELS, domains=DOMAINS, samples=40)
+DEFAULTS = Settings(models=MODELS, domains=DOMAINS, samples=24)
 CLIENTS, POISONED = 6, 2
 REFERENCES = ("shapley", "leave_one_out")
 
@@ -51,34 +51,33 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
     Each method is asked about the round's own updates, as in the paper, and about those of all rounds so far.
     """
     large = model == SMOLLM2
-    few = 2 if large else 6
     blocks = recorded_blocks(model)
     every = [
         Scorer("protoken all blocks, all rounds", blocks=blocks, way="reverse", rounds="all"),
         Scorer("protoken, all rounds", rounds="all"),
-        Scorer("aumann_shapley, all rounds", "aumann_shapley", rounds="all"),
+        Scorer("aumann_shapley, all rounds", "aumann_shapley", rounds="all", limit=8 if large else 12),
     ]
     if last:
         every += [
-            Scorer("shapley, all rounds", "shapley", rounds="all", limit=few),
-            Scorer("leave_one_out, all rounds", "leave_one_out", rounds="all", limit=few),
+            Scorer("shapley, all rounds", "shapley", rounds="all", limit=2 if large else 6),
+            Scorer("leave_one_out, all rounds", "leave_one_out", rounds="all", limit=2 if large else 6),
         ]
     every += [
         Scorer("protoken"),
         Scorer("paper's score, fast", objective="logit"),
-        Scorer("chance", "chance"),
-        Scorer("update_norm", "update_norm"),
-        Scorer("aumann_shapley", "aumann_shapley", limit=4 if large else None),
-        Scorer("cosine", "cosine", limit=2 * few),
-        Scorer("activation_only", "activation_only", limit=2 * few),
+        Scorer("chance", "chance", limit=12),
+        Scorer("update_norm", "update_norm", limit=4),
+        Scorer("aumann_shapley", "aumann_shapley", limit=3),
+        Scorer("cosine", "cosine", limit=3),
+        Scorer("activation_only", "activation_only", limit=3),
     ]
     if not large:
         # The ledger of SmolLM2 does not hold the head.
-        every += [Scorer("head_only", "head_only", limit=2 * few)]
+        every += [Scorer("head_only", "head_only", limit=3)]
     return [
         *every,
-        Scorer("paper", "paper", limit=few),
-        Scorer("client_log_prob", "client_log_prob", limit=few),
+        Scorer("paper", "paper", limit=1),
+        Scorer("client_log_prob", "client_log_prob", limit=1),
     ]
 
 

@@ -22,7 +22,7 @@ from protoken.evaluation.scoring import Scored, Scorer, answer, score
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS
 
-DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
+DEFAULTS = Settings(models=MODELS, domains=DOMAINS, samples=20)
 ROUNDS = 4
 SHARES = {"equal": (1.0, 1.0, 1.0, 1.0), "unequal": (0.25, 0.5, 1.0, 2.0)}
 """Rows of the clients of medical, finance, math and coding, in units of the recipe's."""
@@ -66,11 +66,9 @@ def scorers(model: str) -> list[Scorer]:
         Scorer("paper's score, fast", objective="logit", rounds=whole),
         Scorer("update_norm", "update_norm", rounds=whole),
         Scorer("cosine", "cosine", rounds=whole),
-        Scorer("shapley, last round", "shapley"),
-        Scorer("aumann_shapley, last round", "aumann_shapley"),
         Scorer("protoken, last round"),
         Scorer("protoken all blocks, last round", blocks=blocks, way="reverse"),
-        Scorer("paper, last round", "paper", limit=5),
+        Scorer("paper, last round", "paper", limit=2),
     ]
 
 

@@ -52,19 +52,23 @@ def plan(settings: Settings) -> list[Unit]:
     ]
 
 
-def scorers(model: str) -> list[Scorer]:
-    """First order and the path integral, of the round and of the lineage, and what knows nothing of the answer."""
+def scorers(model: str, *, last: bool) -> list[Scorer]:
+    """First order of the round and of the lineage; after the last round the path integral, too, and every answer."""
     blocks = recorded_blocks(model)
+    few = None if last else 25
     found = []
     spans: tuple[Rounds, ...] = ("last", "all")
     for rounds in spans:
         found += [
-            Scorer("protoken", rounds=rounds),
-            Scorer("protoken all blocks", blocks=blocks, way="reverse", rounds=rounds),
-            Scorer("aumann_shapley", "aumann_shapley", rounds=rounds),
-            Scorer("paper's score, fast", objective="logit", rounds=rounds),
-            Scorer("update_norm", "update_norm", rounds=rounds),
+            Scorer("protoken all blocks", blocks=blocks, way="reverse", rounds=rounds, limit=few),
+            Scorer("protoken", rounds=rounds, limit=few),
+            Scorer("paper's score, fast", objective="logit", rounds=rounds, limit=few),
         ]
+        if last:
+            found += [
+                Scorer("aumann_shapley", "aumann_shapley", rounds=rounds),
+                Scorer("update_norm", "update_norm", rounds=rounds, limit=1),
+            ]
     return found
 
 
@@ -95,7 +99,7 @@ def _unit(model: str, domain: str, name: str, number: int, bench: Workbench) -> 
         base,
         stored.ledger,
         answers,
-        scorers(model),
+        scorers(model, last=number == config.rounds),
         at_round=number,
         step=lambda method, done, total: bench.bars.step(f"{name}, round {number}: {method}", done, total),
     )

@@ -1,0 +1,63 @@
+"""Tables come from the JSON: pooled figures, and a document whose marked places are filled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protoken.errors import ArgumentError
+from protoken.evaluation.cells import Cell
+from protoken.evaluation.report import sections, write_into
+
+
+def cell(method: str, number: int, top1: float, samples: int, **extra: Any) -> Cell:
+    return Cell(
+        "backdoor", "llama", "math", method, None, number, samples, top1=top1, chance=1 / 3, auroc=top1, extra=extra
+    )
+
+
+def results(folder: Path, cells: list[Cell], experiment: str = "backdoor") -> Path:
+    file = folder / f"{experiment}.json"
+    record = {
+        "schema": 1,
+        "experiment": experiment,
+        "settings": {"corpus": None, "seed": 0, "samples": 4, "quick": False},
+        "versions": {"torch": "2", "transformers": "5"},
+        "machine": {"processor": "CPU", "cores": 2, "threads": 1},
+        "cells": [cell.to_dict() for cell in cells],
+    }
+    file.write_text(json.dumps(record))
+    return file
+
+
+def test_the_backdoor_table_pools_cells_beside_the_published_line(tmp_path: Path) -> None:
+    cells = [
+        cell("protoken", 2, 1.0, 30),
+        cell("protoken", 3, 0.5, 10),
+        cell("aumann_shapley", 3, 1.0, 4, pearson_shapley_each=[0.5, 0.9, None]),
+        cell("paper", 3, 0.0, 0),
+    ]
+    text = sections([results(tmp_path, cells)])["backdoor"]
+    assert "| published (arXiv 2601.19672) | 16 |  |  | 98.62 | 40 | 33.3 |" in text
+    assert "| protoken | 1 | 2 | 40 | 75.00 | 50.0 | 33.3 | 0.7500 | 0.5000 | 1 of 2 |" in text
+    assert "| llama | math | 2 | 3 | 87.5 of 40 (50; 0.500) |" in text
+    assert "| aumann_shapley | 2 | 0.700 | 0.540 | 0.500 |" in text
+    assert "| paper | 1 |" not in text
+
+
+def test_a_document_is_filled_between_its_marks_again_and_again(tmp_path: Path) -> None:
+    document = tmp_path / "results.md"
+    document.write_text("before\n<!-- report: backdoor -->\nold\n<!-- end -->\nafter\n")
+    found = sections([results(tmp_path, [cell("protoken", 2, 1.0, 3)])])
+    for _ in range(2):
+        write_into(document, found)
+        text = document.read_text()
+        assert text.startswith("before\n<!-- report: backdoor -->\n1 cells; corpus: our own generator; seed 0; CPU,")
+        assert text.endswith("<!-- end -->\nafter\n")
+        assert "old" not in text
+        assert text.count("published (arXiv") == 1
+    with pytest.raises(ArgumentError, match="report: scale"):
+        write_into(document, {"scale": "x"})
