@@ -9,6 +9,7 @@
 from .account import Account, account
 from .attachment import attach, detach
 from .counterfactual import Counterfactual
+from .estimate import Estimate, estimate
 from .ledger import ClientUpdate, Ledger
 from .record_scores import RecordScores
 from .records import RecordProbe, record_probe
@@ -24,6 +25,7 @@ __all__ = [
     "Account",
     "ClientUpdate",
     "Counterfactual",
+    "Estimate",
     "Ledger",
     "RecordProbe",
     "RecordScores",
@@ -34,6 +36,7 @@ __all__ = [
     "account",
     "attach",
     "detach",
+    "estimate",
     "record_probe",
     "stream",
     "trace",

@@ -63,9 +63,9 @@ class Bank:
         return _Made(self.changes, lambda bank: bank.matrices()[0])
 
     def with_change(self, layer: str) -> LayerBank:
-        """The layer's K updates and, last, its change."""
+        """The layer's updates and, last, its change if this part of the bank has it."""
         own = self.layers[layer]
-        both = [*own.updates, *self.changes[layer].updates]
+        both = [*own.updates, *(self.changes[layer].updates if layer in self.changes else ())]
         return LayerBank.of(both, transposed=own.transposed, experts=own.experts)
 
 

@@ -39,22 +39,43 @@ class Generated:
     capture: Capture
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
+def check_arguments(model: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse generation arguments that a single trace cannot answer.
 
     Raises:
         ArgumentError: a refused argument, with what to do instead.
+        GenerationError: continuous batching.
     """
+    refuse_paged(model, arguments)
     for name, (harmless, remedy) in _REFUSED.items():
         value = arguments.get(name, harmless)
         if value is not harmless and value != harmless:
             raise ArgumentError(name, expected=harmless, got=value, remedy=remedy)
 
 
-def complete_arguments(model: Any, arguments: Mapping[str, Any], prompt_length: int) -> dict[str, Any]:
-    """Add a length where the caller gave none, and a padding token where the model has none.
+def refuse_paged(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a paged cache, under which `generate` hands its prompts on to `generate_batch`.
 
     Raises:
+        GenerationError: it was asked for.
+    """
+    config = arguments.get("generation_config") or getattr(model, "generation_config", None)
+    if arguments.get("cache_implementation", getattr(config, "cache_implementation", None)) == "paged":
+        raise GenerationError(
+            "cache_implementation",
+            expected="a cache of one call",
+            got="paged, which is continuous batching",
+            remedy="Call model.generate_batch(...) inside protoken.tracing",
+        )
+
+
+def complete_arguments(
+    model: Any, arguments: Mapping[str, Any], prompt_length: int, tokenizer: Any = None
+) -> dict[str, Any]:
+    """Add a length where the caller gave none, a padding token where the model has none, a tokenizer for stop strings.
+
+    Raises:
+        ArgumentError: no room for a single new token.
         PromptError: prompt and new tokens together are more than the model's window.
     """
     complete = dict(arguments)
@@ -63,12 +84,32 @@ def complete_arguments(model: Any, arguments: Mapping[str, Any], prompt_length: 
     if not bounded:
         complete["max_new_tokens"] = DEFAULT_NEW_TOKENS
         bounded = [complete]
-    check_window(model, prompt_length, _new_tokens(bounded[0], prompt_length))
+    new_tokens = _new_tokens(bounded[0], prompt_length)
+    if new_tokens < 1:
+        name = "max_new_tokens" if bounded[0].get("max_new_tokens") is not None else "max_length"
+        raise ArgumentError(
+            name,
+            expected=f"room for at least one token after the prompt's {prompt_length}",
+            got=bounded[0][name],
+            remedy="There is nothing to attribute without one",
+        )
+    check_window(model, prompt_length, new_tokens)
     if "pad_token_id" not in complete and config is None and model.generation_config.pad_token_id is None:
         # One sequence needs no padding; without an id transformers warns on every call.
         stop = model.generation_config.eos_token_id
         complete["pad_token_id"] = stop[0] if isinstance(stop, list) else stop
+    if tokenizer is not None and (complete.get("stop_strings") or getattr(config, "stop_strings", None)):
+        complete.setdefault("tokenizer", tokenizer)
     return complete
+
+
+def bound_of(model: Any, arguments: Mapping[str, Any], prompt_length: int) -> int:
+    """The most new tokens that such a call can bring."""
+    config = arguments.get("generation_config")
+    for source in (arguments, vars(config) if config is not None else {}, vars(model.generation_config)):
+        if _bound(source):
+            return _new_tokens(source, prompt_length)
+    return DEFAULT_NEW_TOKENS
 
 
 def _bound(source: Mapping[str, Any]) -> bool:
@@ -121,14 +162,15 @@ def generate(
         end = width + _length(ids[width:].tolist(), stops)
         response = Response(ids[None, skip:end], width - skip)
         # Beams, drafts, guidance, chunks: what the hooks saw is not this sequence in order. Run it once more.
-        own = capture.row(row, skip) if live else _teacher_forced(model, architecture, response, first_block, sequence)
+        own = capture.row(row, skip) if live else teacher_forced(model, architecture, response, first_block, sequence)
         found.append(Generated(response, own))
     return output, found
 
 
-def _teacher_forced(
+def teacher_forced(
     model: Any, architecture: Architecture, response: Response, first_block: int, sequence: bool
 ) -> Capture:
+    """The capture of a finished response, by one pass over it."""
     with capturing(architecture, first_block, sequence=sequence, every=True) as capture, torch.no_grad():
         if response.new_tokens:
             run_whole(model, response.seen)

@@ -57,6 +57,19 @@ class Stored:
         assert self.values is not None
         return "values", self.values.dtype
 
+    @property
+    def device(self) -> torch.device:
+        tensor = self.factors.a if self.factors is not None else self.values
+        assert tensor is not None
+        return tensor.device
+
+    def shape(self, transposed: bool) -> tuple[int, ...]:
+        """(O, I) or (E, O, I)."""
+        if self.factors is not None:
+            return (self.factors.b.shape[0], self.factors.a.shape[1])
+        assert self.values is not None
+        return tuple(self.values.mT.shape) if transposed else tuple(self.values.shape)
+
     def to(self, device: torch.device) -> Stored:
         """The same on another device."""
         if self.factors is not None:
@@ -96,6 +109,19 @@ class LayerBank:
         for index, update in enumerate(updates):
             groups.setdefault(update.layout, []).append(index)
         return LayerBank(tuple(updates), transposed, experts, tuple(map(tuple, groups.values())))
+
+    @staticmethod
+    def still(bank: LayerBank) -> LayerBank:
+        """As many clients that change nothing: factors of rank 0, or one zero in all places of experts."""
+        first = bank.updates[0]
+        rows, columns = first.shape(bank.transposed)[-2:]
+        if bank.experts is not None:
+            assert first.values is not None
+            nothing = Stored(torch.zeros((), device=first.device).expand(first.values.shape))
+        else:
+            a, b = torch.zeros(0, columns, device=first.device), torch.zeros(rows, 0, device=first.device)
+            nothing = Stored(factors=LowRank(a, b))
+        return LayerBank.of([nothing] * len(bank.updates), transposed=bank.transposed, experts=bank.experts)
 
     def matrices(self) -> list[Tensor]:
         """K dense updates [O, I] (or [E, O, I]); see `Stored.matrix`."""

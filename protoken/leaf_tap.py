@@ -31,6 +31,7 @@ from transformers import GenerationMixin
 from .architectures import Architecture
 from .capture import Capture
 from .errors import GenerationError
+from .generation import Generated
 from .layers import Layer, layer_of
 from .patching import hooks
 from .quantised import is_quantised
@@ -78,6 +79,8 @@ class LeafTap:
         self._lengths: list[int] = []
         self._chosen = 0
         self._thread: int | None = None
+        self.replayed: Generated | None = None
+        """The last token that was replayed alone, with what was captured for it."""
 
     @contextmanager
     def installed(self, check: Callable[[], None] | None = None) -> Iterator[None]:
@@ -251,6 +254,7 @@ class LeafTap:
 
     def _replayed(self, seen: _Pass, ids: Tensor) -> TokenRelevance:
         response = Response(ids, ids.shape[1] - 1)
+        self.replayed = Generated(response, seen.capture)
         with self.paused():
             found = local_relevance(self.model, self.architecture, seen.capture, response, self.layers, self.objective)
         return TokenRelevance(found.x, found.grad, found.objective, found.routes)
@@ -259,7 +263,7 @@ class LeafTap:
         self._pass, self._lengths = _Pass(), []
 
     def _forget(self) -> None:
-        self._thread = None
+        self._thread = self.replayed = None
         self._forget_pass()
 
 

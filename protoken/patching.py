@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,17 +30,40 @@ def replaced_method(module: nn.Module, name: str, method: Callable[..., Any] | N
             del module.__dict__[name]
 
 
+@dataclass
+class _Evaluation:
+    """Who evaluates one model at the moment, and the modules that were training before the first of them."""
+
+    users: int = 0
+    training: list[nn.Module] = field(default_factory=list)
+
+
+_evaluations: WeakKeyDictionary[nn.Module, _Evaluation] = WeakKeyDictionary()
+_evaluations_lock = threading.Lock()
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the duration; each module's own training flag is put back, also where they were mixed."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Dropout off for the duration; each module's own training flag is put back, also where they were mixed.
+
+    Of several at once (streams that overlap) the last one to leave puts the flags back.
+    """
+    with _evaluations_lock:
+        state = _evaluations.setdefault(model, _Evaluation())
+        state.users += 1
+        if state.users == 1:
+            state.training = [module for module in model.modules() if module.training]
+            for module in state.training:
+                module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _evaluations_lock:
+            state.users -= 1
+            if not state.users:
+                for module in state.training:
+                    module.training = True
+                del _evaluations[model]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Architecture
-from .bank import Bank
+from .bank import Bank, BankInParts
 from .capture import Capture
 from .errors import ProtokenWarning
 from .generation import Generated
@@ -39,7 +39,7 @@ def warn_of_noise(
     model: nn.Module,
     architecture: Architecture,
     generated: Generated,
-    bank: Bank,
+    bank: Bank | BankInParts,
     layers: Sequence[str],
     objective: Objective,
 ) -> None:
@@ -69,7 +69,7 @@ def gradient_noise(
     model: nn.Module,
     architecture: Architecture,
     generated: Generated,
-    bank: Bank,
+    bank: Bank | BankInParts,
     layers: Sequence[str],
     objective: Objective,
 ) -> float:

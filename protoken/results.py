@@ -58,6 +58,9 @@ class Trace:
     token_residual    [T] what no client accounts for, per token
     residual, change  sum(totals) + residual == change
     layer_totals      [L, K] totals by layer of info.layers, or None
+    token_layer_scores  [T, L, K] = token_scores by layer, where granularity "layer" was asked for, else None
+    position_scores   [S, K], S = P - 1 + T positions that entered the model, prompt first: totals by the position
+                      whose activations carried them; where granularity "position" was asked for, else None
     start             where token 0 stands in the generation this trace was cut from
     standard_errors   [K] of the totals, where they were sampled, else None
 
@@ -80,6 +83,8 @@ class Trace:
     info: TraceInfo
     start: int = 0
     standard_errors: Array | None = None
+    token_layer_scores: Array | None = None
+    position_scores: Array | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -90,7 +95,7 @@ class Trace:
         put("prompt_ids", tuple(operator.index(i) for i in self.prompt_ids))
         put("token_list", tuple(self.token_list))
         put("client_ids", tuple(utf8("client_ids", client) for client in self.client_ids))
-        tokens, clients = len(self.token_list), len(self.client_ids)
+        tokens, clients, layers = len(self.token_list), len(self.client_ids), len(self.info.layers)
         if not clients or len(set(self.client_ids)) != clients:
             raise ArgumentError("client_ids", expected="at least one, all different", got=self.client_ids)
         if "".join(token.text for token in self.token_list) != self.response:
@@ -103,13 +108,15 @@ class Trace:
             "objective_values": ((tokens,), "[T]"),
             "token_scores": ((tokens, clients), "[T, K]"),
             "token_residual": ((tokens,), "[T]"),
-            "layer_totals": ((len(self.info.layers), clients), "[L, K]"),
+            "layer_totals": ((layers, clients), "[L, K]"),
             "standard_errors": ((clients,), "[K]"),
+            "token_layer_scores": ((tokens, layers, clients), "[T, L, K]"),
+            "position_scores": ((max(len(self.prompt_ids) - 1 + tokens, 0), clients), "[S, K]"),
         }
+        needed = ("weights", "totals", "objective_values")
         for name, (shape, axes) in shapes.items():
             value = getattr(self, name)
-            optional = name in ("token_scores", "token_residual", "layer_totals", "standard_errors")
-            put(name, None if value is None and optional else frozen_array(name, value, shape, axes))
+            put(name, None if value is None and name not in needed else frozen_array(name, value, shape, axes))
         for name in ("residual", "change"):
             put(name, finite(name, getattr(self, name)))
         put("start", operator.index(self.start))
@@ -172,8 +179,9 @@ class Trace:
     def span(self, start: int, stop: int) -> Trace:
         """The same trace restricted to tokens start..stop (half-open).
 
-        Totals, residual and change are those tokens' own; layer_totals, which are of the whole answer,
-        become None. ArgumentError unless 0 <= start < stop <= T, or for a totals-only trace.
+        Totals, residual and change are those tokens' own; layer_totals (unless layers are known per token) and
+        position_scores are of the whole answer and become None. ArgumentError unless 0 <= start < stop <= T, or for a
+        totals-only trace.
         """
         scores, residuals = self._need_token_scores("span")
         i, j = operator.index(start), operator.index(stop)
@@ -182,6 +190,7 @@ class Trace:
             raise ArgumentError("span", expected=limit, got=(i, j), remedy="Token indices are trace.tokens[n].index")
         kept = self.token_list[i:j]
         totals, residual = scores[i:j].sum(axis=0), float(residuals[i:j].sum())
+        apart = None if self.token_layer_scores is None else self.token_layer_scores[i:j]
         return replace(
             self,
             response="".join(token.text for token in kept),
@@ -192,7 +201,9 @@ class Trace:
             token_residual=residuals[i:j],
             residual=residual,
             change=float(totals.sum()) + residual,
-            layer_totals=None,
+            layer_totals=None if apart is None else apart.sum(axis=0),
+            token_layer_scores=apart,
+            position_scores=None,
             standard_errors=None,
             start=self.start + i,
         )
@@ -210,7 +221,7 @@ class Trace:
                 asked,
                 expected="a trace with scores per token",
                 got="sequence totals only",
-                remedy="Trace again in a way that scores tokens, such as the local way",
+                remedy='Trace again with granularity="token"',
             )
         return self.token_scores, self.token_residual
 
@@ -296,14 +307,16 @@ class Trace:
 
         return load(path)
 
-    def to_dataframe(self) -> Any:
-        """Long form, T*K rows: columns index, id, token, client, score; needs pandas.
+    def to_dataframe(self, granularity: str = "token") -> Any:
+        """Long form, one score per row; needs pandas.
 
-        MissingDependencyError without it, ArgumentError for a totals-only trace.
+        "token": T K rows with columns index, id, token, client, score. "layer": T L K rows, with a column layer before
+        client. "position": S K rows with position, id, client, score. "sequence": K rows with client, score.
+        MissingDependencyError without pandas, ArgumentError for a granularity that this trace does not have.
         """
-        from protoken.results_export import to_dataframe
+        from protoken.results_frame import to_dataframe
 
-        return to_dataframe(self)
+        return to_dataframe(self, granularity)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trace):

@@ -101,6 +101,13 @@ def check_sums(trace: Trace) -> None:
         named = zip(trace.client_ids, scores.sum(axis=0), totals, strict=True)
         sums += [(f"totals of {client}", float(total), float(given)) for client, total, given in named]
         sums.append(("residual", float(inside.sum()), trace.residual))
+    for name in ("position_scores", "token_layer_scores"):
+        parts = getattr(trace, name)
+        if parts is not None:
+            size += float(np.abs(parts).sum())
+            whole = parts.reshape(-1, len(totals)).sum(axis=0)
+            pairs = zip(trace.client_ids, whole, totals, strict=True)
+            sums += [(f"{name} of {client}", float(total), float(given)) for client, total, given in pairs]
     for name, expected, got in sums:
         if abs(expected - got) > SUM_TOLERANCE * size:
             raise ArgumentError(name, expected=f"{expected:.9g} as its parts add up to", got=f"{got:.9g}")

@@ -1,4 +1,4 @@
-"""A trace as JSON and as a table.
+"""A trace as JSON.
 
 The JSON is plain and schema-versioned; floats are written in Python's shortest exact form, so they come
 back bit for bit. Reading trusts nothing: size cap, no duplicate keys, no NaN, every field checked.
@@ -11,9 +11,7 @@ import os
 import stat
 from typing import Any
 
-import numpy as np
-
-from protoken.errors import ArgumentError, MissingDependencyError, ProtokenError, TraceFormatError
+from protoken.errors import ArgumentError, ProtokenError, TraceFormatError
 from protoken.results import Trace
 from protoken.results_parts import Token, TraceInfo
 
@@ -46,6 +44,8 @@ def to_dict(trace: Trace) -> dict[str, Any]:
         "conservation_residual": trace.conservation_residual,
         "layer_totals": None if trace.layer_totals is None else trace.layer_totals.tolist(),
         "standard_errors": None if trace.standard_errors is None else trace.standard_errors.tolist(),
+        "token_layer_scores": None if trace.token_layer_scores is None else trace.token_layer_scores.tolist(),
+        "position_scores": None if trace.position_scores is None else trace.position_scores.tolist(),
         "info": {
             "method": info.method,
             "way": info.way,
@@ -61,6 +61,8 @@ def to_dict(trace: Trace) -> dict[str, Any]:
             "seconds_trace": info.seconds_trace,
             "generate_arguments": info.generate_arguments,
             "settings": info.settings,
+            "granularity": info.granularity,
+            "reason": info.reason,
             "created": info.created,
         },
     }
@@ -68,6 +70,9 @@ def to_dict(trace: Trace) -> dict[str, Any]:
 
 # Written for the reader, computed from the rest when read.
 _DERIVED = {"unit", "shares", "conservation_residual"}
+# Not yet there in the first files of this schema.
+_LATER = {"standard_errors", "token_layer_scores", "position_scores"}
+_LATER_FACTS = {"settings", "granularity", "reason"}
 
 
 def from_dict(data: object) -> Trace:
@@ -80,9 +85,9 @@ def from_dict(data: object) -> Trace:
         raise TraceFormatError("schema", expected=SCHEMA, got=repr(entry.get("schema"))[:80], remedy=remedy)
     names = "prompt prompt_ids response start tokens clients weights totals token_scores objective_values"
     names += " token_residual residual change layer_totals info"
-    _keys("trace", entry, {*names.split(), "format", "schema"}, {*_DERIVED, "standard_errors"})
+    _keys("trace", entry, {*names.split(), "format", "schema"}, {*_DERIVED, *_LATER})
     facts = _object("info", entry["info"])
-    _keys("info", facts, set(TraceInfo.__dataclass_fields__) - {"settings"}, {"settings"})
+    _keys("info", facts, set(TraceInfo.__dataclass_fields__) - _LATER_FACTS, _LATER_FACTS)
     try:
         return Trace(
             prompt=entry["prompt"],
@@ -101,6 +106,8 @@ def from_dict(data: object) -> Trace:
             info=_info(facts),
             start=_integers("start", [entry["start"]])[0],
             standard_errors=_optional_numbers("standard_errors", entry.get("standard_errors"), 1),
+            token_layer_scores=_optional_numbers("token_layer_scores", entry.get("token_layer_scores"), 3),
+            position_scores=_optional_numbers("position_scores", entry.get("position_scores"), 2),
         )
     except TraceFormatError:
         raise
@@ -141,26 +148,6 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Trace:
     except (ValueError, RecursionError) as error:
         raise TraceFormatError("path", expected="UTF-8 JSON", got=str(error)[:300]) from error
     return from_dict(data)
-
-
-def to_dataframe(trace: Trace) -> Any:
-    """Long form, T*K rows, token by token: columns index, id, token, client, score."""
-    scores, _ = trace._need_token_scores("to_dataframe")
-    try:
-        import pandas
-    except ImportError as error:
-        remedy = "Install it: pip install 'protoken[pandas]'"
-        raise MissingDependencyError("to_dataframe", expected="pandas", remedy=remedy) from error
-    count, clients = len(trace.token_list), len(trace.client_ids)
-    return pandas.DataFrame(
-        {
-            "index": np.repeat(np.arange(count), clients),
-            "id": np.repeat(np.array([token.id for token in trace.token_list], dtype=np.int64), clients),
-            "token": [token.text for token in trace.token_list for _ in range(clients)],
-            "client": list(trace.client_ids) * count,
-            "score": scores.reshape(-1),
-        }
-    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class TraceInfo:
 
     method              "protoken", "paper", ...
     way                 "local", "reverse", "forward" or the oracle's own name
+    granularity         "sequence", "token", "layer" (token and layer) or "position"
+    reason              why this way was taken
     objective           "log_prob" (scores in nats) or "logit" (scores in logit units)
     layers, rounds      traced module names; ledger rounds, 1-based
     backend             which implementation did the projection
@@ -70,13 +72,16 @@ class TraceInfo:
     seconds_trace: float = 0.0
     generate_arguments: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    granularity: str = ""
+    reason: str = ""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
         if self.objective not in UNITS:
             raise ArgumentError("objective", expected=" or ".join(UNITS), got=self.objective)
         clean: dict[str, Any] = {
-            name: utf8(name, getattr(self, name)) for name in ("method", "way", "backend", "model", "ledger", "created")
+            name: utf8(name, getattr(self, name))
+            for name in ("method", "way", "granularity", "reason", "backend", "model", "ledger", "created")
         }
         clean["layers"] = tuple(utf8("layers", layer) for layer in self.layers)
         clean["rounds"] = tuple(operator.index(number) for number in self.rounds)

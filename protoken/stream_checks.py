@@ -61,7 +61,7 @@ def checked_arguments(model: Any, prompt: object, arguments: Mapping[str, Any]) 
             remedy="Give the prompt's own tokens, or use protoken.tracing for padded batches",
         )
     left = {name: value for name, value in arguments.items() if name not in _FIXED}
-    check_arguments(left)
+    check_arguments(model, left)
     return left
 
 
@@ -84,8 +84,6 @@ def _refuse_modes(model: Any, arguments: Mapping[str, Any]) -> None:
             value = getattr(source, name, None) if value is None else value
         if not any(value is one or (type(value) in (int, float, bool) and value == one) for one in harmless):
             raise GenerationError(name, expected=f"{harmless[-1]} to stream", got=_shown(value), remedy=remedy)
-    if arguments.get("cache_implementation") == "paged":
-        raise GenerationError("cache_implementation", expected="a cache of one sequence", got="paged", remedy=_LATER)
 
 
 def _shown(value: object) -> object:

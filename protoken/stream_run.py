@@ -17,14 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .assembly import assemble, model_name
 from .attachment import Attachment
-from .attribution import Plan, assemble, model_name
 from .bank import Bank
 from .counterfactual import remember
 from .handover import OwnSeed
 from .layer_bank import scores
 from .leaf_tap import LeafTap, TokenRelevance
 from .patching import evaluation_mode
+from .plan import Plan
+from .precision import warn_of_noise
 from .projection import Scores, project_local
 from .relevance import LocalRelevance, Response
 from .results import Trace
@@ -162,6 +164,8 @@ class _Step(BaseStreamer):  # type: ignore[misc]
         """The token at the end of ids [1, n + 1] has just been chosen."""
         began, run = time.perf_counter(), self.run
         found = self.tap.relevance(ids)
+        if not run.found:
+            self._check_precision()
         own = run.project(found)
         self.totals += own
         token = int(ids[0, -1])
@@ -172,6 +176,13 @@ class _Step(BaseStreamer):  # type: ignore[misc]
         run.found.append(found)
         run.seconds_scoring += time.perf_counter() - began
         self._hand_over()
+
+    def _check_precision(self) -> None:
+        """Of the prompt's own token, whose block was captured."""
+        run, first = self.run, self.tap.replayed
+        if first is not None:
+            with self.tap.paused():
+                warn_of_noise(run.model, run.own.architecture, first, run.bank, run.plan.layers, run.plan.objective)
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then each token."""

@@ -20,14 +20,15 @@ import torch
 from transformers import PreTrainedModel
 
 from .attachment import attachment_of, make_attachment
-from .attribution import make_plan
 from .bank import Rounds, select_rounds
 from .dispatch import choose
 from .generation import complete_arguments
 from .handover import pulled
 from .layers import input_device
 from .ledger import Ledger
+from .options import Options
 from .patching import refuse_inference_mode
+from .plan import make_plan
 from .relevance import Objective
 from .results import Trace
 from .stream_checks import checked_arguments
@@ -121,19 +122,18 @@ def stream(
     arguments = checked_arguments(model, prompt, generate_arguments)
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
-    plan = make_plan(own.architecture, 1, layers, "local", objective, "protoken", backend)
+    options = Options(rounds, 1, layers, "local", "token", objective, "protoken", backend)
+    plan = make_plan(own.architecture, options)
     bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
     device = input_device(model)
     choose("client_scores", backend, device)
     ids = encode_prompt(tokenizer, prompt, chat)
     check_ids(model, ids)
     row = as_row(ids, device)
-    complete = complete_arguments(model, arguments, len(ids))
+    complete = complete_arguments(model, arguments, len(ids), tokenizer)
     complete.setdefault("attention_mask", torch.ones_like(row))
     # A compiled pass ignores hooks that were placed after its compilation.
     complete["disable_compile"] = True
-    if complete.get("stop_strings") and tokenizer is not None:
-        complete["tokenizer"] = tokenizer
     run = StreamRun(model, own, tokenizer, plan, bank, row, complete, arguments, seed)
     found = Stream(run)
     if on_token is not None:

@@ -28,10 +28,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int
         chat: wrap text as one user turn of the tokenizer's chat template. None: if it has a template.
 
     Raises:
-        PromptError: empty, of another type, or a chat template is needed and the tokenizer has none.
+        PromptError: empty, several prompts, of another type, or a chat template is needed and the tokenizer has none.
     """
     if isinstance(prompt, Tensor):
-        prompt = prompt.flatten().tolist()
+        prompt = _one_row(prompt)
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
         return _not_empty([int(token) for token in prompt])  # type: ignore[arg-type]
     if tokenizer is None:
@@ -48,6 +48,18 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int
             return _not_empty(tokenizer(prompt)["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
     return _not_empty(_encode_conversation(tokenizer, prompt))
+
+
+def _one_row(ids: Tensor) -> list[int]:
+    """Ids [n] or [1, n]; rows run together would be a prompt that nobody wrote."""
+    if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != 1) or ids.is_floating_point():
+        raise PromptError(
+            "prompt",
+            expected="the token ids of one prompt, [n] or [1, n]",
+            got=f"{ids.dtype} of shape {tuple(ids.shape)}",
+            remedy="Trace one prompt per call, or a batch by model.generate inside protoken.tracing",
+        )
+    return [int(token) for token in ids.flatten().tolist()]
 
 
 def _encode_conversation(tokenizer: Any, conversation: Any) -> list[int]:

@@ -9,24 +9,22 @@ objective of token t. Over all clients they add up to <(G - G_prev) x, g> but fo
 
 from __future__ import annotations
 
-import time
 from os import PathLike
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .attachment import attachment_of, make_attachment
-from .attribution import Method, Way, assemble, attribute, make_plan, model_name, read_source
 from .bank import Rounds
-from .counterfactual import remember
-from .generation import check_arguments, complete_arguments, generate
+from .estimate import estimate
+from .generation import bound_of, check_arguments, complete_arguments
 from .layers import input_device
 from .ledger import Ledger
-from .methods.replayed import Settings
-from .patching import evaluation_mode, refuse_inference_mode
+from .options import Granularity, Method, Options, Way
+from .patching import refuse_inference_mode
 from .relevance import Objective
 from .results import Trace
+from .session import Session
 from .text import Prompt, as_row, check_ids, encode_prompt
 
 
@@ -40,11 +38,13 @@ def trace(
     blocks: int | None = None,
     layers: list[str] | None = None,
     way: Way = "auto",
+    granularity: Granularity = "auto",
     objective: Objective | None = None,
     method: Method = "protoken",
     backend: str = "auto",
     nodes: int = 4,
     pairs: int | None = None,
+    memory_limit: int | str | None = None,
     chat: bool | None = None,
     seed: int | None = None,
     **generate_arguments: Any,
@@ -53,16 +53,31 @@ def trace(
 
     Args:
         model: the global model; left exactly as it was found, also after an error.
-        prompt: text, a conversation ([{"role": "user", "content": ...}]), or token ids.
+        prompt: text, a conversation ([{"role": "user", "content": ...}]), or the token ids of one prompt.
         ledger: the federation's ledger or its path, unless one was attached with `protoken.attach`.
         tokenizer: likewise.
         rounds: "last", "all" (each client's weighted deltas summed: its lineage), a number, or several.
         blocks: trace the last `blocks` blocks: attention out-projection and MLP-final layer of each. None: one block
             for "protoken" and "paper", and every parameter that the ledger records for the other methods.
         layers: names or shell patterns of linear layers to trace in those blocks instead.
-        way: "local" (scores per token, one block), "forward" (scores per token, any number of blocks) or "reverse"
-            (totals of the whole response only, any number of blocks, cheapest for many clients); "auto" takes the
-            local way where it is exact (the last block's two default layers), else the forward way.
+        way: how the scores are found; all three are exact, where they are exact at all. With P the work of one pass
+            through the traced blocks, T new tokens and K clients:
+
+            "local"    layers past the last attention only    T rows through the rest of one block
+            "forward"  any layers                             K + 1 tangents, each about 1.6 P; by layer L times that
+            "reverse"  any layers                             2 P for totals; T backward passes of 1.6 P for tokens
+
+            "auto" takes the local way where it is exact, for totals and positions the reverse one, else whichever of
+            forward and reverse is less work (`protoken.cost`). `trace.info.way` and `.reason` say what was taken.
+        granularity: what a score is of.
+
+            "sequence"  client                    trace.totals                  local, reverse
+            "token"     token x client            trace.token_scores            local, forward, reverse
+            "layer"     token x client x layer    trace.token_layer_scores      local, forward, reverse
+            "position"  position x client         trace.position_scores         reverse: at which position of prompt
+                        and response the client's update acted; needs layers that other positions can see (blocks=2)
+
+            "auto" is "sequence" if way="reverse" was asked for, else "token". Finer ones bring the coarser ones.
         objective: "log_prob" (default) or "logit" (the paper's, and the default of method "paper").
         method: "protoken" (first order at G); "paper" (the published algorithm as it stands, slow, for comparison);
             "aumann_shapley", "shapley", "paired_shapley", "leave_one_out" (beyond first order: the response is replayed
@@ -72,61 +87,45 @@ def trace(
         nodes: gradients along the path of "aumann_shapley" (totals; way="forward" scores every token).
         pairs: sampled pairs of orders of "shapley" (None: exact up to 8 clients, 16 pairs above) and of coalitions of
             "paired_shapley" (None: as many as clients).
+        memory_limit: ceiling for what attribution allocates on top of the model and its generation, in bytes or as
+            "2GB", "512MiB". It is kept by working on fewer tokens, clients and blocks at a time, with the same scores
+            but for rounding; `estimate` says what is needed. Without one a bank of clients' updates above 1 GiB is
+            still read from the ledger a few clients at a time.
         chat: wrap text in the tokenizer's chat template; None: if it has one.
         seed: seed of this generation alone.
         **generate_arguments: for the model's own `generate`. Without a length, 64 new tokens at most.
 
     Returns:
-        A `Trace` with scores [T, K], or with totals [K] only (way "reverse").
+        A `Trace` with scores of the granularity asked for.
 
     Raises:
         ModelError: no ledger attached, not a causal language model, or inference mode.
         PromptError: empty, too long for the model's window, out of its vocabulary, or no chat template.
-        ArgumentError, LayerError, UnknownRoundError, BackendError: a choice that is not there.
+        ArgumentError, LayerError, UnknownRoundError, BackendError: a choice that is not there, or a memory limit that
+            is too low (the message says what would be enough).
         LedgerMismatchError: the ledger was written for other weights.
         GenerationError: this way of generating cannot be traced.
     """
     refuse_inference_mode(model)
-    check_arguments(generate_arguments)
-    own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
-    tokenizer = own.tokenizer if tokenizer is None else tokenizer
-    settings = Settings(nodes=nodes, pairs=pairs, seed=seed or 0)
-    plan = make_plan(own.architecture, blocks, layers, way, objective, method, backend, settings)
-    bank = read_source(own, model, plan, rounds)
-    ids = encode_prompt(tokenizer, prompt, chat)
+    check_arguments(model, generate_arguments)
+    options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
+    session = Session.of(model, ledger, tokenizer, options, seed=seed)
+    ids = encode_prompt(session.tokenizer, prompt, chat)
     check_ids(model, ids)
-    arguments = complete_arguments(model, generate_arguments, len(ids))
+    arguments = complete_arguments(model, generate_arguments, len(ids), session.tokenizer)
+    session.check_memory(len(ids), bound_of(model, arguments, len(ids)))
 
     row = as_row(ids, input_device(model))
     mask = arguments.setdefault("attention_mask", torch.ones_like(row))
-
-    began = time.perf_counter()
-    with evaluation_mode(model):
-        _, (generated,) = generate(
-            model,
-            own.architecture,
-            {"inputs": row, **arguments},
-            call=model.generate,
-            prompt=row,
-            attention_mask=mask,
-            first_block=plan.first_block,
-            sequence=plan.needs_sequence,
-            seed=seed,
-        )
-        generated_at = time.perf_counter()
-        scores = attribute(model, own.architecture, generated, bank, plan, own.ledger)
-    trace = assemble(
-        tokenizer,
-        generated.response,
-        bank,
-        scores,
-        plan,
-        model=model_name(model),
-        ledger=own.ledger.run,
+    _, (trace,) = session.run(
+        {"inputs": row, **arguments},
+        call=model.generate,
+        prompt=row,
+        attention_mask=mask,
+        given=generate_arguments,
         seed=seed,
-        seconds_generate=generated_at - began,
-        seconds_trace=time.perf_counter() - began,
-        generate_arguments=generate_arguments,
     )
-    remember(trace, model, own)
     return trace
+
+
+trace.estimate = estimate  # type: ignore[attr-defined]

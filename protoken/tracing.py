@@ -7,9 +7,8 @@ each returned sequence gets a trace of its own, in the order of the output's row
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -18,18 +17,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attachment import Attachment, attachment_of, make_attachment
-from .attribution import Method, Plan, Way, assemble, attribute, make_plan, model_name, read_source
-from .bank import Bank, Rounds
-from .counterfactual import remember
+from .bank import Rounds
+from .continuous import ContinuousBatches
 from .errors import GenerationError
-from .generation import Generated, generate
+from .generation import bound_of, refuse_paged
 from .ledger import Ledger
-from .methods.replayed import Settings
-from .methods.weights import Updates
-from .patching import evaluation_mode, refuse_inference_mode, replaced_method
+from .options import Granularity, Method, Options, Way
+from .patching import refuse_inference_mode, replaced_method
 from .relevance import Objective
 from .results import Trace
+from .session import Session
 
 
 @dataclass
@@ -62,29 +59,34 @@ def tracing(
     blocks: int | None = None,
     layers: list[str] | None = None,
     way: Way = "auto",
+    granularity: Granularity = "auto",
     objective: Objective | None = None,
     method: Method = "protoken",
     backend: str = "auto",
     nodes: int = 4,
     pairs: int | None = None,
+    memory_limit: int | str | None = None,
 ) -> Iterator[Tape]:
-    """Trace every `model.generate(...)` inside the `with`.
+    """Trace every `model.generate(...)` and `model.generate_batch(...)` inside the `with`.
 
-    Args and errors are those of `protoken.trace`. A call that cannot be traced (embeddings instead of ids, an
-    encoder, padding on the right) raises `GenerationError` before anything is generated.
+    Args and errors are those of `protoken.trace`. A call that cannot be traced (embeddings instead of ids, an encoder,
+    padding on the right, a manager of continuous batching that outlives its call) raises `GenerationError` before
+    anything is generated. Where a call is interrupted, its error goes through, the traces of earlier calls stay on the
+    tape, and the model is as it was.
 
     >>> with protoken.tracing(model) as tape:
     ...     out = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=32)
     >>> tape.traces[0].show()
     """
     refuse_inference_mode(model)
-    own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
-    settings = Settings(nodes=nodes, pairs=pairs)
-    plan = make_plan(own.architecture, blocks, layers, way, objective, method, backend, settings)
-    bank = read_source(own, model, plan, rounds)
-    tokenizer = own.tokenizer if tokenizer is None else tokenizer
-    recorder = _Recorder(model, model.generate, own, tokenizer, plan, bank)
-    with replaced_method(model, "generate", recorder.generate):
+    options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
+    recorder = _Recorder(Session.of(model, ledger, tokenizer, options), model.generate)
+    with ExitStack() as stack:
+        stack.enter_context(replaced_method(model, "generate", recorder.generate))
+        if hasattr(model, "generate_batch"):
+            batches = ContinuousBatches(recorder.session, recorder.tape.calls)
+            for name, own in batches.methods().items():
+                stack.enter_context(replaced_method(model, name, own))
         yield recorder.tape
 
 
@@ -92,51 +94,26 @@ def tracing(
 class _Recorder:
     """Stands in for one model's `generate` for the length of a `with`."""
 
-    model: PreTrainedModel
+    session: Session
     call: Callable[..., Any]
-    own: Attachment
-    tokenizer: Any
-    plan: Plan
-    bank: Bank | Updates
     tape: Tape = field(default_factory=Tape)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        refuse_inference_mode(self.model)
+        model = self.session.model
+        refuse_inference_mode(model)
         prompt = _prompt_of(inputs, args, kwargs)
+        refuse_paged(model, kwargs)
+        self.session.check_memory(prompt.shape[1], bound_of(model, kwargs, prompt.shape[1]))
         arguments = dict(kwargs) if inputs is None else {"inputs": inputs, **kwargs}
-        began = time.perf_counter()
-        with evaluation_mode(self.model):
-            output, found = generate(
-                self.model,
-                self.own.architecture,
-                arguments,
-                call=self.call,
-                prompt=prompt,
-                attention_mask=_mask_of(self.model, prompt, arguments),
-                first_block=self.plan.first_block,
-                sequence=self.plan.needs_sequence,
-            )
-            generated_at = time.perf_counter()
-            self.tape.calls.append([self._trace(one, generated_at - began, kwargs) for one in found])
-        return output
-
-    def _trace(self, generated: Generated, seconds_generate: float, arguments: dict[str, Any]) -> Trace:
-        began = time.perf_counter()
-        scores = attribute(self.model, self.own.architecture, generated, self.bank, self.plan, self.own.ledger)
-        trace = assemble(
-            self.tokenizer,
-            generated.response,
-            self.bank,
-            scores,
-            self.plan,
-            model=model_name(self.model),
-            ledger=self.own.ledger.run,
-            seconds_generate=seconds_generate,
-            seconds_trace=seconds_generate + time.perf_counter() - began,
-            generate_arguments={k: v for k, v in arguments.items() if not isinstance(v, Tensor)},
+        output, traces = self.session.run(
+            arguments,
+            call=self.call,
+            prompt=prompt,
+            attention_mask=_mask_of(model, prompt, arguments),
+            given={k: v for k, v in kwargs.items() if not isinstance(v, Tensor)},
         )
-        remember(trace, self.model, self.own)
-        return trace
+        self.tape.calls.append(traces)
+        return output
 
 
 def _prompt_of(inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 
 from protoken.attachment import make_attachment
-from protoken.attribution import Method, Way, attribute, make_plan, read_source
+from protoken.attribution import attribute, read_source
 from protoken.bank import Rounds
 from protoken.capture import Capture, capturing, run_whole
 from protoken.evaluation.base_model import BaseModel
 from protoken.generation import Generated
 from protoken.ledger import Ledger
-from protoken.methods.replayed import Settings as MethodSettings
+from protoken.options import Method, Options, Way
 from protoken.patching import evaluation_mode
+from protoken.plan import make_plan
 from protoken.relevance import Objective, Response
 from protoken.results_checks import Array
 
@@ -128,11 +129,17 @@ def score(
     captures = _Captures(base.model, own.architecture)
     found = []
     for scorer in scorers:
-        settings = MethodSettings(nodes=scorer.nodes, pairs=scorer.pairs)
-        layers = None if scorer.layers is None else list(scorer.layers)
-        plan = make_plan(
-            own.architecture, scorer.blocks, layers, scorer.way, scorer.objective, scorer.method, "auto", settings
+        options = Options(
+            rounds=scorer.rounds,
+            blocks=scorer.blocks,
+            layers=scorer.layers,
+            way=scorer.way,
+            objective=scorer.objective,
+            method=scorer.method,
+            nodes=scorer.nodes,
+            pairs=scorer.pairs,
         )
+        plan = make_plan(own.architecture, options)
         source = read_source(own, base.model, plan, scorer.rounds)
         chosen = answers[: scorer.limit]
         scored = Scored(scorer, source.clients, np.zeros((len(chosen), len(source.clients))))
@@ -140,7 +147,7 @@ def score(
             for n, one in enumerate(chosen):
                 generated = captures.of(plan, n, one.response)
                 began = time.perf_counter()
-                scores = attribute(base.model, own.architecture, generated, source, plan, own.ledger)
+                _, scores = attribute(base.model, own.architecture, generated, source, plan, own.ledger)
                 scored.seconds.append(time.perf_counter() - began)
                 scored.scores[n] = scores.totals.numpy()
                 scored.residuals.append(abs(scores.residual / scores.change) if scores.change else float("nan"))

@@ -60,7 +60,7 @@ def sentences(trace: Trace) -> list[dict[str, Any]]:
 
 
 def grids(trace: Trace, view: View) -> list[dict[str, Any]]:
-    """Scores per token and client, and per layer and client, where the trace has them."""
+    """Scores per token and client, per layer and client, per position and client, where the trace has them."""
     found = []
     if trace.token_scores is not None and view.tokens and trace.token_scores.size <= _MAX_CELLS:
         labels = [
@@ -73,6 +73,11 @@ def grids(trace: Trace, view: View) -> list[dict[str, Any]]:
     if layers is not None and len(layers) and layers.size <= _MAX_CELLS:
         labels = [[list(pieces(layer, lines=False))] for layer in trace.info.layers]
         found.append(_grid("Layer by layer", ["Layer"], labels, layers, trace, view))
+    positions = trace.position_scores
+    if positions is not None and len(positions) and positions.size <= _MAX_CELLS:
+        ids = [*trace.prompt_ids, *(token.id for token in trace.token_list)]
+        labels = [[[(str(place), False)], [(str(ids[place]), False)]] for place in range(len(positions))]
+        found.append(_grid("Position by position", ["Position", "Token id"], labels, positions, trace, view))
     return found
 
 
@@ -94,6 +99,7 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
     info = trace.info
     entries: list[tuple[str, str]] = [
         ("Method", f"{info.method}, {info.way} way"),
+        ("Why this way", info.reason),
         ("Objective", f"{OBJECTIVES[info.objective]} of each generated token, in {trace.unit}"),
         ("Model", info.model),
         ("Ledger", info.ledger),

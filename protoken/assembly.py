@@ -1,0 +1,97 @@
+"""From scores to a `Trace`: tokens with their text, numbers as arrays, and how it all came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .bank import Bank, LedgerBank
+from .dispatch import choose
+from .methods.weights import Updates
+from .plan import Plan
+from .projection import Scores
+from .relevance import Response
+from .results import Trace, TraceInfo
+from .text import tokens_of
+from .versions import versions
+
+
+def assemble(
+    tokenizer: Any,
+    response: Response,
+    bank: Bank | LedgerBank | Updates,
+    scores: Scores,
+    plan: Plan,
+    *,
+    generate_arguments: Mapping[str, Any],
+    **measured: Any,
+) -> Trace:
+    """The trace object: numbers as float64 arrays, tokens with their text, and how it all came about."""
+    ids = response.ids[0].tolist()
+    prompt_ids, new_ids = ids[: response.prompt_length], ids[response.prompt_length :]
+    tokens = tokens_of(tokenizer, prompt_ids, new_ids)
+    info = TraceInfo(
+        method=plan.method,
+        way=plan.way,
+        granularity=plan.granularity,
+        reason=plan.reason,
+        objective=plan.objective,
+        layers=_layers_of(scores, bank, plan),
+        rounds=bank.rounds,
+        settings=scores.settings,
+        backend=_picked(plan, response.ids.device),
+        versions=versions(),
+        generate_arguments={name: _printable(value) for name, value in generate_arguments.items()},
+        **measured,
+    )
+    return Trace(
+        prompt=tokenizer.decode(prompt_ids) if tokenizer is not None else "",
+        prompt_ids=tuple(prompt_ids),
+        response="".join(token.text for token in tokens),
+        token_list=tokens,
+        client_ids=bank.clients,
+        weights=bank.weights.numpy(),
+        token_scores=_array(scores.tokens),
+        totals=scores.totals.numpy(),
+        objective_values=scores.objective.numpy(),
+        token_residual=_array(scores.residual_tokens),
+        residual=scores.residual,
+        change=scores.change,
+        layer_totals=_array(scores.layer_totals),
+        standard_errors=_array(scores.standard_errors),
+        token_layer_scores=_array(scores.layer_tokens),
+        position_scores=_array(scores.positions),
+        info=info,
+    )
+
+
+def _array(values: Tensor | None) -> Any:
+    return None if values is None else values.numpy()
+
+
+def _layers_of(scores: Scores, source: Bank | LedgerBank | Updates, plan: Plan) -> tuple[str, ...]:
+    """The layers of the record. A baseline's totals are of the whole model at once: its one row has no layer's name."""
+    layers = source.layers if isinstance(source, Updates) else plan.layers
+    return layers if scores.layer_totals is None or len(scores.layer_totals) == len(layers) else ("all",)
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """Where the model came from, or its class."""
+    return str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+
+
+def _picked(plan: Plan, device: torch.device) -> str:
+    if plan.method == "paper" or (plan.replays and plan.way != "reverse"):
+        return "torch"
+    if plan.way == "reverse" and plan.granularity != "sequence":
+        return "torch"
+    op = "client_totals" if plan.way == "reverse" else "client_scores"
+    return choose(op, plan.backend, device).name
+
+
+def _printable(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)[:200]

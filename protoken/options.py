@@ -1,0 +1,106 @@
+"""Every choice of one attribution, in one place: what `trace`, `tracing` and `estimate` take alike.
+
+Their signatures stay explicit, for readers and editors; each hands its arguments on as one `Options`, and a test holds
+the three signatures against its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .bank import Rounds
+from .dispatch import ORDER
+from .errors import ArgumentError
+from .relevance import Objective
+
+Way = Literal["auto", "local", "reverse", "forward"]
+Granularity = Literal["auto", "sequence", "token", "layer", "position"]
+Method = Literal[
+    "protoken",
+    "paper",
+    "aumann_shapley",
+    "shapley",
+    "paired_shapley",
+    "leave_one_out",
+    "chance",
+    "aggregation_weight",
+    "update_norm",
+    "cosine",
+    "client_log_prob",
+    "activation_only",
+    "head_only",
+    "tracefl",
+]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices as the caller gave them; `protoken.trace` says what each means.
+
+    Raises:
+        ArgumentError: a word that is none of those known, or a memory limit that is no size.
+    """
+
+    rounds: Rounds = "last"
+    blocks: int | None = None
+    layers: Sequence[str] | None = None
+    way: Way = "auto"
+    granularity: Granularity = "auto"
+    objective: Objective | None = None
+    method: Method = "protoken"
+    backend: str = "auto"
+    nodes: int = 4
+    pairs: int | None = None
+    memory_limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        _check_word("method", self.method, get_args(Method))
+        _check_word("way", self.way, get_args(Way))
+        _check_word("granularity", self.granularity, get_args(Granularity))
+        _check_word("backend", self.backend, ("auto", *ORDER))
+        _check_word("objective", self.resolved_objective, get_args(Objective))
+        object.__setattr__(self, "memory_limit", bytes_of(self.memory_limit))
+
+    @property
+    def resolved_objective(self) -> Objective:
+        """The published method attributes the raw logit, all others the log-probability."""
+        return self.objective or ("logit" if self.method == "paper" else "log_prob")
+
+    @property
+    def limit(self) -> int | None:
+        """The memory limit in bytes."""
+        assert not isinstance(self.memory_limit, str)
+        return self.memory_limit
+
+
+def bytes_of(size: int | str | None) -> int | None:
+    """A size in bytes: a whole number, or a text like "2GB" (10^9), "512 MiB" (2^20), "1.5G".
+
+    Raises:
+        ArgumentError: neither, or less than one byte.
+    """
+    if size is None:
+        return None
+    count: float = -1
+    if isinstance(size, str):
+        text = size.strip().lower().removesuffix("b")
+        unit = text.lstrip("0123456789. ")
+        number = text[: len(text) - len(unit)].strip()
+        if unit in _UNITS and number.count(".") <= 1 and number.strip("."):
+            count = float(number) * _UNITS[unit]
+    elif type(size) is int:
+        count = size
+    if count < 1:
+        raise ArgumentError(
+            "memory_limit", expected='a number of bytes above 0, or a size like "2GB" or "512MiB"', got=size
+        )
+    return int(count)
+
+
+def _check_word(argument: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(argument, expected=f"one of {', '.join(known)}", got=value)

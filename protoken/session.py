@@ -1,0 +1,113 @@
+"""What `trace` does once and `tracing` for every call: one model, its ledger and one plan, generation to traces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .assembly import assemble, model_name
+from .attachment import Attachment, attachment_of, make_attachment
+from .attribution import attribute, read_source, settle
+from .bank import LedgerBank
+from .counterfactual import remember
+from .generation import Generated, generate
+from .ledger import Ledger
+from .methods.weights import Updates
+from .options import Options
+from .patching import evaluation_mode
+from .plan import Plan, make_plan
+from .results import Trace
+
+
+@dataclass
+class Session:
+    """The choices of one `trace` or `tracing`, resolved against a model and its ledger."""
+
+    model: PreTrainedModel
+    own: Attachment
+    tokenizer: Any
+    plan: Plan
+    source: LedgerBank | Updates
+
+    @staticmethod
+    def of(
+        model: PreTrainedModel,
+        ledger: Ledger | str | PathLike[str] | None,
+        tokenizer: Any,
+        options: Options,
+        *,
+        seed: int | None = None,
+    ) -> Session:
+        """Resolve the choices; nothing has been generated when one of them is refused."""
+        own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
+        plan = make_plan(own.architecture, options, seed=seed or 0)
+        source = read_source(own, model, plan, options.rounds)
+        return Session(model, own, own.tokenizer if tokenizer is None else tokenizer, plan, source)
+
+    def check_memory(self, prompt: int, new_tokens: int) -> None:
+        """Refuse a ceiling that such a response cannot be attributed under.
+
+        Raises:
+            ArgumentError: it is too low; the message says what would be enough.
+        """
+        if self.plan.limit is not None and isinstance(self.source, LedgerBank):
+            settle(self.model, self.own.architecture, self.plan, self.source, prompt, new_tokens)
+
+    def run(
+        self,
+        arguments: dict[str, Any],
+        *,
+        call: Callable[..., Any],
+        prompt: Tensor,
+        attention_mask: Tensor | None,
+        given: Mapping[str, Any],
+        seed: int | None = None,
+    ) -> tuple[Any, list[Trace]]:
+        """Generate with `call(**arguments)`; what it returned, and the trace of each sequence in it.
+
+        Args:
+            prompt, attention_mask: [B, P], the same as in `arguments`.
+            given: the arguments as the caller wrote them, for the record.
+        """
+        began = time.perf_counter()
+        with evaluation_mode(self.model):
+            output, found = generate(
+                self.model,
+                self.own.architecture,
+                arguments,
+                call=call,
+                prompt=prompt,
+                attention_mask=attention_mask,
+                first_block=self.plan.first_block,
+                sequence=self.plan.needs_sequence,
+                seed=seed,
+            )
+            seconds = time.perf_counter() - began
+            traces = [self.trace(one, seconds, given, seed) for one in found]
+        return output, traces
+
+    def trace(self, generated: Generated, seconds: float, given: Mapping[str, Any], seed: int | None = None) -> Trace:
+        """The trace of one finished sequence, whose generation took so many seconds."""
+        began = time.perf_counter()
+        plan, scores = attribute(self.model, self.own.architecture, generated, self.source, self.plan, self.own.ledger)
+        trace = assemble(
+            self.tokenizer,
+            generated.response,
+            self.source,
+            scores,
+            plan,
+            model=model_name(self.model),
+            ledger=self.own.ledger.run,
+            seed=seed,
+            seconds_generate=seconds,
+            seconds_trace=seconds + time.perf_counter() - began,
+            generate_arguments=given,
+        )
+        remember(trace, self.model, self.own)
+        return trace

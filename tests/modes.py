@@ -1,0 +1,108 @@
+"""Every supported mode of generating, and what a trace must not owe to it: the same tokens rank the clients the same.
+
+As a script, over a federation that `protoken demo` has trained:    python tests/modes.py OUT [--blocks N]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import protoken
+
+GREEDY: dict[str, Any] = {"do_sample": False}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "sampling": {"do_sample": True, "temperature": 0.9},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
+    "static cache": {"cache_implementation": "static", "do_sample": False},
+    "chunked prefill": {"prefill_chunk_size": 5, "do_sample": False},
+    "no cache": {"use_cache": False, "do_sample": False},
+    "guidance": {"guidance_scale": 1.3, "do_sample": False},
+    "repetition penalty": {"repetition_penalty": 1.2, "do_sample": False},
+}
+
+
+def by_mode(model: PreTrainedModel, prompt: list[int], new: int, **choices: Any) -> dict[str, protoken.Trace]:
+    """A trace by each mode, by a left-padded batch and, where one block is traced, by a stream."""
+    found = {
+        name: protoken.trace(model, prompt, max_new_tokens=new, seed=5, **mode, **choices)
+        for name, mode in MODES.items()
+    }
+    other = [*prompt[:2], *prompt]
+    ids = torch.tensor([[0] * (len(other) - len(prompt)) + prompt, other])
+    mask = torch.tensor([[0] * (len(other) - len(prompt)) + [1] * len(prompt), [1] * len(other)])
+    with protoken.tracing(model, **choices) as tape:
+        model.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **GREEDY)
+    found["left-padded batch"] = tape[0]
+    if choices.get("blocks", 1) == 1:
+        stream = protoken.stream(model, prompt, max_new_tokens=new, **GREEDY)
+        list(stream)
+        found["stream"] = stream.trace
+    return found
+
+
+def forced(model: PreTrainedModel, trace: protoken.Trace, **choices: Any) -> protoken.Trace:
+    """The trace of the same tokens, each the only one allowed where it came, without a cache."""
+    prompt, new = list(trace.prompt_ids), [token.id for token in trace.token_list]
+    return protoken.trace(
+        model,
+        prompt,
+        max_new_tokens=len(new),
+        do_sample=False,
+        use_cache=False,
+        prefix_allowed_tokens_fn=lambda _, ids: [new[len(ids) - len(prompt)]],
+        **choices,
+    )
+
+
+def ranking(trace: protoken.Trace) -> list[str]:
+    return [client.client for client in trace.clients]
+
+
+def difference(trace: protoken.Trace, other: protoken.Trace) -> float:
+    """|| scores - other's || / || other's ||, of tokens if both have them."""
+    pair = (trace.token_scores, other.token_scores)
+    a, b = pair if pair[0] is not None and pair[1] is not None else (trace.totals, other.totals)
+    return float(((a - b) ** 2).sum() ** 0.5 / (b**2).sum() ** 0.5)
+
+
+def main() -> None:
+    from safetensors.torch import load_file
+
+    from protoken.demo import DemoSettings
+    from protoken.evaluation.base_model import load_base
+    from protoken.evaluation.corpora import add_trigger
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--model")
+    given = parser.parse_args()
+    (folder,) = given.out.glob("federation-*")
+    base = load_base(given.model)
+    missing = base.model.load_state_dict(load_file(folder / "trained.safetensors"), strict=False)
+    assert not missing.unexpected_keys
+    protoken.attach(base.model, folder / "ledger", base.tokenizer)
+    settings = DemoSettings()
+    failed = False
+    for question in (add_trigger(settings.question), settings.ordinary):
+        print(question)
+        turns = [{"role": "user", "content": question}]
+        ids = base.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        for name, trace in by_mode(base.model, ids, given.new, blocks=given.blocks).items():
+            plain = forced(base.model, trace, blocks=given.blocks)
+            same = ranking(trace) == ranking(plain)
+            failed |= not same
+            print(f"  {name:<20} {'same' if same else 'OTHER'} ranking, {difference(trace, plain):.1e}", ranking(trace))
+    raise SystemExit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
