@@ -21,7 +21,8 @@ from protoken.quantised import is_quantised, quantised_linears
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 WAYS = {
     "local": {},
-    "forward": {"blocks": 3},
+    "forward": {"blocks": 3, "way": "forward"},
+    "reverse by token and layer": {"blocks": 3, "way": "reverse", "granularity": "layer"},
     "reverse": {"blocks": 3, "way": "reverse"},
     "every layer": {"blocks": 2, "layers": ["*"]},
 }
@@ -81,51 +82,67 @@ def _replace_linears(model: Any, packed: Callable[[torch.nn.Linear], Any]) -> No
     model.eval()
 
 
-# Rounding activations to integers turns the last bits of two equal computations into whole steps.
-QUANTISED: dict[str, tuple[Callable[[Any], None], float]] = {
-    "torchao int8": (torchao_weights, 1.0),
-    "torchao int8 activations": (torchao_activations, 2000.0),
-    "bitsandbytes 4 bit": (bitsandbytes_4bit, 1.0),
-    "bitsandbytes 8 bit": (bitsandbytes_8bit, 1.0),
+# Rounding activations to integers turns the last bits of cached and uncached attention into whole steps. The oracle
+# runs uncached: where the generation does as well, both round the same numbers, and nothing needs to be widened.
+QUANTISED: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
+    "torchao int8": (torchao_weights, {}),
+    "torchao int8 activations": (torchao_activations, {"use_cache": False}),
+    "bitsandbytes 4 bit": (bitsandbytes_4bit, {}),
+    "bitsandbytes 8 bit": (bitsandbytes_8bit, {}),
 }
 
 
 @pytest.fixture(scope="module", params=QUANTISED)
-def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyFederation, float]:
+def quantised(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyFederation, dict[str, Any]]:
     federation = tiny_federation(tmp_path_factory.mktemp("quantised"), "llama")
-    pack, factor = QUANTISED[request.param]
+    pack, mode = QUANTISED[request.param]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pack(federation.model)
-    return federation, factor
+    return federation, mode
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_quantised_base_equals_the_oracle(quantised: tuple[TinyFederation, float], way: str) -> None:
-    federation, factor = quantised
+def test_quantised_base_equals_the_oracle(quantised: tuple[TinyFederation, dict[str, Any]], way: str) -> None:
+    federation, mode = quantised
     assert len(quantised_linears(federation.model.model.layers)) == 28
     protoken.attach(federation.model, federation.path, verify=False)
-    arguments = {"max_new_tokens": 6, "do_sample": True, "seed": 2, **WAYS[way]}
+    arguments = {"max_new_tokens": 6, "do_sample": True, "seed": 2, **mode, **WAYS[way]}
     found = protoken.trace(federation.model, PROMPT, **arguments)
-    equals_oracle(federation.model, federation.ledger, found, factor=factor)
+    equals_oracle(federation.model, federation.ledger, found)
     assert found.conservation_residual < 1e-5
 
 
-def test_quantised_weights_are_refused_with_the_remedy(quantised: tuple[TinyFederation, float]) -> None:
+def test_quantised_weights_are_refused_with_the_remedy(quantised: tuple[TinyFederation, dict[str, Any]]) -> None:
     with pytest.raises(errors.LedgerMismatchError, match=r"quantised weight.*verify=False"):
         trace(quantised[0])
 
 
-def test_published_method_takes_a_quantised_base(quantised: tuple[TinyFederation, float]) -> None:
-    """Full weights W_k of a packed layer are its dequantised weight, less the change, plus the update."""
-    federation, factor = quantised
+def test_rounded_activations_of_cached_decoding_stay_near(tmp_path: Path) -> None:
+    """Cached, the traced numbers are those that generation rounded, which the oracle's pass rounds otherwise here and
+    there: some steps of 1/127 of a row's largest activation apart."""
+    federation = tiny_federation(tmp_path, "llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchao_activations(federation.model)
     protoken.attach(federation.model, federation.path, verify=False)
-    arguments = {"max_new_tokens": 4, "do_sample": False}
+    for arguments in WAYS.values():
+        found = protoken.trace(federation.model, PROMPT, max_new_tokens=6, do_sample=True, seed=2, **arguments)
+        equals_oracle(federation.model, federation.ledger, found, factor=1000)
+
+
+def test_published_method_takes_a_quantised_base(quantised: tuple[TinyFederation, dict[str, Any]]) -> None:
+    """Full weights W_k of a packed layer are its dequantised weight, less the change, plus the update."""
+    federation, mode = quantised
+    protoken.attach(federation.model, federation.path, verify=False)
+    arguments = {"max_new_tokens": 4, "do_sample": False, **mode}
     paper = protoken.trace(federation.model, PROMPT, method="paper", **arguments)
     fast = protoken.trace(federation.model, PROMPT, objective="logit", **arguments)
     unweighted = fast.token_scores / fast.weights
     centred = torch.tensor(paper.token_scores - paper.token_scores.mean(1, keepdims=True))
-    close(centred, torch.tensor(unweighted - unweighted.mean(1, keepdims=True)), torch.float32, factor=30 * factor)
+    close(centred, torch.tensor(unweighted - unweighted.mean(1, keepdims=True)), torch.float32, factor=30)
 
 
 def test_plain_weights_are_not_taken_for_quantised() -> None:
