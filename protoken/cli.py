@@ -123,12 +123,15 @@ def bench_overhead(
     prompt_tokens: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
     new_tokens: Annotated[list[int] | None, typer.Option(help="Numbers of new tokens.")] = None,
     clients: Annotated[list[int] | None, typer.Option(help="Numbers of clients.")] = None,
+    ways: Annotated[list[str] | None, typer.Option(help="local, streaming, forward, reverse; all if left out.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto is cuda if there.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     oracle: Annotated[bool, typer.Option(help="Time the published algorithm, too.")] = True,
     json: JsonFile = None,
 ) -> None:
-    """Seconds of plain generation, of tracing, and of the published algorithm, interleaved in one run."""
+    """Seconds and memory of plain generation, of tracing, and of the published algorithm, interleaved in one run."""
     from .benchmarks.overhead import run_overhead
+    from .benchmarks.overhead_cases import WAYS
 
     run_overhead(
         Console(),
@@ -139,6 +142,8 @@ def bench_overhead(
         repeats=repeats,
         oracle=oracle,
         json_path=json,
+        ways=ways or WAYS,
+        device=device,
     )
 
 

@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .openmp import release_idle_workers
+
 T = TypeVar("T")
 
 
@@ -63,12 +65,15 @@ def pulled(work: Work[T]) -> Generator[T, None, None]:
 
     thread = threading.Thread(target=context.run, args=(run,), name="protoken-stream", daemon=True)
     try:
+        # While `work` computes in its thread, this one only waits.
+        release_idle_workers()
         thread.start()
         while True:
             arrived.acquire()
             if not box:
                 break
             yield box.pop()
+            release_idle_workers()
             wanted.release()
     finally:
         left.set()

@@ -1,21 +1,17 @@
 """`protoken bench overhead`: what tracing adds to generation, and what the published algorithm costs.
 
-Plain `generate`, `trace` in each way and the oracle take turns in one run, so that a machine that slows down slows
-all of them. A ratio is the median over rounds of the two times of the same round; spread is the interquartile range.
-The clients' updates are random matrices written to a real ledger: their values do not change the cost.
+Plain `generate` and each way of tracing take turns in one run, so that a machine that slows down slows both. A ratio
+is the median over rounds of the two times of the same round; spread is the interquartile range. The clients' updates
+are read at a way's first trace, which is shown apart, and stay in memory, as in a service that traces all day. Peak
+memory is that of a trace beyond plain generation.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +20,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..architectures import Architecture, architecture_of
+from ..architectures import architecture_of
 from ..attachment import attach, detach
+from ..errors import ArgumentError
 from ..evaluation.base_model import load_base
-from ..ledger import ClientUpdate, Ledger
 from ..trace import trace
 from ..versions import versions
+from .measuring import machine, peak_bytes, seconds, spread
+from .overhead_cases import WAYS, Case, cases, random_ledger
 
-
-@dataclass(frozen=True)
-class Case:
-    """One way of tracing to be timed."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-def cases(blocks: int) -> list[Case]:
-    """What is timed: the local way with both objectives, tokens over four blocks, totals over up to all blocks."""
-    some = min(4, blocks)
-    return [
-        Case("local, logit", {"objective": "logit"}),
-        Case("local, log_prob", {"objective": "log_prob"}),
-        Case(f"forward, log_prob, {some} blocks", {"blocks": some, "way": "forward"}),
-        Case(f"reverse, log_prob, {some} blocks", {"blocks": some, "way": "reverse"}),
-        Case(f"reverse, log_prob, {blocks} blocks", {"blocks": blocks, "way": "reverse"}),
-    ]
+_KEY = ("model", "device", "way", "prompt_tokens", "new_tokens", "clients")
 
 
 def run_overhead(
@@ -62,163 +42,131 @@ def run_overhead(
     repeats: int,
     oracle: bool,
     json_path: Path | None,
+    ways: Sequence[str] = WAYS,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Time every combination, print a table, write JSON {"rows": [...], ...} if asked; returns the rows."""
-    loaded = load_base(model).model
-    name = model or "SmolLM2-135M-Instruct"
+    """Time every combination and print a table; returns the rows.
+
+    Args:
+        model: folder or hub id; the demo's base model if None.
+        oracle: time the published algorithm, too.
+        json_path: where to write {"rows": [...], "versions": ..., "machine": ...}. Rows of other settings that the
+            file has from the same machine and versions are kept.
+        ways: which of "local", "streaming", "forward", "reverse".
+        device: "cpu", "cuda", or "auto": cuda if there.
+
+    Raises:
+        ArgumentError: an unknown way, or a file with figures of another machine.
+    """
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    loaded = load_base(model).model.to(where)
+    architecture = architecture_of(loaded)
+    timed = cases(len(architecture.blocks), ways)
+    kept = _kept_rows(json_path)
+    common = {"model": model or "SmolLM2-135M-Instruct", "device": where.type}
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
-        settings = [(p, n, k) for k in clients for p in prompt_tokens for n in new_tokens]
-        bar = progress.add_task("overhead", total=len(settings) * repeats)
-        for prompt, new, count in settings:
+        bar = progress.add_task("overhead", total=len(clients) * len(prompt_tokens) * len(new_tokens) * len(timed))
+        for count in clients:
             with tempfile.TemporaryDirectory() as folder:
-                architecture = architecture_of(loaded)
-                ledger = random_ledger(Path(folder) / "ledger", loaded, architecture, count)
-                attach(loaded, ledger)
+                depth = max(case.blocks for case in timed)
+                attach(loaded, random_ledger(Path(folder) / "ledger", loaded, architecture, count, depth))
                 try:
-                    rows += _time_one(
-                        loaded, architecture, name, prompt, new, count, repeats, oracle,
-                        lambda: progress.advance(bar),
-                    )  # fmt: skip
+                    for prompt, new in [(p, n) for p in prompt_tokens for n in new_tokens]:
+                        setting = {**common, "prompt_tokens": prompt, "new_tokens": new, "clients": count}
+                        rows += _time_one(loaded, timed, setting, repeats, oracle, lambda: progress.advance(bar))
                 finally:
                     detach(loaded)
     console.print(_table(rows))
     if json_path is not None:
-        record = {"rows": rows, "versions": versions(), "machine": machine()}
+        fresh = {tuple(row[name] for name in _KEY) for row in rows}
+        kept = [row for row in kept if tuple(row[name] for name in _KEY) not in fresh]
+        record = {"rows": kept + rows, "versions": versions(), "machine": machine()}
         json_path.write_text(json.dumps(record, indent=2) + "\n")
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides versions."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def random_ledger(path: Path, model: Any, architecture: Architecture, clients: int) -> Ledger:
-    """A one-round ledger of random updates to every block's two traced layers, whose aggregate is the model itself."""
-    names = [f"{layer}.weight" for layer in architecture.traced_layers(len(architecture.blocks))]
-    aggregate = {name: model.get_parameter(name).detach() for name in names}
-    generator = torch.Generator().manual_seed(0)
-    common = {name: torch.randn(p.shape, generator=generator) * 1e-4 for name, p in aggregate.items()}
-    base = {name: p - common[name] for name, p in aggregate.items()}
-    # Clients differ by a factor only, and their factors average to one: quick to make, and the average is right.
-    factors = [1 + (k - (clients - 1) / 2) / clients for k in range(clients)]
-    with Ledger.create(path, model="benchmark").begin_round(base) as writer:
-        for k, factor in enumerate(factors):
-            writer.add(ClientUpdate(f"client-{k}", 1 / clients, delta={n: c * factor for n, c in common.items()}))
-        writer.commit(aggregate)
-    return Ledger.open(path)
+def _kept_rows(path: Path | None) -> list[dict[str, Any]]:
+    """The rows that a file has already, if they may stand beside new ones."""
+    if path is None or not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    for name, own in (("machine", machine()), ("versions", versions())):
+        if record.get(name) != own:
+            raise ArgumentError(
+                "json",
+                expected=f"a new file, or one with figures of this {name}",
+                got=record.get(name),
+                remedy="Name another file",
+            )
+    return list(record["rows"])
 
 
 def _time_one(
     model: Any,
-    architecture: Architecture,
-    name: str,
-    prompt: int,
-    new: int,
-    clients: int,
+    timed: Sequence[Case],
+    setting: dict[str, Any],
     repeats: int,
     oracle: bool,
     advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
+    """The rows of one prompt length, number of new tokens and number of clients."""
+    prompt, new = setting["prompt_tokens"], setting["new_tokens"]
     ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     # The stop token is kept from coming out: every run must produce the same number of tokens.
     arguments: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    timed = cases(len(architecture.blocks))
 
     def plain() -> object:
         row = torch.tensor([ids], device=model.device)
         return model.generate(row, attention_mask=torch.ones_like(row), pad_token_id=0, **arguments)
 
-    runs: dict[str, Callable[[], object]] = {"generate": plain}
+    plain()
+    rows = []
     for case in timed:
-        runs[case.name] = partial(trace, model, ids, **case.arguments, **arguments)
-    seconds: dict[str, list[float]] = {key: [] for key in [*runs, "oracle"]}
-    for run in runs.values():
-        run()
-    for index in range(repeats):
-        for key, run in runs.items():
-            seconds[key].append(_seconds(run))
-        if oracle and index < 3:
-            # The oracle's own generation is not part of it: it is given what generate produced.
-            result = trace(model, ids, method="paper", **arguments)
-            seconds["oracle"].append(result.info.seconds_trace - result.info.seconds_generate)
+        rows.append({**setting, **_time_case(case, model, plain, case.runner(model, ids, **arguments), repeats)})
         advance()
-    return [_row(name, case, prompt, new, clients, seconds) for case in timed]
-
-
-def _row(
-    model: str, case: Case, prompt: int, new: int, clients: int, seconds: dict[str, list[float]]
-) -> dict[str, Any]:
-    plain, traced, oracle = seconds["generate"], seconds[case.name], seconds["oracle"]
-    ratios = [b / a for a, b in zip(plain, traced, strict=True)]
-    row: dict[str, Any] = {
-        "model": model,
-        "way": case.name,
-        "prompt_tokens": prompt,
-        "new_tokens": new,
-        "clients": clients,
-        "repeats": len(plain),
-        "seconds_generate": statistics.median(plain),
-        "seconds_generate_spread": _spread(plain),
-        "seconds_trace": statistics.median(traced),
-        "seconds_trace_spread": _spread(traced),
-        "ratio_trace_to_generate": statistics.median(ratios),
-        "ratio_trace_to_generate_spread": _spread(ratios),
-        "seconds_oracle": None,
-        "ratio_oracle_to_trace": None,
-    }
     if oracle:
-        row["seconds_oracle"] = statistics.median(oracle)
-        row["seconds_oracle_spread"] = _spread(oracle)
-        row["ratio_oracle_to_trace"] = row["seconds_oracle"] / row["seconds_trace"]
-        row["ratio_oracle_to_generate"] = row["seconds_oracle"] / row["seconds_generate"]
+        # The oracle's own generation is not part of it: it is given what generate produced.
+        results = [trace(model, ids, method="paper", **arguments).info for _ in range(min(repeats, 3))]
+        _add_oracle(rows, [info.seconds_trace - info.seconds_generate for info in results])
+    return rows
+
+
+def _time_case(
+    case: Case, model: Any, plain: Callable[[], object], traced: Callable[[], object], repeats: int
+) -> dict[str, Any]:
+    device = torch.device(model.device)
+    first = seconds(traced, device)
+    pairs = [(seconds(plain, device), seconds(traced, device)) for _ in range(repeats)]
+    peaks = [peak_bytes(run, device) for run in (plain, traced)]
+    row: dict[str, Any] = {"way": case.name, "repeats": repeats, "seconds_first_trace": first}
+    ratios = [b / a for a, b in pairs]
+    for name, values in (
+        ("seconds_generate", [a for a, _ in pairs]),
+        ("seconds_trace", [b for _, b in pairs]),
+        ("ratio_trace_to_generate", ratios),
+    ):
+        row[name], row[f"{name}_spread"] = statistics.median(values), spread(values)
+    row["bytes_generate_peak"] = peaks[0]
+    row["bytes_trace_beyond"] = None if None in peaks else max(peaks[1] - peaks[0], 0)  # type: ignore[operator]
     return row
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def _spread(values: Sequence[float]) -> list[float]:
-    """First and third quartile."""
-    if len(values) < 2:
-        return [values[0], values[0]]
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return [quartiles[0], quartiles[2]]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+def _add_oracle(rows: Sequence[dict[str, Any]], found: Sequence[float]) -> None:
+    for row in rows:
+        row["seconds_oracle"], row["seconds_oracle_spread"] = statistics.median(found), spread(found)
+        row["ratio_oracle_to_trace"] = row["seconds_oracle"] / row["seconds_trace"]
+        row["ratio_oracle_to_generate"] = row["seconds_oracle"] / row["seconds_generate"]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Seconds, medians; ratio with its quartiles", title_justify="left")
-    for column in (
-        "way",
-        "prompt",
-        "new",
-        "clients",
-        "generate",
-        "trace",
-        "trace / generate",
-        "published",
-        "published / trace",
-    ):
+    table = Table(title="Seconds, medians; ratio with its quartiles; memory beyond generation", title_justify="left")
+    names = ("way", "prompt", "new", "clients", "generate", "trace", "trace / generate", "MiB", "published")
+    for column in names:
         table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
         low, high = row["ratio_trace_to_generate_spread"]
+        beyond, oracle = row["bytes_trace_beyond"], row.get("seconds_oracle")
         table.add_row(
             row["way"],
             str(row["prompt_tokens"]),
@@ -227,7 +175,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['seconds_generate']:.3f}",
             f"{row['seconds_trace']:.3f}",
             f"{row['ratio_trace_to_generate']:.3f} ({low:.3f} to {high:.3f})",
-            f"{row['seconds_oracle']:.2f}" if row["seconds_oracle"] else "",
-            f"{row['ratio_oracle_to_trace']:.1f}" if row["ratio_oracle_to_trace"] else "",
+            "" if beyond is None else f"{beyond / 2**20:.0f}",
+            "" if oracle is None else f"{oracle:.2f}",
         )
     return table
