@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def protoken_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "protoken", *arguments], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-m", "protoken", *arguments], capture_output=True, text=True, timeout=900, check=False
     )
 
 

@@ -32,7 +32,7 @@ def compiled(source: str, architecture: str) -> tuple[str, dict[str, str]]:
     cubin = Path(mkdtemp()) / "kernels.cubin"
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     command = [str(NVCC), "-std=c++17", "-O3", code, "-Xptxas=-v", "-cubin", str(CSRC / source), "-o", str(cubin)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     assert run.returncode == 0, run.stderr[-4000:]
     dump = subprocess.run([str(CUOBJDUMP), "-sass", str(cubin)], capture_output=True, text=True, check=True)
     pieces = re.split(r"\n\s*Function : (\S+)", dump.stdout)

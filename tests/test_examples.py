@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 def run(script: str, *arguments: str, cwd: Path) -> str:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+        cwd=cwd, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
