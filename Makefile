@@ -34,7 +34,8 @@ demo: $(VENV)/installed $(VENV)/demo-model
 	$(BIN)/protoken demo --out $(OUT)/demo
 
 test: $(VENV)/installed $(VENV)/demo-model
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadfile --benchmark-disable
+	# Two processes of one thread each: two teams of threads on the same cores wait for each other.
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadfile --benchmark-disable
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
