@@ -9,6 +9,7 @@
 #include "client_totals.h"
 #include "cpu_features.h"
 #include "parallel.h"
+#include "relevance_head.h"
 
 namespace py = pybind11;
 using namespace protoken;
@@ -51,4 +52,13 @@ PYBIND11_MODULE(_C, m) {
         client_totals(at<const TotalsLayer>(layers), layer_count, clients, at<float>(out), threads);
       },
       py::arg("layers"), py::arg("layer_count"), py::arg("clients"), py::arg("out"), py::arg("threads"));
+  m.attr("head_tokens") = kHeadTokens;
+  m.def(
+      "relevance_head",
+      [](int64_t head, double scale, double softcap, int64_t mean, int64_t mass, int64_t threads) {
+        py::gil_scoped_release release;
+        relevance_head(*at<const HeadArguments>(head), static_cast<float>(scale), static_cast<float>(softcap),
+                       at<float>(mean), at<float>(mass), threads);
+      },
+      py::arg("head"), py::arg("scale"), py::arg("softcap"), py::arg("mean"), py::arg("mass"), py::arg("threads"));
 }

@@ -36,31 +36,40 @@ Layer prepare(const TotalsLayer& given, int64_t clients) {
   return layer;
 }
 
-double tile_dot(const Kernels& kernels, const Layer& layer, int64_t client, int64_t row, int64_t rows, int64_t column,
-                int64_t columns) {
+struct Tile {
+  int64_t row, rows, column, columns;
+};
+
+// Totals of clients whose matrices no kernel reads: element by element.
+double gathered(const TotalsLayer& given, const char* d, const float* m, int64_t columns, int64_t size) {
+  double sum = 0;
+  for (int64_t i = 0; i < columns; ++i) {
+    sum += static_cast<double>(load_element(d + i * given.stride_i * size, given.dtype)) * static_cast<double>(m[i]);
+  }
+  return sum;
+}
+
+// out[client] = < tile of m, tile of the client's matrix > for all clients. scratch: addresses and row sums.
+void tile_dots(const Kernels& kernels, const Layer& layer, int64_t clients, const Tile& tile, const char** addresses,
+               double* sums, double* out) {
   const TotalsLayer& given = *layer.given;
-  const char* base = reinterpret_cast<const char*>(given.pointers[client]) +
-                     (row * given.stride_o + column * given.stride_i) * layer.size;
-  const float* m = given.m + row * given.columns + column;
+  const int64_t offset = (tile.row * given.stride_o + tile.column * given.stride_i) * layer.size;
+  for (int64_t k = 0; k < clients; ++k) addresses[k] = reinterpret_cast<const char*>(given.pointers[k]) + offset;
+  const float* m = given.m + tile.row * given.columns + tile.column;
   const bool contiguous_rows = given.stride_i == 1 || given.columns == 1;
-  if (contiguous_rows && given.scale == nullptr && columns == given.columns && given.stride_o == given.columns) {
-    return kernels.dot[given.dtype](base, m, rows * columns);
+  if (contiguous_rows && given.scale == nullptr && tile.columns == given.columns && given.stride_o == given.columns) {
+    kernels.dot[given.dtype](addresses, clients, m, tile.rows * tile.columns, out);
+    return;
   }
-  double total = 0;
-  for (int64_t o = 0; o < rows; ++o) {
-    const char* d = base + o * given.stride_o * layer.size;
-    double sum = 0;
-    if (contiguous_rows) {
-      sum = kernels.dot[given.dtype](d, m + o * given.columns, columns);
-    } else {
-      for (int64_t i = 0; i < columns; ++i) {
-        sum += static_cast<double>(load_element(d + i * given.stride_i * layer.size, given.dtype)) *
-               static_cast<double>(m[o * given.columns + i]);
-      }
+  std::fill(out, out + clients, 0.0);
+  for (int64_t o = 0; o < tile.rows; ++o, m += given.columns) {
+    if (contiguous_rows) kernels.dot[given.dtype](addresses, clients, m, tile.columns, sums);
+    for (int64_t k = 0; k < clients; ++k) {
+      const double sum = contiguous_rows ? sums[k] : gathered(given, addresses[k], m, tile.columns, layer.size);
+      out[k] += given.scale ? sum * static_cast<double>(given.scale[k * given.rows + tile.row + o]) : sum;
+      addresses[k] += given.stride_o * layer.size;
     }
-    total += given.scale ? sum * static_cast<double>(given.scale[client * given.rows + row + o]) : sum;
   }
-  return total;
 }
 
 }  // namespace
@@ -76,19 +85,20 @@ void client_totals(const TotalsLayer* given, int64_t layer_count, int64_t client
     tiles += layers[l].tiles;
   }
   std::vector<double> partials(static_cast<size_t>(product(tiles, clients)));
+  std::vector<double> sums(static_cast<size_t>(product(std::max<int64_t>(threads, 1), clients)));
+  std::vector<const char*> addresses(sums.size());
   // A tile of m meets all clients, then the next: m is read once and every client once. Each product has its own
   // place, and a client's are added in one order.
-  parallel_for(tiles, threads, [&](int64_t tile, int64_t) {
+  parallel_for(tiles, threads, [&](int64_t index, int64_t member) {
     const Layer* layer = &layers.back();
-    while (layer->first_tile > tile) --layer;
-    const int64_t row = (tile - layer->first_tile) / layer->column_tiles * layer->tile_rows;
-    const int64_t column = (tile - layer->first_tile) % layer->column_tiles * layer->tile_columns;
-    const int64_t rows = std::min(layer->tile_rows, layer->given->rows - row);
-    const int64_t columns = std::min(layer->tile_columns, layer->given->columns - column);
-    for (int64_t client = 0; client < clients; ++client) {
-      partials[static_cast<size_t>(tile * clients + client)] =
-          tile_dot(kernels, *layer, client, row, rows, column, columns);
-    }
+    while (layer->first_tile > index) --layer;
+    Tile tile;
+    tile.row = (index - layer->first_tile) / layer->column_tiles * layer->tile_rows;
+    tile.column = (index - layer->first_tile) % layer->column_tiles * layer->tile_columns;
+    tile.rows = std::min(layer->tile_rows, layer->given->rows - tile.row);
+    tile.columns = std::min(layer->tile_columns, layer->given->columns - tile.column);
+    tile_dots(kernels, *layer, clients, tile, addresses.data() + member * clients, sums.data() + member * clients,
+              partials.data() + index * clients);
   });
   for (int64_t l = 0; l < layer_count; ++l) {
     for (int64_t client = 0; client < clients; ++client) {

@@ -30,18 +30,14 @@ inline V load_tail(const char* p, int64_t n) {
   return Simd::load_as<Dtype>(padded);
 }
 
-constexpr int64_t kShortRow = 8192;
-
-// acc[j][t] += row j * x[t], lane by lane, over n columns. A step takes one cache line of every row.
+// acc[j][t] += row j * x[t], lane by lane, over n columns. A step takes one cache line of every row and fetches one
+// `ahead` bytes further, since the hardware's own streams end with every page.
 template <int Dtype, int R, int TB>
 inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], const char* rows, int64_t row_stride,
-                                                           const float* x, int64_t x_stride, int64_t n,
+                                                           const float* x, int64_t x_stride, int64_t n, int64_t ahead,
                                                            Simd::NanFlag& nan) {
   constexpr int64_t size = item_size(Dtype);
   constexpr int U = W * size >= 64 ? 1 : 64 / (W * size);
-  // Fetched ahead, since the hardware's streams end with every page and start anew with every row: the same columns of
-  // the next rows when rows are short, else some lines further.
-  const int64_t ahead = n * size <= kShortRow ? R * row_stride : 1024;
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
     V values[R];
 #pragma GCC unroll 8
@@ -77,21 +73,25 @@ inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], cons
   }
 }
 
+// Rows row, row + step, ... row + (R - 1) step: R streams that each run on where the next tile begins, so that short
+// rows are read as well as long ones.
 template <int Dtype, int R, int TB>
-void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t column, int64_t n, int64_t token, V* sums,
+void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t step, int64_t column, int64_t n, int64_t token, V* sums,
                     Simd::NanFlag& nan) {
   V acc[R][TB];
   for (int j = 0; j < R; ++j) {
     for (int t = 0; t < TB; ++t) acc[j][t] = Simd::zero();
   }
   const char* rows = c.rows + row * c.row_stride + column * item_size(Dtype);
-  accumulate_dots<Dtype, R, TB>(acc, rows, c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n, nan);
+  constexpr int64_t ahead = item_size(Dtype) == 1 ? 512 : 1024;
+  accumulate_dots<Dtype, R, TB>(acc, rows, step * c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n, ahead,
+                                nan);
 #pragma GCC unroll 8
   for (int j = 0; j < R; ++j) {
-    const float scale = c.scale ? c.scale[row + j] : 1.0f;
+    const float scale = c.scale ? c.scale[row + j * step] : 1.0f;
 #pragma GCC unroll 8
     for (int t = 0; t < TB; ++t) {
-      const float weight = c.grad[(token + t) * c.grad_stride + row + j] * scale;
+      const float weight = c.grad[(token + t) * c.grad_stride + row + j * step] * scale;
       sums[token + t] = Simd::fma(acc[j][t], Simd::set1(weight), sums[token + t]);
     }
   }
@@ -107,8 +107,12 @@ template <int Dtype, int TB>
 void dense_dot_block(const DenseChunk& c, int64_t row, int64_t row_end, int64_t column, int64_t n, int64_t token,
                      V* sums, Simd::NanFlag& nan) {
   constexpr int R = dot_rows<TB>();
-  for (; row + R <= row_end; row += R) dense_dot_tile<Dtype, R, TB>(c, row, column, n, token, sums, nan);
-  for (; row < row_end; ++row) dense_dot_tile<Dtype, 1, TB>(c, row, column, n, token, sums, nan);
+  const int64_t step = (row_end - row) / R;
+  const int64_t last = row + step * R;
+  for (int64_t end = row + step; row < end; ++row) {
+    dense_dot_tile<Dtype, R, TB>(c, row, step, column, n, token, sums, nan);
+  }
+  for (row = last; row < row_end; ++row) dense_dot_tile<Dtype, 1, TB>(c, row, 1, column, n, token, sums, nan);
 }
 
 constexpr int kDotBlock = W == 16 ? 6 : 4;  // tokens that one pass of the dot form takes
@@ -299,40 +303,75 @@ void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
   }
 }
 
-// Eight running sums hide the latency of the adds; doubles join them at the end.
-template <int Dtype>
-double dot(const char* d, const float* m, int64_t n) {
-  constexpr int U = 8;
+// out[c] = < d[c], m > for R clients at once: R streams of memory for one of m. Each client has U running sums of its
+// own, which doubles join at the end: who stands beside it changes no bit.
+template <int Dtype, int R>
+void dot_clients(const char* const* d, const float* m, int64_t n, double* out) {
+  constexpr int U = 4;
   constexpr int64_t size = item_size(Dtype);
-  V acc[U];
-  for (int u = 0; u < U; ++u) acc[u] = Simd::zero();
-  Simd::NanFlag nan;
+  constexpr int64_t lines = U * W * size / 64 > 0 ? U * W * size / 64 : 1;
+  V acc[R][U];
+  Simd::NanFlag nan[R];
+#pragma GCC unroll 4
+  for (int c = 0; c < R; ++c) {
+    for (int u = 0; u < U; ++u) acc[c][u] = Simd::zero();
+  }
   int64_t i = 0;
   for (; i + U * W <= n; i += U * W) {
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      const char* p = d + (i + u * W) * size;
-      if ((u * W * size) % 64 == 0) {  // known once unrolled: once per line
-        prefetch(p + 2048);
-        if (Dtype == kFloat8E4M3 && U * W * size >= 64) nan.line(p);
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) {
+      const char* p = d[c] + i * size;
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < lines; ++line) {
+        prefetch(p + 1024 + line * 64);
+        if (Dtype == kFloat8E4M3 && U * W * size >= 64) nan[c].line(p + line * 64);
       }
-      acc[u] = Simd::fma(Simd::load_as<Dtype>(p), Simd::load(m + i + u * W), acc[u]);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const V values = Simd::load(m + i + u * W);
+#pragma GCC unroll 4
+      for (int c = 0; c < R; ++c) {
+        acc[c][u] = Simd::fma(Simd::load_as<Dtype>(d[c] + (i + u * W) * size), values, acc[c][u]);
+      }
     }
   }
   [[maybe_unused]] const int64_t whole = U * W * size >= 64 ? i : 0;
-  for (; i + W <= n; i += W) acc[0] = Simd::fma(Simd::load_as<Dtype>(d + i * size), Simd::load(m + i), acc[0]);
-  double total = 0;
-  for (int u = 0; u < U; ++u) total += static_cast<double>(Simd::sum(acc[u]));
-  if (i < n) {
-    alignas(64) float last[W] = {};
-    std::memcpy(last, m + i, static_cast<size_t>(n - i) * sizeof(float));
-    total += static_cast<double>(Simd::sum(Simd::mul(load_tail<Dtype>(d + i * size, n - i), Simd::load(last))));
+  for (; i + W <= n; i += W) {
+    for (int c = 0; c < R; ++c)
+      acc[c][0] = Simd::fma(Simd::load_as<Dtype>(d[c] + i * size), Simd::load(m + i), acc[c][0]);
   }
-  if constexpr (Dtype == kFloat8E4M3) {
-    nan.bytes(d + whole, n - whole);
-    if (nan.any()) return std::numeric_limits<double>::quiet_NaN();
+  alignas(64) float last[W] = {};
+  if (i < n) std::memcpy(last, m + i, static_cast<size_t>(n - i) * sizeof(float));
+  for (int c = 0; c < R; ++c) {
+    double total =
+        static_cast<double>(Simd::sum(Simd::add(Simd::add(acc[c][0], acc[c][1]), Simd::add(acc[c][2], acc[c][3]))));
+    if (i < n) {
+      total += static_cast<double>(Simd::sum(Simd::mul(load_tail<Dtype>(d[c] + i * size, n - i), Simd::load(last))));
+    }
+    if constexpr (Dtype == kFloat8E4M3) {
+      nan[c].bytes(d[c] + whole, n - whole);
+      if (nan[c].any()) total = std::numeric_limits<double>::quiet_NaN();
+    }
+    out[c] = total * load_factor<Dtype>();
   }
-  return total * load_factor<Dtype>();
+}
+
+template <int Dtype>
+void dot(const char* const* d, int64_t clients, const float* m, int64_t n, double* out) {
+  constexpr int R = Simd::kDotRegisters / 4 > 4 ? 4 : Simd::kDotRegisters / 4;
+  // Groups of nearly one size: a client that is read alone leaves half of the bandwidth unused.
+  const int64_t groups = (clients + R - 1) / R;
+  for (int64_t g = 0, c = 0; g < groups; ++g) {
+    const int64_t end = (g + 1) * clients / groups;
+    switch (end - c) {
+      case 1: dot_clients<Dtype, 1>(d + c, m, n, out + c); break;
+      case 2: dot_clients<Dtype, 2>(d + c, m, n, out + c); break;
+      case 3: dot_clients<Dtype, (R < 3 ? R : 3)>(d + c, m, n, out + c); break;
+      default: dot_clients<Dtype, R>(d + c, m, n, out + c);
+    }
+    c = end;
+  }
 }
 
 }  // namespace

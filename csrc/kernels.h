@@ -58,8 +58,8 @@ struct Kernels {
   void (*project_panel[kDtypes])(const Factor* factors, int64_t count, const float* panels, int64_t tokens, float* out,
                                  float* scratch);
 
-  // < d, m > over n contiguous elements.
-  double (*dot[kDtypes])(const char* d, const float* m, int64_t n);
+  // out[c] = < d[c], m > over n contiguous elements, for every client's d[c].
+  void (*dot[kDtypes])(const char* const* d, int64_t clients, const float* m, int64_t n, double* out);
 };
 
 // Tokens rounded up to whole lanes, and the width of the block of tokens that starts at `token`.

@@ -33,12 +33,13 @@ struct Simd {
   // 4 elements as fp32; float8 comes out times 2^-8 (see load_factor).
   template <int Dtype>
   static V load_as(const void* p) {
-    if constexpr (Dtype == kFloat32) return load(static_cast<const float*>(p));
-    const char* address = static_cast<const char*>(p);
-    V v;
-    for (int i = 0; i < W; ++i) v[i] = load_element(address + i * item_size(Dtype), Dtype);
-    if constexpr (Dtype == kFloat8E4M3) v *= 0x1p-8f;
-    return v;
+    if constexpr (Dtype == kFloat32) {
+      return load(static_cast<const float*>(p));
+    } else if constexpr (Dtype == kBfloat16 || Dtype == kInt8) {
+      return decode<Dtype>(static_cast<const char*>(p));
+    } else {
+      return decode_by_case<Dtype>(static_cast<const char*>(p));
+    }
   }
 
   // Remembers whether any float8 byte it saw was NaN (0x7f or 0xff).
@@ -51,6 +52,21 @@ struct Simd {
     }
     bool any() const { return found; }
   };
+
+ private:
+  template <int Dtype>
+  static V decode(const char* p) {
+    V v;
+    for (int i = 0; i < W; ++i) v[i] = load_element(p + i * item_size(Dtype), Dtype);
+    if constexpr (Dtype == kFloat8E4M3) v *= 0x1p-8f;
+    return v;
+  }
+
+  // Kept out of the unrolled loops: fp16 and float8 branch per element, and copies of that take minutes to compile.
+  template <int Dtype>
+  static __attribute__((noinline)) V decode_by_case(const char* p) {
+    return decode<Dtype>(p);
+  }
 };
 
 }  // namespace

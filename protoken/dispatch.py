@@ -70,6 +70,7 @@ import torch
 from protoken.errors import ArgumentError, BackendError
 
 ORDER = ("cuda", "triton", "cpp", "torch")
+_ON_THE_CPU = ("cpp", "torch")  # what auto looks at there: cuda serves no CPU tensor, and triton only interprets
 OPS = ("client_scores", "client_scores_lowrank", "client_totals", "relevance_head", "capture_append")
 
 _log = logging.getLogger("protoken")
@@ -113,9 +114,7 @@ def choose(op: str, backend: str, device: torch.device, *operands: Any) -> Backe
             )
         return found
     reasons = []
-    for name in ORDER:
-        if name == "triton" and device.type == "cpu":
-            continue
+    for name in _ON_THE_CPU if device.type == "cpu" else ORDER:
         found = _probe(op, name, device, operands)
         if found.available:
             _tell(op, name, device)

@@ -28,7 +28,7 @@ def case(
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_relevance_equals_autograd(backend: str, objective: str, norm: str, softcap: float | None) -> None:
-    for tokens, width, vocabulary in ((1, 33, 5003), (7, 64, 300), (20, 17, 2048)):
+    for tokens, width, vocabulary in ((1, 33, 5003), (7, 64, 300), (16, 17, 2048)):
         hidden, targets, head = case(
             tokens,
             width,
@@ -45,6 +45,27 @@ def test_relevance_equals_autograd(backend: str, objective: str, norm: str, soft
         expected_grad, expected_value = relevance_head_reference(hidden, targets, head)
         close(grad, expected_grad, torch.float32)
         close(value, expected_value, torch.float32)
+
+
+@pytest.mark.parametrize("objective", ["logprob", "logit"])
+def test_many_tokens(objective: str) -> None:
+    hidden, targets, head = case(40, 30, 5000, objective=objective)
+    for got, expected in zip(
+        relevance_head(hidden, targets, head), relevance_head_reference(hidden, targets, head), strict=True
+    ):
+        close(got, expected, torch.float32)
+
+
+def test_bits_do_not_depend_on_runs_or_threads() -> None:
+    hidden, targets, head = case(3, 40, 30000)
+    first, threads = relevance_head(hidden, targets, head), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for _ in range(10):
+                assert all(map(torch.equal, relevance_head(hidden, targets, head), first))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,7 +23,7 @@ def short(dtype: torch.dtype) -> str:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentError(name, expected="a torch.Tensor", got=type(value).__name__)
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise ArgumentError(name, expected="a strided tensor", got=str(value.layout), remedy="Call .to_dense().")
     if value.device.type == "meta":
         raise DeviceError(name, expected="a tensor with storage", got="device meta", remedy="Load the weights first.")
@@ -85,9 +85,10 @@ def check_inputs(
         check_matrix(f"x{where}", x, f"[T, {columns}] to match the bank", tokens, columns)
         tokens = x.shape[0]
         check_matrix(f"grad{where}", grad, f"[{tokens}, {rows}] to match x and the bank", tokens, rows)
-        for name, value in ((f"x{where}", x), (f"grad{where}", grad)):
-            check_dtype(name, value.dtype, FLOATS)
-            check_device(name, value.device, device if device is not None else x.device, "the bank")
+        anchor = device if device is not None else x.device
+        for name, value in (("x", x), ("grad", grad)):
+            check_dtype(name + where, value.dtype, FLOATS)
+            check_device(name + where, value.device, anchor, "the bank")
 
 
 def narrow(value: Tensor) -> Tensor:

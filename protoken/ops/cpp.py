@@ -6,7 +6,9 @@ alive here until the call returns. The native side releases the GIL and uses tor
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from protoken import _C
 from protoken.errors import ArgumentError
 from protoken.ops.banks import DenseBank, LowRankBank
+from protoken.ops.relevance_head import Head, normalise, own_rows, pull_through_norm
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 
@@ -51,7 +54,38 @@ def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) 
     _call(_C.client_totals, rows, out.shape[1], out.data_ptr())
 
 
+def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str | None:
+    if hidden.shape[0] > _C.head_tokens and head.objective == "logprob":
+        return f"reads the head once for up to {_C.head_tokens} tokens; more are work for torch's matmul"
+    if head.weight.dtype == torch.float64:
+        return "takes fp32, bf16 and fp16 heads, not float64"
+    if head.weight.shape[1] < 2 or head.weight.stride(1) != 1 or head.weight.stride(0) < head.weight.shape[1]:
+        return "takes heads whose rows are contiguous"
+    return None
+
+
+def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: Tensor, head: Head) -> None:
+    normed, direction, inverse = normalise(hidden, head)
+    upstream = own_rows(value, normed, targets, head)
+    if head.objective == "logprob":
+        mean, mass, normed = torch.empty_like(normed), torch.empty_like(value), normed.contiguous()
+        weight = head.weight.detach()
+        bias = None if head.bias is None else _plain(head.bias.detach())
+        sizes = [*normed.shape, weight.shape[0], CODES[weight.dtype], weight.data_ptr(), weight.stride(0)]
+        table = array("q", [normed.data_ptr(), *sizes, 0 if bias is None else bias.data_ptr()])
+        outputs = mean.data_ptr(), mass.data_ptr(), torch.get_num_threads()
+        try:
+            _C.relevance_head(table.buffer_info()[0], head.scale, head.softcap or 0.0, *outputs)
+        except ValueError as error:
+            raise ArgumentError("relevance_head", got=str(error)) from error
+        value.sub_(mass)
+        upstream = upstream - mean
+    pull_through_norm(grad, upstream, direction, inverse, head)
+
+
 def _plain(value: Tensor) -> Tensor:
+    if value.dtype is torch.float32 and value.is_contiguous():
+        return value
     return value.to(torch.float32).contiguous()
 
 
@@ -61,8 +95,8 @@ def _matrices(bank: DenseBank) -> list[int]:
 
 
 def _call(function: Callable[..., None], rows: list[list[int]], *sizes: int) -> None:
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = array("q", chain.from_iterable(rows))  # a tensor would cost as much as a small call's work
     try:
-        function(table.data_ptr(), len(rows), *sizes, torch.get_num_threads())
+        function(table.buffer_info()[0], len(rows), *sizes, torch.get_num_threads())
     except ValueError as error:
         raise ArgumentError(function.__name__, got=str(error)) from error

@@ -191,7 +191,7 @@ def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: 
     """The torch backend: vocabulary chunks with a running maximum, two matmuls per chunk while it is in
     cache."""
     normed, direction, inverse = normalise(hidden, head)
-    own = _own_rows(value, normed, targets, head)
+    own = own_rows(value, normed, targets, head)
     if head.objective == "logit":
         pull_through_norm(grad, own, direction, inverse, head)
         return
@@ -214,7 +214,7 @@ def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: 
     pull_through_norm(grad, own - mean, direction, inverse, head)
 
 
-def _own_rows(value: Tensor, normed: Tensor, targets: Tensor, head: Head) -> Tensor:
+def own_rows(value: Tensor, normed: Tensor, targets: Tensor, head: Head) -> Tensor:
     """value <- the tokens' own logits; returns their gradient with respect to norm(h) [T, d]."""
     rows = head.weight.detach()[targets].float()
     logits = (rows * normed).sum(-1)
