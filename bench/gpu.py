@@ -5,7 +5,9 @@ step has found is on disk the moment it is found, a step that fails or runs out 
 rest goes on. The JSON holds the device, the versions, each step's outcome and every measured row.
 
 Steps: build (a wheel's install into a temporary folder), then side by side the checks (cuda, triton, graph, tests and
-four compute-sanitizer tools), then alone on the device the bench. bench/gpu_steps.py holds what they do.
+four compute-sanitizer tools), then alone on the device the bench. bench/gpu_steps.py names what they do.
+
+`--dry-run` needs no GPU: the same steps at tiny sizes on the CPU (bench/gpu_device.py), to see that the script works.
 """
 
 from __future__ import annotations
@@ -43,18 +45,22 @@ class Step:
     rows_file: Path | None = None
 
 
-def plan(workdir: Path, site: Path, chosen: Sequence[str]) -> list[Step]:
+def plan(workdir: Path, site: Path, chosen: Sequence[str], dry_run: bool = False) -> list[Step]:
     """All steps, or those whose names are in ``chosen``."""
     run = {"PYTHONPATH": str(site), "PYTHONUNBUFFERED": "1"}
+    if dry_run:
+        run |= {"PROTOKEN_GPU_DRY_RUN": "1", "TRITON_INTERPRET": "1"}
 
     def python(name: str, seconds: float, wave: int, *prefix: str) -> Step:
         rows = workdir / f"{name}.jsonl"
-        action = "sanitize" if prefix else name
+        action = "sanitize" if name in SANITIZERS else name
+        seconds *= 3 if dry_run else 1  # an interpreter on a busy machine
         command = [*prefix, sys.executable, str(STEPS_FILE), action, str(rows), str(seconds - 8)]
         return Step(name, command, seconds, wave, run, rows)
 
     install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    build = {"PROTOKEN_CUDA": "1", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 2)}
+    cuda = os.environ.get("PROTOKEN_CUDA", "1") if dry_run else "1"
+    build = {"PROTOKEN_CUDA": cuda, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 2)}
     steps = [
         Step("build", [*install, "--target", str(site), str(ROOT)], 230, 0, build),
         python("cuda", 110, 1),
@@ -65,7 +71,7 @@ def plan(workdir: Path, site: Path, chosen: Sequence[str]) -> list[Step]:
     ]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ("--error-exitcode", "9", "--kernel-name", "kns=protoken")
-    steps += [python(tool, 170, 1, sanitizer, "--tool", tool, *options) for tool in SANITIZERS]
+    steps += [python(tool, 170, 1, *(() if dry_run else (sanitizer, "--tool", tool, *options))) for tool in SANITIZERS]
     return [step for step in steps if not chosen or step.name in chosen]
 
 
@@ -224,6 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="*", default=[], help="only these steps (default: all)")
     parser.add_argument("--site", type=Path, help="folder to install into, or that holds an installed protoken")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="time for everything")
+    parser.add_argument("--dry-run", action="store_true", help="the same steps on the CPU, at tiny sizes")
     return parser.parse_args(arguments)
 
 
@@ -231,13 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every step ended well and every check was right, 1 when not, 2 without a CUDA device."""
     options = parse(arguments)
     about = describe()
-    report: dict[str, Any] = {**about, "steps": {}, "rows": []}
-    if about["device"] is None:
+    report: dict[str, Any] = {**about, "dry_run": options.dry_run, "steps": {}, "rows": []}
+    if about["device"] is None and not options.dry_run:
         print("bench/gpu.py: no CUDA device", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         site = options.site or Path(folder) / "site"
-        steps = plan(Path(folder), site, options.steps)
+        steps = plan(Path(folder), site, options.steps, options.dry_run)
         run_steps(steps, report, options.out, options.seconds)
     report["copy_bandwidth"] = next((row["copy_bandwidth"] for row in report["rows"] if "copy_bandwidth" in row), None)
     write(report, options.out)

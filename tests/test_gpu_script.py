@@ -128,3 +128,20 @@ def test_an_output_file_must_be_named(gpu: ModuleType, capsys: pytest.CaptureFix
 def test_without_a_device_the_script_says_so(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "describe", lambda: {"device": None})
     assert gpu.main(["--out", str(tmp_path / "r.json")]) == 2
+
+
+def test_a_dry_run_goes_through_the_steps_without_a_gpu(gpu: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="the steps run triton's kernels in its interpreter")
+    out = tmp_path / "r.json"
+    steps = ["cuda", "graph", "bench"]
+    code = gpu.main(["--dry-run", "--site", str(tmp_path), "--out", str(out), "--seconds", "900", "--steps", *steps])
+    report = json.loads(out.read_text())
+    assert report["dry_run"] is True
+    assert {name: step["status"] for name, step in report["steps"].items()} == dict.fromkeys(steps, "ok")
+    assert code == 0
+    timed = {(row["op"], row["backend"]) for row in report["rows"] if "median_s" in row}
+    ops = ("client_scores", "client_scores_lowrank", "client_totals", "relevance_head", "capture_append")
+    assert timed >= {(op, backend) for op in ops for backend in ("auto", "triton")}
+    checked = [row["case"] for row in report["rows"] if row["step"] == "cuda"]
+    assert any("relevance_head" in case for case in checked)
+    assert all(row["ok"] for row in report["rows"] if "ok" in row)

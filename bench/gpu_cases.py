@@ -1,0 +1,198 @@
+"""Every op, format and odd shape that bench/gpu.py checks: a name, a run into poisoned outputs, and its reference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from gpu_device import DEVICE, DRY_RUN, DTYPES, RMS, bank_of, normal, poisoned
+from torch import Tensor
+
+from protoken.ops import (
+    DenseBank,
+    Head,
+    LowRankBank,
+    capture_append_reference,
+    client_scores_lowrank_reference,
+    client_scores_reference,
+    client_totals_reference,
+    relevance_head_reference,
+)
+
+FLOATS = ("bf16", "fp32", "fp16")
+# A dry run's interpreter takes a tenth of a second per program.
+SMALL_DENSE = [(2, 5, 7, 9)] if DRY_RUN else [(3, 20, 65, 528), (2, 5, 7, 9)]
+SMALL_LOWRANK = [(5, 3, 12, 20, 3)] if DRY_RUN else [(20, 5, 72, 136, 8)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``run`` fills outputs that arrive poisoned and returns them; ``reference`` returns the same in fp64."""
+
+    name: str
+    run: Callable[[], list[Tensor]]
+    reference: Callable[[], list[Tensor]]
+    allowed: float = RMS
+
+
+def launcher(backend: str, op: str) -> Callable[..., None]:
+    """The backend's ``launch_<op>``; in a dry run the CPU's native module stands for ``cuda``."""
+    return getattr(module_of(backend, op), f"launch_{op}")  # type: ignore[no-any-return]
+
+
+def module_of(backend: str, op: str) -> ModuleType:
+    if backend == "triton":
+        return importlib.import_module(f"protoken.kernels.{op}")
+    return importlib.import_module("protoken.ops.cpp" if DRY_RUN else "protoken.ops.cuda")
+
+
+def has(backend: str, op: str) -> bool:
+    return hasattr(module_of(backend, op), f"launch_{op}")
+
+
+def paths_of(backend: str, op: str) -> list[dict[str, int]]:
+    """The cuda backend's paths, each of which must be right; other backends have one."""
+    if backend != "cuda" or DRY_RUN:
+        return [{}]
+    from protoken.ops import cuda
+
+    names = {"client_scores": (cuda.AUTO, cuda.MMA), "client_scores_lowrank": (cuda.WHOLE, cuda.SPLIT)}
+    return [{"path": path} for path in names[op]] if op in names else [{}]
+
+
+def cases(backend: str, small: bool = False) -> Iterator[Case]:
+    """All cases of a backend; ``small`` ones are few, for the steps that repeat or instrument every launch."""
+    for op, make in (
+        ("client_scores", _scores),
+        ("client_scores_lowrank", _lowrank),
+        ("client_totals", _totals),
+        ("relevance_head", _head),
+        ("capture_append", _append),
+    ):
+        if has(backend, op):
+            yield from make(backend, launcher(backend, op), small or DRY_RUN)
+
+
+def _into(shape: tuple[int, ...], launch: Callable[..., None], *operands: Any, **options: int) -> list[Tensor]:
+    out = poisoned(*shape)
+    launch(out, *operands, **options)
+    return [out]
+
+
+def _scores(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
+    shapes = [(1, 1, 1, 1), (3, 7, 63, 61), (5, 20, 65, 528), (2, 130, 200, 1040), (4, 64, 576, 1536)]
+    for name in DTYPES:
+        for tokens_dtype in FLOATS[:1] if small else FLOATS:
+            for clients, tokens, rows, columns in SMALL_DENSE if small else shapes:
+                x, grad = (normal(tokens, n, seed=n, dtype=DTYPES[tokens_dtype]) for n in (columns, rows))
+                bank, scale = bank_of(name, clients, rows, columns)
+                held = DenseBank.of(bank, scale)
+                for options in paths_of(backend, "client_scores"):
+                    yield Case(
+                        f"client_scores {name} x {tokens_dtype} {(clients, tokens, rows, columns)} {options}",
+                        lambda c=clients, t=tokens, x=x, g=grad, held=held, options=options: _into(
+                            (1, c, t), launch, [x], [g], [held], **options
+                        ),
+                        lambda x=x, g=grad, b=bank, s=scale: [client_scores_reference(x, g, b, scale=s)[None]],
+                    )
+
+
+def _lowrank(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
+    shapes = [(1, 1, 1, 1, 1), (20, 5, 72, 136, 8), (5, 20, 65, 61, 3), (3, 70, 130, 1040, 16), (2, 17, 64, 64, 64)]
+    for name in FLOATS:
+        for tokens_dtype in FLOATS[:1] if small else FLOATS:
+            for clients, tokens, rows, columns, rank in SMALL_LOWRANK if small else shapes:
+                x, grad = (normal(tokens, n, seed=n, dtype=DTYPES[tokens_dtype]) for n in (columns, rows))
+                a = normal(clients, rank, columns, seed=3, dtype=DTYPES[name])
+                b, s = normal(clients, rows, rank, seed=4, dtype=DTYPES[name]), normal(clients, seed=5).abs() + 0.5
+                held = LowRankBank.of(a, b, s)
+                shape = (clients, tokens, rows, columns, rank)
+                for options in paths_of(backend, "client_scores_lowrank"):
+                    yield Case(
+                        f"client_scores_lowrank {name} x {tokens_dtype} {shape} {options}",
+                        lambda c=clients, t=tokens, x=x, g=grad, held=held, options=options: _into(
+                            (1, c, t), launch, [x], [g], [held], **options
+                        ),
+                        lambda x=x, g=grad, a=a, b=b, s=s: [client_scores_lowrank_reference(x, g, a, b, s)[None]],
+                    )
+
+
+def _totals(_: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
+    shapes = [(1, 1, 1), (70, 5, 7), (3, 70, 64), (5, 576, 1536)]
+    for name in DTYPES:
+        for clients, rows, columns in shapes[: 2 if DRY_RUN else 3 if small else 4]:
+            m = normal(rows, columns, seed=1)
+            bank, scale = bank_of(name, clients, rows, columns)
+            held = DenseBank.of(bank, scale)
+            yield Case(
+                f"client_totals {name} {(clients, rows, columns)}",
+                lambda c=clients, m=m, held=held: _into((1, c), launch, [m], [held]),
+                lambda m=m, b=bank, s=scale: [client_totals_reference(m, b, scale=s)[None]],
+            )
+
+
+def _head(_: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
+    shapes = [(7, 64, 300), (1, 33, 5003), (16, 576, 2048)]
+    for name in FLOATS[:1] if small else FLOATS:
+        for tokens, width, vocabulary in shapes[: 1 if DRY_RUN else 2] if small else shapes:
+            for norm, objective, softcap in (
+                ("rms", "logprob", None),
+                ("layer", "logprob", 2.0),
+                ("none", "logit", None),
+            ):
+                hidden = normal(tokens, width, seed=2, dtype=DTYPES[name]) * 3
+                weight = normal(vocabulary, width, seed=1, dtype=DTYPES[name]) / width**0.5
+                targets = torch.arange(tokens, device=DEVICE) * 7 % vocabulary
+                head = Head(
+                    weight,
+                    bias=normal(vocabulary, seed=3),
+                    norm=norm,
+                    norm_weight=normal(width, seed=4),
+                    scale=0.7,
+                    softcap=softcap,
+                    objective=objective,
+                )
+
+                def run(hidden: Tensor = hidden, targets: Tensor = targets, head: Head = head) -> list[Tensor]:
+                    outs = [poisoned(*hidden.shape), poisoned(hidden.shape[0])]
+                    launch(*outs, hidden, targets, head)
+                    return outs
+
+                yield Case(
+                    f"relevance_head {name} {(tokens, width, vocabulary)} {norm} {objective} {softcap}",
+                    run,
+                    lambda hidden=hidden, targets=targets, head=head: list(
+                        relevance_head_reference(hidden, targets, head)
+                    ),
+                )
+
+
+def _append(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
+    for to in FLOATS:
+        for of in FLOATS:
+            if DRY_RUN and backend == "triton" and to == "bf16":
+                continue  # the interpreter cuts off the bits that hardware rounds
+            for capacity, tokens, width in [(7, 5, 33)] if small else [(7, 1, 33), (7, 20, 33), (64, 5, 4096)]:
+                steps = [normal(tokens, width, seed=1, dtype=DTYPES[of]), normal(width, tokens, seed=2).T]
+
+                def run(
+                    append: Callable[..., None] = launch,
+                    capacity: int = capacity,
+                    to: str = to,
+                    steps: list[Tensor] = steps,
+                ) -> list[Tensor]:
+                    buffers = [torch.zeros(capacity, s.shape[1], dtype=DTYPES[to], device=DEVICE) for s in steps]
+                    cursor = torch.full((1,), 5, dtype=torch.int64, device=DEVICE)
+                    append(buffers, steps, cursor)
+                    return [*(buffer.double() for buffer in buffers), cursor.double()]
+
+                yield Case(
+                    f"capture_append {of} to {to} {(capacity, tokens, width)}",
+                    run,
+                    lambda run=run: run(capture_append_reference),
+                    allowed=0.0,
+                )

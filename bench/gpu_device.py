@@ -1,0 +1,149 @@
+"""What the steps of bench/gpu.py share: the device, findings on disk, random operands, errors and a clock.
+
+With PROTOKEN_GPU_DRY_RUN=1 the device is the CPU: Triton runs in its interpreter, the native CPU module stands where
+the CUDA module would, and sizes are tiny. That shows that the steps work from end to end; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DRY_RUN = os.environ.get("PROTOKEN_GPU_DRY_RUN") == "1"
+DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+# Relative RMS error allowed against fp64: products are exact in every format, sums are fp32.
+RMS = 1e-5
+
+
+class Rows:
+    """Appends findings to the file, one JSON line each; knows when the step's time is up."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.file = path.open("a")
+        self.end = time.monotonic() + seconds
+
+    def add(self, **row: Any) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def bank_of(name: str, clients: int, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """(bank [K, O, I], scale [K, O] or None), filled client by client: no more than one client is held in fp32."""
+    bank = torch.empty(clients, rows, columns, dtype=DTYPES[name], device=DEVICE)
+    for client in range(clients):
+        values = normal(rows, columns, seed=100 + client)
+        bank[client] = (
+            (values * 40).clamp(-127, 127).round().to(torch.int8) if name == "int8" else values.to(bank.dtype)
+        )
+    scale = normal(clients, rows, seed=4).abs() + 0.1 if name in ("int8", "fp8") else None
+    return bank, scale
+
+
+def error_of(got: Tensor, reference: Tensor) -> float:
+    """Relative RMS error; infinite when anything is not finite."""
+    if not bool(torch.isfinite(got).all()):
+        return float("inf")
+    return float((got.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-300))
+
+
+def poisoned(*shape: int) -> Tensor:
+    return torch.full(shape, float("nan"), device=DEVICE)
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def captured(call: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+    """(replay, outputs) of the call as a CUDA graph; in a dry run the call itself, copying into its first outputs."""
+    if DRY_RUN:
+        outputs = call()
+        held = outputs if isinstance(outputs, list) else [outputs]
+
+        def again() -> None:
+            new = call()
+            for old, value in zip(held, new if isinstance(new, list) else [new], strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(value)
+
+        return again, outputs
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return graph.replay, outputs
+
+
+class Clock:
+    """Medians of device time with a cold L2."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty((1 if DRY_RUN else 256) << 20, dtype=torch.int8, device=DEVICE)
+
+    def measure(self, call: Callable[[], object], seconds: float = 0.5, most: int = 40) -> tuple[float, float, int]:
+        """(median, half the distance between the quartiles, repeats) in seconds."""
+        if DRY_RUN:
+            seconds, most = 0.0, 1
+        for _ in range(0 if DRY_RUN else 2):
+            call()
+        synchronize()
+        times: list[float] = []
+        end = time.monotonic() + seconds
+        while len(times) < min(5, most) or (len(times) < most and time.monotonic() < end):
+            self.flush.zero_()
+            times.append(self._once(call))
+            if times[-1] > 2.0:
+                break
+        spread = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        return statistics.median(times), (spread[2] - spread[0]) / 2, len(times)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if DEVICE.type == "cpu":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    def copy_bandwidth(self) -> float:
+        """Bytes read plus bytes written per second."""
+        source = torch.empty((1 << 20) if DRY_RUN else (2 << 30), dtype=torch.int8, device=DEVICE).random_(-100, 100)
+        target = torch.empty_like(source)
+        return 2 * source.numel() / self.measure(lambda: target.copy_(source))[0]

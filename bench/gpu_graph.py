@@ -1,0 +1,59 @@
+"""Step graph: every op captured into a CUDA graph and replayed with other inputs."""
+
+from __future__ import annotations
+
+import torch
+from gpu_device import DEVICE, DRY_RUN, Rows, captured, normal
+from torch import Tensor
+
+from protoken.ops import (
+    DenseBank,
+    Head,
+    LowRankBank,
+    capture_append,
+    client_scores_grouped,
+    client_scores_lowrank,
+    client_totals,
+    relevance_head,
+)
+
+
+def graph(rows: Rows) -> None:
+    """Captured once, replayed with other inputs: what eager mode gives, bit for bit."""
+    for backend in ("cpp", "triton") if DRY_RUN else ("cuda", "triton", "auto"):
+        for tokens in (3, 20) if DRY_RUN else (3, 70):
+            case = f"graph {backend} T = {tokens}"
+            try:
+                rows.add(case=case, ok=replays(backend, tokens))
+            except Exception as problem:
+                rows.add(case=case, ok=False, problem=f"{type(problem).__name__}: {problem}"[:600])
+
+
+def replays(backend: str, tokens: int) -> bool:
+    outputs, inputs = (20, 40) if DRY_RUN else (200, 528)
+    x, grad = (normal(tokens, n, seed=n, dtype=torch.bfloat16) for n in (inputs, outputs))
+    bank = DenseBank.of(normal(5, outputs, inputs, seed=3, dtype=torch.bfloat16))
+    m = normal(outputs, inputs, seed=6)
+    factors = LowRankBank.of(normal(9, 8, inputs, seed=4), normal(9, outputs, 8, seed=5))
+    head, targets = Head(normal(1000, outputs, seed=7)), torch.arange(tokens, device=DEVICE)
+    buffer, cursor = torch.zeros(16, inputs, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    # Ops that the native module leaves to Triton are captured as auto runs them.
+    other = "auto" if backend in ("cuda", "cpp") else backend
+
+    def run() -> list[Tensor]:
+        cursor.zero_()
+        capture_append([buffer], [x], cursor, backend=other)
+        return [
+            client_scores_grouped([x, x], [grad, grad], [bank, bank], backend=backend),
+            client_scores_lowrank(x, grad, factors, backend=backend),
+            client_totals(m, bank, backend=backend),
+            *relevance_head(grad, targets, head, backend=other),
+            buffer.clone(),
+        ]
+
+    replay, outs = captured(run)
+    x.copy_(normal(tokens, inputs, seed=11))
+    grad.copy_(normal(tokens, outputs, seed=12))
+    replay()
+    got = [out.clone() for out in outs]
+    return all(torch.equal(a, b) for a, b in zip(got, run(), strict=True))
