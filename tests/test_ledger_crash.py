@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from ledger_cases import check_round, commit_next, contents, reopen, round_data, small_ledger
@@ -115,26 +115,26 @@ def test_a_disk_that_takes_half_a_write_is_full(tmp_path):
 # ---- killed writers ----------------------------------------------------------------------------------------------
 
 
-def drive(*arguments: object) -> dict[str, int]:
-    """Run the killer in a process of its own: it forks writers, kills them and checks what they left."""
-    script = Path(__file__).with_name("fuzz_ledger_kill.py")
+def drive(name: str, *arguments: object) -> dict[str, Any]:
+    """Run a script that forks in a process of its own."""
+    script = Path(__file__).with_name(name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, int] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
 def test_kill_at_every_boundary_between_file_operations(tmp_path):
-    result = drive("boundaries", tmp_path)
+    result = drive("fuzz_ledger_kill.py", "boundaries", tmp_path)
     assert result["killed"] == result["operations"] + 1 > 20
     assert result["lost"] == result["unreadable"] == 0
 
 
 def test_random_kills_of_a_running_writer(tmp_path):
-    result = drive("random", tmp_path, int(25 * CASES))
+    result = drive("fuzz_ledger_kill.py", "random", tmp_path, int(25 * CASES))
     assert result["killed"] == int(25 * CASES)
     assert result["acknowledged"] > 0
     assert result["lost"] == result["unreadable"] == 0
@@ -347,6 +347,16 @@ def test_many_readers_beside_a_writer_see_whole_rounds_only(tmp_path):
     assert min(reads) > 0
     assert writer.head.round > 5
     assert verify(path).ok
+
+
+def test_reading_processes_beside_a_writing_one_never_see_a_torn_round(tmp_path):
+    """Scaled by PROTOKEN_FUZZ_CASES: 32 readers for 10 minutes at 100."""
+    readers, seconds = min(32, int(4 * max(1.0, CASES))), 6 * CASES
+    result = drive("fuzz_ledger_readers.py", tmp_path, readers, seconds)
+    assert result["errors"] == []
+    assert result["sound"]
+    assert result["fewest"] > 0
+    assert result["rounds"] > 1
 
 
 def test_leftovers_of_a_crash_are_ignored_listed_and_cleared(tmp_path):

@@ -11,20 +11,22 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from fuzz_ledger_structures import make_ledger, places, read_everything
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ledger_cases import NAMES, federation, forge_manifest, forge_shard, parameters, reopen, updates
+from ledger_cases import NAMES, forge_manifest, forge_shard, reopen
 
 from protoken.errors import LedgerError, LedgerFormatError, ProtokenError
-from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing, strictjson
-from protoken.ledger.files import FileLayer
+from protoken.ledger import Ledger, parsing, strictjson
 from protoken.ledger.shards import ShardRef, parse_header
 from protoken.ledger.verification import verify
 
@@ -51,14 +53,6 @@ nasty = st.one_of(
     st.lists(st.integers(-2, 1 << 40), max_size=4),
     st.dictionaries(st.text(max_size=5), st.integers(-(1 << 60), 1 << 60), max_size=3),
 )
-
-
-def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to every node below a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
-        yield (*here, key)
-        yield from places(child, (*here, key))
 
 
 @st.composite
@@ -101,18 +95,7 @@ def mutate(value: Any, edits: list[tuple[str, float, Any]]) -> Any:
 def original(tmp_path_factory) -> Path:
     """Two rounds; the second has every layout: fp32, int8 and LoRA, a residual, a quarantined client."""
     path = tmp_path_factory.mktemp("fuzz") / "ledger"
-    ledger = Ledger.create(path, run="run-1", files=FileLayer(path, sync=False))
-    base = parameters(0)
-    states, mean = federation(base)
-    ledger.commit_round(base, mean, updates(states))
-    with ledger.begin_round(mean, codec="int8", metadata={"a": [1, {"b": None}]}) as writer:
-        lora = LowRank(torch.ones(2, 5), torch.ones(6, 2), 0.5)
-        writer.add(ClientUpdate("alice", 0.5, delta={NAMES[0]: lora, NAMES[1]: torch.ones(4)}, examples=3))
-        writer.add(ClientUpdate("bob", 0.25, delta={n: t * 0.1 for n, t in base.items()}))
-        bad = {n: torch.full_like(t, math.nan) for n, t in base.items()}
-        writer.add(ClientUpdate("carol", 0.25, delta=bad), on_bad="quarantine")
-        writer.commit({n: t + 0.5 for n, t in mean.items()})
-    assert verify(path).ok
+    make_ledger(path)
     return path
 
 
@@ -122,23 +105,6 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, ProtokenError | None]:
         return action(), None
     except ProtokenError as error:
         return None, error
-
-
-def read_everything(path: Path) -> None:
-    """Every public reading function on every round; stops at the first typed error."""
-    ledger = Ledger.open(path)
-    for current in ledger.select("all"):
-        for name in current.parameters:
-            assert bool(torch.isfinite(current.change(name)).all())
-            assert bool(torch.isfinite(current.residual(name)).all())
-            for record in current.clients:
-                if record.quarantined is None:
-                    delta = current.delta(record.client, name)
-                    assert tuple(delta.shape) == current.parameters[name].shape
-                    assert bool(torch.isfinite(delta).all())
-                    if current.layout(record.client, name) == "lora":
-                        current.factors(record.client, name)
-    assert len(set(map(str.lower, ledger.clients))) == len(ledger.clients)
 
 
 @FUZZ
@@ -294,3 +260,16 @@ def test_any_damage_without_new_hashes_is_never_read_as_right(original, tmp_path
 
 def test_the_unharmed_ledger_reads_whole(original):
     read_everything(original)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_cases_end_in_a_typed_error_or_the_right_answer_within_a_second():
+    """The same script runs 10^6 cases, or is guided by coverage: see its head."""
+    cases = max(1, int(100_000 * CASES))
+    script = Path(__file__).with_name("fuzz_ledger_structures.py")
+    done = subprocess.run([sys.executable, str(script), str(cases)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["crashes"] == []
+    assert result["slowest"] < SECOND
+    assert 0.02 < result["accepted"] / cases < 0.9  # cases reach the validators, and do not all pass them

@@ -11,6 +11,7 @@ from ledger_cases import NAMES, SHAPES, WEIGHTS, federation, parameters, small_l
 from protoken.errors import ArgumentError, LayerError, ShapeError
 from protoken.ledger import ClientUpdate, LowRank
 from protoken.ledger.rules import (
+    FedAdagrad,
     FedAdam,
     FedAvgM,
     FedYogi,
@@ -77,6 +78,45 @@ def test_contributions_add_up_to_the_server_also_for_clients_that_sit_out(ledger
         assert (read.client("bob").examples is None) == (number == 3)
         model = after
     assert float(ledger.round(3).delta("bob", NAMES[0]).norm()) > 0
+
+
+def test_momentum_goes_on_after_a_restart_from_what_the_ledger_holds(ledger):
+    model, server, split = parameters(0), PlainServer("fedavgm"), SPLITS["fedavgm"]()
+    for number in range(1, 5):
+        if number == 3:
+            split = FedAvgM.resume(ledger)
+        states, _ = federation(model, number * 10)
+        given = [u for u in updates(states) if number < 4 or u.client != "carol"]
+        delta = {n: sum(u.weight * (u.state[n] - model[n]) for u in given) for n in NAMES}
+        after = server.step(model, delta)
+        ledger.commit_round(
+            model, after, split.step(given, model), rule="fedavgm", max_relative_residual=5e-6,
+            metadata={"server": split.settings()},
+        )  # fmt: skip
+        model = after
+    assert (split.momentum, split.server_learning_rate) == (0.9, 0.7)
+    # What a participant itself sent can be read off two rounds: (m_k - beta m_k') / rho_k.
+    alice = (ledger.round(4).delta("alice", NAMES[0]) - 0.9 * ledger.round(3).delta("alice", NAMES[0])) / 0.7 / 0.5
+    sent = given[0].state[NAMES[0]] - (model[NAMES[0]] - ledger.round(4).change(NAMES[0]))
+    torch.testing.assert_close(alice, sent, rtol=0, atol=1e-5)
+    base = parameters(9)
+    states, mean = federation(base)
+    ledger.commit_round(base, mean, updates(states), allow_gap=True)
+    with pytest.raises(ArgumentError, match="a last round of fedavgm with its settings, got fedavg"):
+        FedAvgM.resume(ledger)
+
+
+def test_adagrad_adds_squares_and_keeps_no_momentum():
+    model, split, moment = parameters(0), FedAdagrad(server_learning_rate=0.1), 0.0
+    for number in range(1, 4):
+        states, _ = federation(model, number * 10)
+        given = updates(states) if number == 1 else updates(states)[:2]
+        delta = sum(u.weight * (u.state[NAMES[0]] - model[NAMES[0]]) for u in given).double()
+        moment = moment + delta**2
+        applied = split.step(given, model)
+        assert len(applied) == len(given)  # nothing is left of a client that sat out
+        total = sum(u.delta[NAMES[0]] for u in applied)
+        torch.testing.assert_close(total.double(), 0.1 * delta / (moment.sqrt() + 1e-3), rtol=1e-5, atol=1e-7)
 
 
 def test_the_servers_own_second_moment_may_be_handed_over():

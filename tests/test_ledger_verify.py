@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from ledger_cases import (
     federation,
     forge_header,
     forge_manifest,
+    forge_shard,
     parameters,
     reopen,
     round_data,
@@ -38,10 +41,12 @@ from protoken.errors import (
     LedgerFormatError,
     NonFiniteError,
 )
-from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing
+from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing, shard_check, verification
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
+from protoken.ledger.shard_check import bytes_finite
 from protoken.ledger.summary import list_ledger, show_round
+from protoken.ledger.tensors import DTYPES, ITEM_SIZES, byte_view, is_finite
 from protoken.ledger.transfer import copy_ledger
 from protoken.ledger.verification import verify
 
@@ -58,6 +63,65 @@ def test_report_counts_what_it_read_and_tells_progress(path):
     assert report.bytes == sum(f.stat().st_size for f in path.rglob("*.safetensors"))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert report.head == Ledger.open(path).head
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_finite_bytes_are_those_of_finite_tensors(name):
+    size = ITEM_SIZES[name]
+    if size <= 2:  # every bit pattern there is
+        patterns = torch.arange(256**size, dtype=torch.int32).to(torch.uint16 if size == 2 else torch.uint8)
+        numbers = patterns.view(DTYPES[name])
+    else:
+        special = [0.0, -0.0, 1.0, torch.finfo(DTYPES[name]).max, torch.finfo(DTYPES[name]).tiny, 5e-324]
+        numbers = torch.tensor([*special, math.inf, -math.inf, math.nan], dtype=DTYPES[name])
+    finite = torch.isfinite(numbers if size == 8 else numbers.float())
+    assert bytes_finite(byte_view(numbers[finite]), name)
+    for number in numbers[~finite]:
+        assert not bytes_finite(byte_view(number), name)
+        assert not is_finite(number)
+    assert bytes_finite(memoryview(b""), name)
+
+
+def test_shards_too_large_for_one_piece_are_checked_tensor_by_tensor(path, monkeypatch):
+    whole = verify(path)
+    monkeypatch.setattr(shard_check, "ONE_PIECE", 0)
+    pieces = verify(path)
+    assert (pieces.ok, pieces.bytes, pieces.shards) == (True, whole.bytes, whole.shards)
+    shard = path / "rounds/00000002/clients/000001.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert [p.where for p in verify(path).problems] == ["round 2, client bob"]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_numbers_that_are_not_finite_are_found_on_either_way(path, monkeypatch, limit):
+    monkeypatch.setattr(shard_check, "ONE_PIECE", limit)
+
+    def spoil(data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+        begin, end = header[NAMES[1]]["data_offsets"]
+        body[begin : begin + 4] = b"\x00\x00\xc0\x7f"
+        info = json.loads(header["__metadata__"]["protoken"])
+        info["sha256"][NAMES[1]] = hashlib.sha256(body[begin:end]).hexdigest()
+        header["__metadata__"]["protoken"] = json.dumps(info)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    forge_shard(path, spoil)
+    assert "finite numbers" in " ".join(map(str, verify(path).problems))
+
+
+def test_a_missing_folder_of_clients_is_a_problem_of_every_client(path):
+    shutil.rmtree(path / "rounds/00000002/clients")
+    problems = verify(path).problems
+    assert [p.where for p in problems] == [f"round 2, client {c}" for c in WEIGHTS]
+
+
+def test_many_small_shards_are_checked_in_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "BATCH", 2)
+    report = verify(small_ledger(tmp_path / "ledger", 2).path, workers=2)
+    assert (report.ok, report.shards) == (True, 8)
 
 
 def test_a_broken_manifest_ends_the_chain_and_says_so(path):

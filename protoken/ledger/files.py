@@ -46,7 +46,12 @@ class FileLayer:
 
     def open_read(self, name: str) -> int:
         """A descriptor of a regular file with a single name. LedgerFormatError for anything else."""
-        with self._parent(name) as (folder, leaf), _reading(name):
+        with self._parent(name) as (folder, leaf):
+            return self.open_leaf(folder, leaf, name)
+
+    def open_leaf(self, folder: int, leaf: str, name: str) -> int:
+        """The same in a folder that is open already (see `folder`); ``name`` is for the message."""
+        with _reading(name):
             # O_NONBLOCK: opening a FIFO for reading would wait for its writer for ever.
             handle = os.open(leaf, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         try:
@@ -117,7 +122,7 @@ class FileLayer:
     def names(self, folder: str) -> list[str]:
         """Sorted names in a folder ("" is the ledger's own); empty when there is no such folder."""
         try:
-            with self._folder(folder) as handle, _reading(folder):
+            with self.folder(folder) as handle, _reading(folder):
                 return sorted(os.listdir(handle))
         except LedgerFormatError:
             if not self.exists(folder):
@@ -176,7 +181,7 @@ class FileLayer:
 
     def sync_folder(self, name: str) -> None:
         """Make the names in a folder durable ("" is the ledger's own)."""
-        with self._folder(name) as handle:
+        with self.folder(name) as handle:
             self._change("fsync of the folder", name, lambda: os.fsync(handle) if self.syncs else None)
 
     def rename(self, old: str, new: str) -> None:
@@ -243,7 +248,7 @@ class FileLayer:
     # ---- walking -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _folder(self, name: str) -> Iterator[int]:
+    def folder(self, name: str) -> Iterator[int]:
         """Descriptor of a folder, reached part by part without following links."""
         with _reading(name or str(self.root)):
             handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -262,7 +267,7 @@ class FileLayer:
         folder, _, leaf = name.rpartition("/")
         if not leaf or leaf in (".", ".."):
             raise LedgerFormatError("name", expected="a relative path inside the ledger", got=ascii(name))
-        with self._folder(folder) as handle:
+        with self.folder(folder) as handle:
             yield handle, leaf
 
 

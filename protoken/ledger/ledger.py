@@ -15,7 +15,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,12 +23,13 @@ from protoken.errors import (
     CommitConflict,
     LedgerFormatError,
     SignatureError,
-    StaleSnapshot,
     UnknownRoundError,
 )
 from protoken.ledger import manifest as m
 from protoken.ledger import names, parsing, strictjson
+from protoken.ledger.chain import Chain
 from protoken.ledger.files import FileLayer
+from protoken.ledger.pruned import read_pruned
 from protoken.ledger.rounds import Round, ShardCache, folder
 from protoken.ledger.updates import ClientUpdate, Value
 from protoken.ledger.writer import KeepResidual, RoundWriter
@@ -37,7 +37,6 @@ from protoken.ledger.writer import KeepResidual, RoundWriter
 if TYPE_CHECKING:
     from protoken.ledger.signatures import SigningKey
 
-ROUND_CACHE = 64
 RoundChoice = int | Literal["last", "all"] | slice | Iterable[int]
 
 
@@ -54,12 +53,9 @@ class Ledger:
         check: bool,
         key: object,
     ) -> None:
-        self._files, self._genesis, self._genesis_hash, self._head = files, genesis, genesis_hash, head
-        self._key = key
+        self._files, self._genesis, self._key = files, genesis, key
+        self._chain = Chain(files, genesis, genesis_hash, head)
         self._cache = ShardCache(files, check=check)
-        self._hashes: dict[int, str] = {head.round: head.sha256}
-        self._clients: dict[int, tuple[str, ...]] = {}
-        self._load = lru_cache(maxsize=ROUND_CACHE)(self._read_manifest)
         self._pruned = read_pruned(files)
 
     # ---- opening -------------------------------------------------------------------------------------------
@@ -154,13 +150,13 @@ class Ledger:
     def refresh(self) -> Ledger:
         """A new snapshot of the same ledger, pinned to this one: StaleSnapshot if the ledger went back."""
         return Ledger.open(
-            self.path, pinned=self._head, signing_key=self._key, check=self._cache.check, files=self._files
+            self.path, pinned=self._chain.head, signing_key=self._key, check=self._cache.check, files=self._files
         )
 
     # ---- what is there -------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return f"Ledger({str(self.path)!r}, run={self.run!r}, rounds={self._head.round})"
+        return f"Ledger({str(self.path)!r}, run={self.run!r}, rounds={self._chain.head.round})"
 
     @property
     def path(self) -> Path:
@@ -193,27 +189,27 @@ class Ledger:
         """Number and hash of the last round; note str(head) elsewhere to notice a ledger that was rolled
         back.
         """
-        return self._head
+        return self._chain.head
 
     @property
     def rounds(self) -> tuple[int, ...]:
         """1-based, ascending."""
-        return tuple(range(1, self._head.round + 1))
+        return tuple(range(1, self._chain.head.round + 1))
 
     @property
     def clients(self) -> tuple[str, ...]:
         """All ids over all rounds, sorted. Reads every manifest once."""
-        return tuple(sorted({client for number in self.rounds for client in self._clients_of(number)}))
+        return tuple(sorted({client for number in self.rounds for client in self._chain.clients_of(number)}))
 
     def round(self, number: int | Literal["last"]) -> Round:
         """One round. UnknownRoundError when there is none of this number."""
         if number == "last":
-            number = self._head.round
-        if type(number) is not int or not 1 <= number <= self._head.round:
+            number = self._chain.head.round
+        if type(number) is not int or not 1 <= number <= self._chain.head.round:
             raise UnknownRoundError(
-                "round", expected=f"'last' or a number from 1 to {self._head.round}", got=ascii(number)[:40]
+                "round", expected=f"'last' or a number from 1 to {self._chain.head.round}", got=ascii(number)[:40]
             )
-        return Round(self._manifest(number), self._cache, pruned=number in self._pruned)
+        return Round(self._chain.manifest(number), self._cache, pruned=number in self._pruned)
 
     def select(self, rounds: RoundChoice = "last") -> tuple[Round, ...]:
         """Rounds by "last", "all", a number, a slice of the tuple of rounds, or an iterable of numbers;
@@ -231,35 +227,16 @@ class Ledger:
             chosen = sorted(set(rounds))
         found = tuple(self.round(number) for number in chosen)
         if not found:
-            raise UnknownRoundError("rounds", expected="at least one round", got=f"none of {self._head.round}")
+            raise UnknownRoundError("rounds", expected="at least one round", got=f"none of {self._chain.head.round}")
         return found
 
     def require_pinned(self, pinned: str | m.Head) -> None:
         """StaleSnapshot unless the pinned head is this ledger's or an ancestor of it."""
-        number, _, sha256 = str(pinned).partition(":")
-        if not number.isdecimal() or len(number) > 8 or len(sha256) != 64:
-            raise ArgumentError(
-                "pinned", expected='"<round>:<hash>", as str(ledger.head) gives it', got=ascii(pinned)[:90]
-            )
-        if int(number) > self._head.round:
-            raise StaleSnapshot(
-                "ledger", expected=f"round {number}, which was pinned", got=f"{self._head.round} rounds"
-            )
-        found = self.hash_of(int(number))
-        if found != sha256:
-            raise StaleSnapshot("ledger", expected=f"round {number} with hash {sha256}", got=found)
+        self._chain.require_pinned(pinned)
 
     def hash_of(self, number: int) -> str:
         """Hash of a round's manifest (0: of ledger.json), as the chain below the head fixes it."""
-        if number == 0:
-            if self._head.round:
-                self._manifest(1)
-            return self._genesis_hash
-        known = min(n for n in self._hashes if n >= number)
-        for later in range(known, number, -1):
-            if later - 1 not in self._hashes:
-                self._hashes[later - 1] = self._previous_of(later)
-        return self._hashes[number]
+        return self._chain.hash_of(number)
 
     # ---- writing -------------------------------------------------------------------------------------------
 
@@ -313,14 +290,14 @@ class Ledger:
             self._clear_leftovers()
             return RoundWriter(
                 self._files,
-                self._head,
+                self._chain.head,
                 base,
                 lock=lock,
                 rule=rule,
                 codec=codec,
                 metadata=metadata,
                 gap=allow_gap,
-                last=self._manifest(self._head.round) if self._head.round else None,
+                last=self._chain.manifest(self._chain.head.round) if self._chain.head.round else None,
                 known_clients={names.fold(client): client for client in self.clients},
                 keep_residual=keep_residual,
                 sign=self._signer(),
@@ -331,9 +308,7 @@ class Ledger:
             raise
 
     def _advance(self, manifest: m.Manifest, head: m.Head) -> Round:
-        self._head = head
-        self._hashes[head.round] = head.sha256
-        self._clients[head.round] = tuple(record.client for record in manifest.clients)
+        self._chain.advance(manifest, head)
         return Round(manifest, self._cache)
 
     def forget_pruned(self) -> None:
@@ -342,10 +317,10 @@ class Ledger:
 
     def _require_current(self) -> None:
         found = parsing.parse_head(self._files.read("HEAD", m.HEAD_LIMIT))
-        if found != self._head:
+        if found != self._chain.head:
             raise CommitConflict(
                 "ledger",
-                expected=f"head {str(self._head)[:20]}..., which this snapshot shows",
+                expected=f"head {str(self._chain.head)[:20]}..., which this snapshot shows",
                 got=f"{str(found)[:20]}... on disk",
                 remedy="Use ledger.refresh() and write on top of that.",
             )
@@ -365,74 +340,6 @@ class Ledger:
         from protoken.ledger.signatures import server_signer
 
         return server_signer(self._key)
-
-    # ---- the chain -----------------------------------------------------------------------------------------
-
-    def _manifest(self, number: int) -> m.Manifest:
-        self.hash_of(number)
-        return self._manifest_of_known(number)
-
-    def _manifest_of_known(self, number: int) -> m.Manifest:
-        """A manifest whose hash is known; notes the hash of the one before it."""
-        found = self._load(number)
-        if self._hashes.setdefault(number - 1, found.previous) != found.previous:
-            raise LedgerFormatError(
-                f"{folder(number)}/manifest.json", expected="its own previous hash", got="another one read before"
-            )
-        self._clients[number] = tuple(record.client for record in found.clients)
-        return found
-
-    def _previous_of(self, number: int) -> str:
-        """The field ``previous`` of a manifest whose hash is known, without parsing the rest: walking down a long
-        chain would take a second per hundred thousand clients. In canonical JSON only ``residual``, ``round``,
-        ``rule``, ``run`` and ``version`` follow it; a manifest where that is not so is refused once it is parsed.
-        """
-        data = self._checked_bytes(number)
-        at = data.rfind(b'"previous":"')
-        value = data[at + 12 : at + 76]
-        if at < 0 or len(value) != 64 or not set(value) <= set(b"0123456789abcdef"):
-            return self._manifest_of_known(number).previous
-        return value.decode("ascii")
-
-    def _checked_bytes(self, number: int) -> bytes:
-        what = f"{folder(number)}/manifest.json"
-        data = self._files.read(what, m.MANIFEST_LIMIT)
-        if m.sha256(data) != self._hashes[number]:
-            raise LedgerFormatError(what, expected=f"a manifest with hash {self._hashes[number]}", got=m.sha256(data))
-        return data
-
-    def _read_manifest(self, number: int) -> m.Manifest:
-        what, data = f"{folder(number)}/manifest.json", self._checked_bytes(number)
-        found = parsing.parse_manifest(data, what)
-        if found.run != self.run or found.round != number:
-            raise LedgerFormatError(
-                what,
-                expected=f"round {number} of run {self.run}",
-                got=f"round {found.round} of run {found.run}",
-            )
-        if number == 1 and found.previous != self._genesis_hash:
-            raise LedgerFormatError("ledger.json", expected=f"hash {found.previous}", got=self._genesis_hash)
-        return found
-
-    def _clients_of(self, number: int) -> tuple[str, ...]:
-        if number not in self._clients:
-            self._manifest(number)
-        return self._clients[number]
-
-
-def read_pruned(files: FileLayer) -> frozenset[int]:
-    """Numbers of the rounds whose shards were removed by prune()."""
-    if not files.exists("PRUNED"):
-        return frozenset()
-    data = files.read("PRUNED", m.GENESIS_LIMIT)
-    value = strictjson.load(data, limit=m.GENESIS_LIMIT, what="PRUNED")
-    good = isinstance(value, dict) and set(value) == {"rounds"} and isinstance(value["rounds"], list)
-    if not good or not all(type(n) is int and 1 <= n <= m.MAX_ROUND for n in value["rounds"]):
-        raise LedgerFormatError("PRUNED", expected='{"rounds": [numbers]}', got="something else")
-    numbers = frozenset(value["rounds"])
-    if strictjson.dump({"rounds": sorted(numbers)}) != data:
-        raise LedgerFormatError("PRUNED", expected="canonical JSON", got="another spelling")
-    return numbers
 
 
 def _public(signing_key: SigningKey | None) -> str | None:

@@ -7,8 +7,9 @@ state:
     FedAvgM   m_k <- beta m_k + rho_k delta_k                 c_k = eta m_k
     FedAdam   m_k <- beta_1 m_k + (1 - beta_1) rho_k delta_k  c_k = eta / (sqrt(v) + tau) * m_k
     FedYogi   as FedAdam, with Yogi's v                       (v is shared, taken right after the aggregation)
+    FedAdagrad  as FedAdam with beta_1 = 0, v <- v + (sum_k rho_k delta_k)^2
 
-(FedAvgM: Hsu et al. 2019, arXiv 1909.06335; FedAdam, FedYogi: Reddi et al. 2020, arXiv 2003.00295.) So a client keeps
+(FedAvgM: Hsu et al. 2019, arXiv 1909.06335; the others: Reddi et al. 2020, arXiv 2003.00295.) So a client keeps
 contributing after a round it sat out, as its momentum does. These c_k carry weight 1.
 
 Median, trimmed mean and Krum are not weighted means; recorded_robust() gives the weights under which they are
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ from torch import Tensor
 from protoken.errors import ArgumentError, LayerError, ShapeError
 from protoken.ledger.tensors import LowRank, norm
 from protoken.ledger.updates import ClientUpdate, Value, deltas_of
+
+if TYPE_CHECKING:
+    from protoken.ledger.ledger import Ledger
 
 SECURE_AGGREGATION = "secure-aggregation"
 Buffers = dict[str, dict[str, Tensor]]
@@ -40,8 +45,32 @@ class FedAvgM:
     buffers: Buffers = field(default_factory=dict)
     rule: str = "fedavgm"
 
+    def settings(self) -> dict[str, object]:
+        """What the rule was run with, for metadata["server"]."""
+        return {"rule": self.rule, "momentum": self.momentum, "learning_rate": self.server_learning_rate}
+
+    @classmethod
+    def resume(cls, ledger: Ledger) -> FedAvgM:
+        """The rule as the last round left it: m_k = c_k / eta, from what the ledger recorded.
+
+        The last round's metadata["server"] must be `settings()`. ArgumentError when it is not of this rule.
+        """
+        last = ledger.round("last")
+        found = last.metadata.get("server")
+        settings = found if isinstance(found, dict) else {}
+        beta, eta = settings.get("momentum"), settings.get("learning_rate")
+        if last.rule != "fedavgm" or not isinstance(beta, float | int) or not isinstance(eta, float | int) or not eta:
+            raise ArgumentError("ledger", expected="a last round of fedavgm with its settings", got=last.rule)
+        buffers = {
+            record.client: {name: delta.float() * (record.weight / eta) for name, delta in last.deltas(record.client)}
+            for record in last.usable
+        }
+        return cls(float(beta), float(eta), buffers)
+
     def step(self, updates: Sequence[ClientUpdate], base: Mapping[str, Value]) -> list[ClientUpdate]:
         """Contributions of this round: of its participants, and of everybody whose momentum still acts."""
+        if not self.momentum:
+            self.buffers.clear()
         for momentum in self.buffers.values():
             for tensor in momentum.values():
                 tensor.mul_(self.momentum)
@@ -66,6 +95,11 @@ class FedAdam:
     second_moment: dict[str, Tensor] = field(default_factory=dict)
     rule: str = "fedadam"
 
+    def settings(self) -> dict[str, object]:
+        """What the rule was run with, for metadata["server"]."""
+        rates = {"learning_rate": self.server_learning_rate, "beta_1": self.beta_1, "beta_2": self.beta_2}
+        return {"rule": self.rule, **rates, "tau": self.tau, "initial": self.initial}
+
     def step(
         self,
         updates: Sequence[ClientUpdate],
@@ -74,6 +108,8 @@ class FedAdam:
         second_moment: Mapping[str, Tensor] | None = None,
     ) -> list[ClientUpdate]:
         """Contributions of this round. ``second_moment`` is the server's own v right after aggregating, if at hand."""
+        if not self.beta_1:
+            self.buffers.clear()
         for momentum in self.buffers.values():
             for tensor in momentum.values():
                 tensor.mul_(self.beta_1)
@@ -97,6 +133,17 @@ class FedYogi(FedAdam):
 
     def _moment(self, before: Tensor, square: Tensor) -> Tensor:
         return before - (1 - self.beta_2) * square * torch.sign(before - square)
+
+
+@dataclass
+class FedAdagrad(FedAdam):
+    """FedAdam without momentum (beta_1 = 0), with v <- v + d^2."""
+
+    beta_1: float = 0.0
+    rule: str = "fedadagrad"
+
+    def _moment(self, before: Tensor, square: Tensor) -> Tensor:
+        return before + square
 
 
 def recorded_robust(

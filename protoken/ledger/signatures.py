@@ -19,6 +19,7 @@ from protoken.errors import ArgumentError, SignatureError
 from protoken.ledger import manifest as m
 from protoken.ledger import names, strictjson
 from protoken.ledger.codecs import check_codec, encode
+from protoken.ledger.composing import shard_content
 from protoken.ledger.rounds import folder
 from protoken.ledger.shards import encode_shard
 from protoken.ledger.tensors import parameter_digest
@@ -64,8 +65,6 @@ def sign_update(
     stored = {name: encode(check_codec(codec), value) for name, value in deltas_of(update, base).items()}
     base_hash = m.base_hash({name: parameter_digest(value) for name, value in base.items()})
     binding = {"run": names.check_run(run), "round": round, "base": base_hash, "client": update.client}
-    from protoken.ledger.writer import shard_content
-
     header, _ = encode_shard(*shard_content(stored, binding))
     signature = bytes(_private(key).sign(_client_message(m.sha256(header))))
     return ClientUpdate(

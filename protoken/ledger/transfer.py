@@ -12,11 +12,12 @@ from torch import Tensor
 from protoken.errors import ArgumentError, UnknownRoundError
 from protoken.ledger import strictjson
 from protoken.ledger.files import FileLayer
-from protoken.ledger.ledger import Ledger, RoundChoice, read_pruned
+from protoken.ledger.ledger import Ledger, RoundChoice
 from protoken.ledger.manifest import GENESIS_LIMIT, MANIFEST_LIMIT, Head
+from protoken.ledger.pruned import pruned_bytes, read_pruned
 from protoken.ledger.rounds import Round, folder
+from protoken.ledger.shard_check import check_shard
 from protoken.ledger.signatures import SIGNATURE_FILE_BYTES
-from protoken.ledger.verification import check_shard
 
 _PIECE = 1 << 24
 
@@ -40,7 +41,7 @@ def copy_ledger(ledger: Ledger, path: str | os.PathLike[str], *, upto: int | Non
     for number in range(1, last + 1):
         _copy_round(ledger, ledger.round(number), target)
     if ledger.files.exists("PRUNED"):
-        target.write_file("PRUNED", _pruned_bytes({n for n in read_pruned(ledger.files) if n <= last}))
+        target.write_file("PRUNED", pruned_bytes({n for n in read_pruned(ledger.files) if n <= last}))
     target.sync_folder("rounds")
     target.replace_file("HEAD", Head(ledger.run, last, ledger.hash_of(last)).dump())
     target.sync_above()
@@ -92,7 +93,7 @@ def prune(ledger: Ledger, rounds: RoundChoice) -> int:
     try:
         gone = numbers | set(read_pruned(files))
         # Listed first, removed afterwards: a crash in between leaves files that nobody needs, not missing ones.
-        files.replace_file("PRUNED", _pruned_bytes(gone))
+        files.replace_file("PRUNED", pruned_bytes(gone))
         for number in sorted(gone):
             for name in ("clients", "change.safetensors", "residual.safetensors"):
                 freed += _remove(files, f"{folder(number)}/{name}")
@@ -157,7 +158,3 @@ def _notes(current: Round) -> dict[str, object]:
         "examples": {c.client: c.examples for c in current.clients if c.examples is not None},
         "quarantined": {c.client: c.quarantined for c in current.clients if c.quarantined is not None},
     }
-
-
-def _pruned_bytes(numbers: set[int]) -> bytes:
-    return strictjson.dump({"rounds": sorted(numbers)})

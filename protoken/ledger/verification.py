@@ -11,19 +11,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from protoken.errors import LedgerError, LedgerFormatError, ProtokenError
-from protoken.ledger import codecs
 from protoken.ledger import manifest as m
 from protoken.ledger.ledger import Ledger
-from protoken.ledger.rounds import Round, check_binding, check_layout, folder, relative
-from protoken.ledger.shards import ShardIndex, ShardRef, read_index, read_open
-from protoken.ledger.tensors import is_finite, norm
+from protoken.ledger.rounds import Round, folder, relative
+from protoken.ledger.shard_check import ShardChecker
+from protoken.ledger.shards import ShardRef
+from protoken.ledger.tensors import norm
 
 # Recomputed residuals differ from recorded ones by the rounding of fp32 sums in another order.
 RESIDUAL_TOLERANCE = 1e-4
+# Shards that one task of the pool checks.
+BATCH, BATCH_BYTES = 32, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -108,39 +110,6 @@ def leftovers(ledger: Ledger) -> list[str]:
     return staged + [f"rounds/{name}" for name in ledger.files.names("rounds") if name not in known]
 
 
-def check_shard(round_: Round, ref: ShardRef, client: str | None) -> int:
-    """Check one shard of a round from the first byte to the last; returns its size. LedgerFormatError
-    otherwise.
-    """
-    cache, files = round_.cache, round_.cache.files
-    index = read_index(files, replace(ref, file=f"{folder(round_.number)}/{ref.file}"))
-    check_binding(index, round_.manifest, round_.base_hash, client)
-    quarantined = client is not None and round_.client(client).quarantined is not None
-    if not quarantined:
-        _check_content(round_, index, whole=ref.file != "residual.safetensors")
-    handle = files.open_read(index.file)
-    try:
-        for name in index.entries:
-            tensor = read_open(files, handle, index, name, check=cache.check)
-            if not quarantined and not is_finite(tensor):
-                raise LedgerFormatError(index.file, expected=f"finite numbers in {name}", got="NaN or infinity")
-    finally:
-        os.close(handle)
-    return ref.size
-
-
-def _check_content(round_: Round, index: ShardIndex, *, whole: bool) -> None:
-    """Exactly the parts of the round's parameters, no more; a residual may hold some of them only."""
-    wanted: set[str] = set()
-    for parameter, spec in round_.parameters.items():
-        if whole or parameter in index.info["layout"]:
-            layout = check_layout(index, parameter, spec)
-            wanted.update(parameter + s for s in codecs.expected_parts(layout, spec.shape, index.file))
-    if wanted != set(index.entries):
-        extra = sorted(set(index.entries) - wanted)
-        raise LedgerFormatError(index.file, expected="tensors of the parameters only", got=ascii(extra)[:160])
-
-
 def _verify_round(
     ledger: Ledger,
     current: Round,
@@ -163,12 +132,14 @@ def _verify_round(
     if current.pruned:
         report.pruned += 1
         return
-    for label, result in _parallel(current, pool):
-        report.shards += 1
-        try:
-            report.bytes += result.result()
-        except ProtokenError as error:
-            problems.append(Problem(f"{where}, {label}", error))
+    with ShardChecker(current) as checker:
+        for batch in [pool.submit(_check_batch, checker, batch) for batch in _batches(current)]:
+            for label, found in batch.result():
+                report.shards += 1
+                if isinstance(found, int):
+                    report.bytes += found
+                else:
+                    problems.append(Problem(f"{where}, {label}", found))
     if conservation:
         problems += _collect(where, lambda: check_conservation(current))
 
@@ -182,13 +153,33 @@ def check_conservation(round_: Round) -> None:
             raise LedgerFormatError(f"residual of {name}", expected=f"norm {spec.residual_norm} as recorded", got=found)
 
 
-def _parallel(current: Round, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Future[int]]]:
+def _batches(current: Round) -> Iterator[list[tuple[str, ShardRef, str | None]]]:
+    """(what it is, shard, client), in batches: a task per small shard would cost as much as the shard."""
     manifest = current.manifest
     jobs: list[tuple[str, ShardRef, str | None]] = [("change", manifest.change, None)]
     if manifest.residual is not None:
         jobs.append(("residual", manifest.residual, None))
     jobs += [(f"client {r.client}", r.shard, r.client) for r in current.clients]
-    return iter([(label, pool.submit(check_shard, current, ref, client)) for label, ref, client in jobs])
+    batch: list[tuple[str, ShardRef, str | None]] = []
+    for job in jobs:
+        batch.append(job)
+        if len(batch) == BATCH or sum(ref.size for _, ref, _ in batch) > BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _check_batch(
+    checker: ShardChecker, batch: list[tuple[str, ShardRef, str | None]]
+) -> list[tuple[str, int | ProtokenError]]:
+    found: list[tuple[str, int | ProtokenError]] = []
+    for label, ref, client in batch:
+        try:
+            found.append((label, checker.check(ref, client)))
+        except ProtokenError as error:
+            found.append((label, error))
+    return found
 
 
 def _check_continuity(ledger: Ledger, current: Round) -> None:

@@ -27,12 +27,12 @@ from protoken.errors import (
     CommitConflict,
     ConservationError,
     LedgerError,
-    LedgerMismatchError,
     NonFiniteError,
     ProtokenError,
 )
 from protoken.ledger import codecs, names, strictjson
 from protoken.ledger import manifest as m
+from protoken.ledger.composing import check_continuity, difference, raw, shard_content, stored_norm
 from protoken.ledger.files import FileLayer
 from protoken.ledger.rounds import Round, add_weighted, folder, relative
 from protoken.ledger.rules import check_groups
@@ -45,7 +45,6 @@ from protoken.ledger.updates import (
     check_base,
     deltas_of,
     form_dtype,
-    subtract,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ class RoundWriter:
         except ProtokenError as error:
             if on_bad != "quarantine":
                 raise
-            reason, stored = str(error)[:1000], _raw(update)
+            reason, stored = str(error)[:1000], raw(update)
         total = sum(stored_norm(item) ** 2 for item in stored.values()) ** 0.5 if reason is None else 0.0
         ref, index = self._write(m.client_file(len(self._records)), stored, self._binding(update.client))
         key, signature = self._signed(update, ref)
@@ -302,67 +301,3 @@ class RoundWriter:
         files.sync_folder("rounds")
         files.replace_file("HEAD", head.dump())
         return self._done(manifest, head)
-
-
-def difference(after: Value, before: Value) -> Value:
-    """G_r - G_{r-1}: dense fp32, or the exact low-rank difference of two LowRank values."""
-    if isinstance(after, LowRank) and isinstance(before, LowRank):
-        return after.minus(before)
-    assert isinstance(after, Tensor)
-    assert isinstance(before, Tensor)
-    return subtract(after, before)
-
-
-def shard_content(
-    stored: Mapping[str, codecs.Encoded], binding: Mapping[str, object]
-) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors and header of a shard: parts by "parameter::suffix", layouts, stated errors, binding."""
-    tensors = {name + suffix: part for name, item in stored.items() for suffix, part in item.parts.items()}
-    info: dict[str, object] = {
-        "layout": {name: item.layout for name, item in stored.items()},
-        "bound": {name: item.bound for name, item in stored.items() if item.bound},
-        **binding,
-    }
-    return tensors, info
-
-
-def stored_norm(item: codecs.Encoded) -> float:
-    """Frobenius norm of one stored parameter; of factors, sqrt(tr(B^T B A A^T)) * scale without multiplying
-    them out.
-    """
-    if item.layout in ("lora", "lowrank"):
-        found = codecs.factors(item.parts)
-        a, b = found.a.double(), found.b.double()
-        return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt()) * abs(found.scale)
-    return norm(codecs.decode(item.layout, item.parts))
-
-
-def check_continuity(base_digest: Mapping[str, str], last: m.Manifest | None) -> None:
-    """LedgerMismatchError when the base is not what the last round ended with."""
-    for name, digest in base_digest.items():
-        spec = last.parameters.get(name) if last is not None else None
-        if last is not None and spec is not None and digest != spec.aggregate:
-            raise LedgerMismatchError(
-                f"base[{name!r}]",
-                expected=f"the aggregate of round {last.round} (digest {spec.aggregate[:16]}...)",
-                got=f"digest {digest[:16]}...",
-                remedy="Pass what the clients were sent; allow_gap=True records a change in between.",
-            )
-
-
-def _raw(update: ClientUpdate) -> dict[str, codecs.Encoded]:
-    """A bad update as it came, in fp32; factors apart. Names that cannot stand in a shard are left out."""
-    given = update.delta if update.delta is not None else update.state
-    assert given is not None
-    parts: dict[str, Tensor] = {}
-    for name, value in given.items():
-        if isinstance(name, str) and names.PARAMETER_PATTERN.fullmatch(name):
-            if isinstance(value, LowRank):
-                parts |= {f"{name}.lora_A": value.a, f"{name}.lora_B": value.b}
-            elif isinstance(value, Tensor) and value.ndim <= 8 and not value.is_complex():
-                parts[name] = value
-    return {
-        name: codecs.Encoded("raw", {"": part.detach().float()}, 0.0)
-        for name, part in parts.items()
-        if names.PARAMETER_PATTERN.fullmatch(name)
-    }
