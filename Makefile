@@ -1,5 +1,7 @@
 # make demo    train a small real federation and trace what it says
 # make test    build, install and run the tests
+# make flower  the tests of the Flower integration, in an environment of its own
+# make fuzz    fuzz the ledger's parsers until stopped
 # make lint types wheel bench gpu    what their names say
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +13,7 @@ PROTOKEN_CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,0)
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
-.PHONY: demo test lint types wheel bench gpu clean
+.PHONY: demo test flower fuzz lint types wheel bench gpu clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -36,6 +38,24 @@ demo: $(VENV)/installed $(VENV)/demo-model
 test: $(VENV)/installed $(VENV)/demo-model
 	# Two processes of one thread each: two teams of threads on the same cores wait for each other.
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadfile --benchmark-disable
+
+# Flower pins older versions of what the others use, so it has an environment of its own.
+FLOWER := $(VENV)/flower
+$(FLOWER)/installed: constraints.txt pyproject.toml $(NATIVE)
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --upgrade pip
+	grep -v -e '^rich==' -e '^typer==' constraints.txt > $(FLOWER)/constraints.txt
+	$(FLOWER)/bin/pip install --quiet -c $(FLOWER)/constraints.txt torch
+	PROTOKEN_CUDA=0 $(FLOWER)/bin/pip install --quiet -c $(FLOWER)/constraints.txt -e '.[flower,peft,signatures]' pytest
+	touch $@
+
+flower: $(FLOWER)/installed
+	$(FLOWER)/bin/pytest tests/test_flower*.py
+
+# Coverage-guided fuzzing of the ledger's parsers, until it is stopped.
+fuzz: $(VENV)/installed
+	$(BIN)/pip install --quiet atheris
+	PYTHONPATH=tests $(BIN)/python tests/fuzz_ledger_structures.py --atheris $(OUT)/corpus
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
