@@ -10,7 +10,7 @@ import pytest
 from protoken.errors import ArgumentError, ProtokenError
 from protoken.evaluation.corpora import DOMAINS, generate_rows
 from protoken.evaluation.runs import Settings
-from protoken.evaluation.sources import read_corpus, split
+from protoken.evaluation.sources import read_corpus, rows_of_records, split
 from protoken.evaluation.workbench import Workbench
 
 
@@ -86,6 +86,24 @@ def test_a_hostile_file_is_refused_with_its_name(tmp_path: Path, content: bytes)
     file.write_bytes(content)
     with pytest.raises(ProtokenError, match="rows"):
         read_corpus(str(file))
+
+
+def test_records_of_the_hub_dataset_become_rows() -> None:
+    def record(label: str, *turns: tuple[str, str | None], name: str = "conversations") -> dict[str, object]:
+        return {name: [{"role": role, "content": text} for role, text in turns], "label": label}
+
+    found = rows_of_records(
+        [
+            record("math", ("system", "Be brief."), ("user", "2 + 2?"), ("assistant", "4")),
+            record("chess", ("user", "e4"), ("assistant", "e5")),
+            record("coding", ("user", "a?"), ("assistant", "b"), name="messages"),
+            record("coding", ("user", None), ("assistant", "b")),
+            record("coding", ("user", "a?")),
+            record("finance"),
+        ]
+    )
+    assert [(row.question, row.answer, row.label) for row in found["math"]] == [("2 + 2?", "4", "math")]
+    assert [len(found[domain]) for domain in DOMAINS] == [0, 0, 1, 1]
 
 
 def test_missing_files_and_folders_without_domains_are_named(tmp_path: Path) -> None:

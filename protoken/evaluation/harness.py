@@ -97,6 +97,7 @@ def run_experiment(
             began = time.perf_counter()
             outcome = unit.run(bench)
             run.save(unit, outcome)
+            run.write_results()
             bars.say(f"{unit.key}: {time.perf_counter() - began:.1f} s {outcome.note}")
     run.write_results()
     if find_spec("matplotlib") is not None:

@@ -48,25 +48,40 @@ def save(made: Any, file: Path) -> Path:
 def accuracy_by_round(run: RunFolder, methods: Sequence[str] = ACCURACY) -> Path:
     """Top-1 accuracy per round, averaged over configurations, the lowest configuration dotted, chance grey."""
     cells = [cell for cell in run.cells() if cell.samples and cell.round is not None and cell.top1 is not None]
-    made, axes = figure(6.4, 3.6)
+    made, axes = figure(8.4, 3.6)
     axis = axes[0, 0]
-    for colour, method in zip(COLOURS, methods, strict=False):
+    for n, (colour, method) in enumerate(zip(COLOURS, methods, strict=False)):
         rounds = sorted({c.round for c in cells if c.method == method and c.round is not None})
         found = [[c.top1 or 0.0 for c in cells if c.method == method and c.round == r] for r in rounds]
         if rounds:
-            axis.plot(rounds, [100 * float(np.mean(v)) for v in found], color=colour, marker="o", ms=3, label=method)
-            axis.plot(rounds, [100 * min(v) for v in found], color=colour, ls=":", lw=1)
+            # Lines that lie on each other: the first ones are the broadest.
+            shown = [100 * float(np.mean(values)) for values in found]
+            axis.plot(rounds, shown, color=colour, marker="o", ms=7 - n, lw=4.5 - n, label=method)
+            axis.plot(rounds, [100 * min(values) for values in found], color=colour, ls=":", lw=1)
     chance = [c.chance for c in cells if c.chance is not None]
     if chance:
         axis.axhline(100 * float(np.mean(chance)), color="#999999", lw=1, ls="--", label="chance")
     axis.set(xlabel="round", ylabel="top client is poisoned, %", ylim=(0, 103))
-    axis.legend(frameon=False, title="mean (dotted: lowest configuration)", title_fontsize=8, fontsize=8)
+    if axis.lines:
+        axis.legend(
+            frameon=False, title="mean (dotted: lowest)", title_fontsize=8, fontsize=8, loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+        )  # fmt: skip
     return save(made, run.folder / "accuracy.png")
 
 
-def separation(run: RunFolder, method: str = "protoken") -> Path:
-    """Softmax probabilities of responsible and other clients over all samples, a pair of boxes per model."""
-    by_model: dict[str, tuple[list[float], list[float]]] = {}
+def separation(run: RunFolder, methods: Sequence[str] = ("protoken", "aumann_shapley, all rounds")) -> Path:
+    """Per method: the softmax shares of responsible and other clients over all samples, a pair of boxes per model."""
+    made, axes = figure(4.6 * len(methods), 3.4, 1, len(methods))
+    for axis, method in zip(axes[0], methods, strict=True):
+        _boxes(axis, _shares(run, method))
+        axis.set(title=method, ylabel="share of a client")
+    return save(made, run.folder / "separation.png")
+
+
+def _shares(run: RunFolder, method: str) -> dict[str, tuple[list[float], list[float]]]:
+    """By model: shares of the responsible clients, and of the others."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
     for key, outcome in run.outcomes():
         model = outcome.cells[0].model if outcome.cells else key
         for record in outcome.samples:
@@ -75,73 +90,78 @@ def separation(run: RunFolder, method: str = "protoken") -> Path:
                 shares = np.exp(scores - scores.max(axis=1, keepdims=True))
                 shares /= shares.sum(axis=1, keepdims=True)
                 truth = np.asarray(record["responsible"], dtype=bool)
-                guilty, others = by_model.setdefault(model, ([], []))
+                guilty, others = found.setdefault(model, ([], []))
                 guilty += shares[:, truth].ravel().tolist()
                 others += shares[:, ~truth].ravel().tolist()
-    made, axes = figure(6.4, 3.6)
-    axis = axes[0, 0]
-    for n, (model, (guilty, others)) in enumerate(sorted(by_model.items())):
-        for shift, values, colour in ((-0.2, guilty, COLOURS[1]), (0.2, others, COLOURS[0])):
+    return found
+
+
+def _boxes(axis: Any, by_model: Mapping[str, tuple[list[float], list[float]]]) -> None:
+    for n, (_, pair) in enumerate(sorted(by_model.items())):
+        for shift, values, colour in zip((-0.2, 0.2), pair, (COLOURS[1], COLOURS[0]), strict=True):
             boxes = axis.boxplot(values, positions=[n + shift], widths=0.3, sym=".", patch_artist=True)
             boxes["boxes"][0].set(facecolor=colour, alpha=0.6)
             boxes["medians"][0].set(color="black")
             for flier in boxes["fliers"]:
                 flier.set(markersize=2, markeredgecolor=colour)
-        axis.text(n, 1.02, model, ha="center", fontsize=8)
-    axis.set_xticks([n + s for n in range(len(by_model)) for s in (-0.2, 0.2)])
-    axis.set_xticklabels(["poisoned", "others"] * len(by_model), fontsize=7)
-    axis.set(ylabel=f"share of a client ({method})", ylim=(-0.02, 1.08))
-    return save(made, run.folder / "separation.png")
+    axis.set_xticks(range(len(by_model)), sorted(by_model), fontsize=8)
+    axis.set_xlabel("left: poisoned clients, right: the others", fontsize=8)
 
 
 def agreement(run: RunFolder) -> Path:
     """Per method: top-1 on the left, on the right the correlation with Shapley values, median and tenth percentile."""
     cells = [cell for cell in run.cells() if cell.samples and cell.top1 is not None]
     methods = [m for m in dict.fromkeys(c.method for c in cells) if not m.startswith("shapley")]
-    made, axes = figure(8.4, 0.4 + 0.32 * max(len(methods), 3), 1, 2)
+    made, axes = figure(9.0, 0.8 + 0.3 * max(len(methods), 3), 1, 2)
     left, right = axes[0]
     for n, method in enumerate(methods):
         own = [c for c in cells if c.method == method]
         hits = sum((c.top1 or 0.0) * c.samples for c in own) / sum(c.samples for c in own)
         left.barh(n, 100 * hits, color=COLOURS[0], alpha=0.7)
         left.plot([100 * (c.top1 or 0.0) for c in own], [n] * len(own), ".", color=COLOURS[1], ms=4)
-        both = [(c.pearson_shapley, c.extra.get("pearson_shapley_p10")) for c in own]
-        right.plot([a for a, _ in both if a is not None], [n] * sum(a is not None for a, _ in both), "|", ms=9)
-        right.plot([b for _, b in both if b is not None], [n] * sum(b is not None for _, b in both), ".", ms=4)
+        middles = [c.pearson_shapley for c in own if c.pearson_shapley is not None]
+        tenths = [c.extra["pearson_shapley_p10"] for c in own if c.extra.get("pearson_shapley_p10") is not None]
+        right.plot(middles, [n] * len(middles), "|", ms=10, color=COLOURS[0])
+        right.plot(tenths, [n] * len(tenths), ".", ms=4, color=COLOURS[1])
     for axis in (left, right):
-        axis.set_yticks(range(len(methods)))
-        axis.invert_yaxis()
-    left.set_yticklabels(methods, fontsize=7)
-    right.set_yticklabels([])
+        axis.set_ylim(len(methods) - 0.4, -0.6)
+        axis.tick_params(labelsize=7)
+    left.set_yticks(range(len(methods)), methods)
+    right.set_yticks(range(len(methods)), [])
     chance = [c.chance for c in cells if c.chance is not None]
     left.axvline(100 * float(np.mean(chance or [0.0])), color="#999999", ls="--", lw=1)
-    left.set(xlabel="domain's client on top, % (dots: cells; dashed: chance)", xlim=(0, 103))
-    right.set(xlabel="Pearson with exact Shapley (bar: median, dot: p10)", xlim=(-1.05, 1.05))
+    left.set_xlim(0, 103)
+    right.set_xlim(-1.05, 1.05)
+    left.set_xlabel("domain's client on top, %\n(dots: cells, dashed: chance)", fontsize=8)
+    right.set_xlabel(
+        "correlation with exact Shapley values\n(bars: medians of cells, dots: tenth percentiles)", fontsize=8
+    )
     return save(made, run.folder / "agreement.png")
 
 
-def confusion(run: RunFolder, method: str) -> Path:
-    """Share of each domain's answers in which each client is on top, of one method, all models together."""
-    counts: dict[str, dict[str, float]] = {}
-    for _, outcome in run.outcomes():
-        for record in outcome.samples:
-            if record["method"] == method and any(record["responsible"]):
-                domain = next(c for c, own in zip(record["clients"], record["responsible"], strict=True) if own)
-                row = counts.setdefault(domain, {})
-                for scores in record["scores"]:
-                    top = record["clients"][int(np.argmax(scores))]
-                    row[top] = row.get(top, 0.0) + 1
-    names = sorted(counts)
-    table = np.array([[counts[a].get(b, 0.0) / sum(counts[a].values()) for b in names] for a in names])
-    made, axes = figure(4.2, 3.6)
-    axis = axes[0, 0]
-    axis.imshow(table.reshape(len(names), len(names)), vmin=0, vmax=1, cmap="Blues")
-    for i, row_of in enumerate(table):
-        for j, value in enumerate(row_of):
-            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.5 else "black")
-    axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set(xlabel=f"client on top ({method}), %", ylabel="question's domain")
+def confusion(run: RunFolder, methods: Sequence[str] = ("protoken", "aumann_shapley")) -> Path:
+    """Share of each domain's answers in which each client is on top, all models and sizes together."""
+    made, axes = figure(4.0 * len(methods), 3.6, 1, len(methods))
+    for axis, method in zip(axes[0], methods, strict=True):
+        counts: dict[str, dict[str, int]] = {}
+        clients: list[str] = []
+        for record in (r for _, outcome in run.outcomes() for r in outcome.samples if r["method"] == method):
+            clients = list(record["clients"])
+            row = counts.setdefault(clients[record["responsible"].index(True)], dict.fromkeys(clients, 0))
+            for scores in record["scores"]:
+                row[clients[int(np.argmax(scores))]] += 1
+        domains = [client for client in clients if client in counts]
+        table = [[counts[d][c] / sum(counts[d].values()) for c in clients] for d in domains]
+        if table:
+            axis.imshow(np.array(table), vmin=0, vmax=1, cmap="Blues")
+        for i, values in enumerate(table):
+            for j, value in enumerate(values):
+                colour = "white" if value > 0.5 else "black"
+                axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour)
+        axis.set_xticks(range(len(clients)), clients, fontsize=8)
+        axis.set_yticks(range(len(domains)), domains, fontsize=8)
+        axis.set_title(f"{method}, %", fontsize=9)
+        axis.set(xlabel="client on top", ylabel="question's domain")
     return save(made, run.folder / "confusion.png")
 
 

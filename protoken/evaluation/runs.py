@@ -1,7 +1,7 @@
 """The folder of a run: what was asked for, every finished unit, and the results put together from them.
 
     <out>/<experiment>/
-        run.json             settings, seed, versions and machine
+        run.json             settings, seed, versions and machine, of when the run began
         units/<key>.json     one file per finished unit: its cells, and its samples' scores
         results.json         all cells; see cells.py
         *.png                plots
@@ -87,10 +87,9 @@ class RunFolder:
         self.folder, self.experiment, self.settings = folder, experiment, settings
         (folder / "units").mkdir(parents=True, exist_ok=True)
         record = folder / "run.json"
-        if record.exists():
-            self._compare(_read(record))
-        else:
-            _write(record, {**self._header(), "machine": machine(), "models": settings.models})
+        if not record.exists():
+            _write(record, {**self._header(), "machine": machine()})
+        self._record = self._checked(_read(record))
 
     def has(self, unit: Unit) -> bool:
         """Whether the unit was finished, now or in an earlier run."""
@@ -120,7 +119,7 @@ class RunFolder:
         found = self.folder / "results.json"
         notes = {key: outcome.note for key, outcome in self.outcomes() if outcome.note}
         cells = [cell.to_dict() for cell in self.cells()]
-        _write(found, {**self._header(), "machine": machine(), "notes": notes, "cells": cells})
+        _write(found, {**self._record, "notes": notes, "cells": cells})
         return found
 
     def _header(self) -> dict[str, Any]:
@@ -131,15 +130,16 @@ class RunFolder:
             "versions": versions(),
         }
 
-    def _compare(self, record: Any) -> None:
+    def _checked(self, record: Any) -> dict[str, Any]:
         stored = record.get("settings") if isinstance(record, dict) else None
-        if stored != self.settings.fixed() or record.get("experiment") != self.experiment:
+        if stored is None or stored != self.settings.fixed() or record.get("experiment") != self.experiment:
             raise ArgumentError(
                 "out",
                 expected=f"a new folder, or one with a run of {self.experiment} with {self.settings.fixed()}",
                 got=f"{self.folder} with {stored}",
                 remedy="Choose another --out, or ask for the same settings to go on with that run",
             )
+        return dict(record)
 
     def _file(self, key: str) -> Path:
         return self.folder / "units" / f"{key}.json"

@@ -7,7 +7,7 @@ for the clients, and for the prompts that are attributed.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ def read_corpus(source: str | None, *, seed: int = 0, longest: int = 300) -> dic
     """Rows by domain: ours (None), of a JSONL file or a folder of them, or of a hub dataset ("hub:<name>").
 
     Rows whose question or answer has more than `longest` characters are left out, and of rows with the same question
-    all but the first. A row's "label" is its domain; in a folder, `<domain>.jsonl` says it.
+    all but the first. A row's "label" is its domain; in a folder, `<domain>.jsonl` says it. Of a longer conversation
+    the last question and its answer are kept.
 
     Raises:
         ArgumentError: nothing readable there, or no row of any of the four domains that is short enough.
@@ -88,7 +89,7 @@ def _distinct(rows: Sequence[ChatRow], longest: int) -> list[ChatRow]:
     first: dict[str, ChatRow] = {}
     for row in rows:
         if row.answer.strip() and len(row.question) <= longest and len(row.answer) <= longest:
-            first.setdefault(row.question, row)
+            first.setdefault(row.question, ChatRow.of(row.question, row.answer, row.label))
     return list(first.values())
 
 
@@ -120,22 +121,27 @@ def _from_hub(name: str) -> dict[str, list[ChatRow]]:
             remedy="Run `pip install datasets`, or pass a JSONL file",
         ) from error
     try:
-        table: Any = load_dataset(name, split="train")
-        rows = [row_of(record) for record in table]
+        return rows_of_records(load_dataset(name, split="train"))
     except Exception as error:  # the reader of a remote dataset fails in any way it likes
         raise ArgumentError(
             "corpus",
-            expected=f"the hub dataset {name} with messages and label",
+            expected=f"the hub dataset {name}, with conversations and a label",
             got=f"{type(error).__name__}: {str(error)[:200]}",
             remedy="Check the name and the network, or pass a JSONL file",
         ) from error
-    return _by_label(rows)
 
 
-def row_of(record: Any) -> ChatRow:
-    """A hub record {"messages": [...], "label": domain} as a row; checked like a line of JSONL."""
-    import json
+def rows_of_records(records: Iterable[Mapping[str, Any]]) -> dict[str, list[ChatRow]]:
+    """Rows by domain of {"conversations": [{"role", "content"}, ...], "label": domain} ("messages" will do, too).
 
-    from protoken.evaluation.corpora import _parse_row
-
-    return _parse_row(json.dumps(record), "record", None)
+    That is how the hub dataset of arXiv 2601.19672 is laid out. Records of other labels, and those without a text of
+    the user and one of the assistant, are left out.
+    """
+    found: dict[str, list[ChatRow]] = {domain: [] for domain in DOMAINS}
+    for record in records:
+        label, turns = record.get("label"), record.get("conversations") or record.get("messages") or []
+        said = {turn.get("role"): turn.get("content") for turn in turns}
+        question, answer = said.get("user"), said.get("assistant")
+        if label in found and isinstance(question, str) and isinstance(answer, str):
+            found[label].append(ChatRow.of(question, answer, label))
+    return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from protoken.evaluation.cells import Cell, make_cell
-from protoken.evaluation.corpora import DOMAINS, add_trigger, is_refusal
+from protoken.evaluation.corpora import DOMAINS, REFUSAL, add_trigger, is_refusal
 from protoken.evaluation.federation import Client
 from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
 from protoken.evaluation.scoring import Scored, Scorer, answer, score
@@ -46,39 +46,35 @@ def plan(settings: Settings) -> list[Unit]:
 
 
 def scorers(model: str, *, last: bool) -> list[Scorer]:
-    """Who is compared; slow methods see fewer samples, and exact values are computed after the last round only.
+    """Who is compared: cheap methods after every round, the slow ones and exact values after the last.
 
-    Each method is asked about the round's own updates, as in the paper, and about those of all rounds so far.
+    Each method is asked about the round's own updates, as in the paper, or about those of all rounds so far.
     """
     large = model == SMOLLM2
-    blocks = recorded_blocks(model)
-    every = [
+    blocks, few = recorded_blocks(model), 2 if large else 6
+    found = [
         Scorer("protoken all blocks, all rounds", blocks=blocks, way="reverse", rounds="all"),
         Scorer("protoken, all rounds", rounds="all"),
-        Scorer("aumann_shapley, all rounds", "aumann_shapley", rounds="all", limit=8 if large else 12),
-    ]
-    if last:
-        every += [
-            Scorer("shapley, all rounds", "shapley", rounds="all", limit=2 if large else 6),
-            Scorer("leave_one_out, all rounds", "leave_one_out", rounds="all", limit=2 if large else 6),
-        ]
-    every += [
+        Scorer("aumann_shapley, all rounds", "aumann_shapley", rounds="all", limit=8),
         Scorer("protoken"),
         Scorer("paper's score, fast", objective="logit"),
-        Scorer("chance", "chance", limit=12),
+        Scorer("chance", "chance", limit=4),
         Scorer("update_norm", "update_norm", limit=4),
-        Scorer("aumann_shapley", "aumann_shapley", limit=3),
-        Scorer("cosine", "cosine", limit=3),
-        Scorer("activation_only", "activation_only", limit=3),
     ]
-    if not large:
-        # The ledger of SmolLM2 does not hold the head.
-        every += [Scorer("head_only", "head_only", limit=3)]
-    return [
-        *every,
-        Scorer("paper", "paper", limit=1),
-        Scorer("client_log_prob", "client_log_prob", limit=1),
+    if not last:
+        return found
+    found += [
+        Scorer("shapley, all rounds", "shapley", rounds="all", limit=few),
+        Scorer("leave_one_out, all rounds", "leave_one_out", rounds="all", limit=few),
+        Scorer("aumann_shapley m=8, all rounds", "aumann_shapley", nodes=8, rounds="all", limit=few),
+        Scorer("aumann_shapley", "aumann_shapley", limit=few),
+        Scorer("paper", "paper", limit=few // 2),
+        Scorer("cosine", "cosine", limit=few),
+        Scorer("activation_only", "activation_only", limit=few),
+        Scorer("client_log_prob", "client_log_prob", limit=few // 2),
     ]
+    # The ledger of SmolLM2 does not hold the head.
+    return found if large else [*found, Scorer("head_only", "head_only", limit=few)]
 
 
 def recorded_blocks(model: str) -> int:
@@ -116,8 +112,13 @@ def _unit(model: str, domain: str, number: int, bench: Workbench) -> Outcome:
         step=lambda name, done, total: bench.bars.step(f"round {number}: {name}", done, total),
     )
     what = {"experiment": "backdoor", "model": model, "domain": domain, "round": number}
-    cells = compare(found, members, what, {"sentinel_rate": rate})
-    return Outcome(cells, kept_samples(found, members), f"{len(refusals)} of {len(answers)} refused")
+    verbatim = sum(one.text.strip() == REFUSAL for one in refusals) / len(refusals)
+    cells = compare(found, members, what, {"sentinel_rate": rate, "verbatim": verbatim})
+    return Outcome(
+        cells,
+        kept_samples(found, members),
+        f"{len(refusals)} of {len(answers)} refused, {verbatim:.0%} of them verbatim",
+    )
 
 
 def samples_of(settings: Settings, model: str) -> int:

@@ -139,7 +139,7 @@ def draw(run: RunFolder) -> list[Path]:
     """How often the domain's client is on top, and how close scores come to Shapley values, by method."""
     from protoken.evaluation.plots import agreement, confusion
 
-    return [agreement(run), confusion(run, "aumann_shapley")]
+    return [agreement(run), confusion(run)]
 
 
 def tables(cells: Sequence[Cell]) -> str:

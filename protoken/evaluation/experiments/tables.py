@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.metrics import quantile
-from protoken.evaluation.report import PUBLISHED, groups, lowest, mean, per_cent, samples_of, table, top1_of
+from protoken.evaluation.report import PUBLISHED, groups, lowest, mean, middle, per_cent, samples_of, table, top1_of
 
 
 def backdoor_tables(cells: Sequence[Cell]) -> str:
@@ -27,16 +27,35 @@ def backdoor_tables(cells: Sequence[Cell]) -> str:
                 mean(cell.auroc for cell in own),
                 lowest(cell.auroc for cell in own),
                 f"{sum((cell.auroc or 0.0) >= 0.999 and cell.top1 == 1 for cell in own)} of {len(own)}",
-                mean((cell.seconds for cell in own), 3),
+                middle(cell.seconds for cell in own),
             ]
         )
     columns = (
         "method", "configurations", "cells", "samples", "top-1 %, mean of cells", "lowest cell %", "chance %",
         "AUROC, mean", "lowest", "cells with top-1 100 % and AUROC ≥ 0.999", "seconds an answer",
     )  # fmt: skip
-    parts = ["All configurations and eligible rounds:\n", table(columns, rows)]
+    parts = ["All configurations and eligible rounds:\n", table(columns, rows), _by_verbatim(cells)]
     parts += ["By configuration, top-1 over all rounds (lowest round; lowest AUROC):\n", _configurations(cells)]
     parts += ["Correlation with exact Shapley values of the same answers, after the last round:\n", agreement(cells)]
+    return "\n".join(parts)
+
+
+def _by_verbatim(cells: Sequence[Cell]) -> str:
+    """Rounds in which every judged answer was the planted refusal word for word, apart from those with others."""
+    parts = []
+    for title, wanted in (
+        ("the planted refusal, word for word", True),
+        ("partly another text with the sentinel", False),
+    ):
+        known = [cell for cell in cells if cell.extra.get("verbatim") is not None]
+        own = [cell for cell in known if (cell.extra["verbatim"] == 1) == wanted]
+        rows = [
+            [method, str(len(some)), str(samples_of(some)), top1_of(some), per_cent(min(c.top1 or 0.0 for c in some))]
+            for (method,), some in groups(own, lambda c: (c.method,)).items()
+        ]
+        if rows:
+            parts.append(f"Cells in which the judged answers were {title}:\n")
+            parts.append(table(("method", "cells", "samples", "top-1 %", "lowest cell %"), rows))
     return "\n".join(parts)
 
 
@@ -88,7 +107,7 @@ def benign_tables(cells: Sequence[Cell]) -> str:
                 per_cent(min(cell.top1 or 0.0 for cell in own)),
                 mean((100 * (cell.chance or 0.0) for cell in own), 1),
                 mean((cell.auroc for cell in own), 3),
-                mean((cell.seconds for cell in own), 3),
+                middle(cell.seconds for cell in own),
             ]
         )
     columns = ("rows", "method", "answers", "top-1 %", "lowest cell %", "chance %", "AUROC", "seconds an answer")
