@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +34,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device)
+    _give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -38,6 +42,15 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     run()
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system: what an earlier call left in the heap would count as this one's."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def spread(values: Sequence[float]) -> list[float]:
