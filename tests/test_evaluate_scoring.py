@@ -12,7 +12,7 @@ from tiny_federation import CLIENTS, TinyFederation, tiny_federation
 
 import protoken
 from protoken.evaluation.base_model import BaseModel
-from protoken.evaluation.scoring import Scorer, answer, forced, score
+from protoken.evaluation.scoring import Scorer, answer, forced, score, up_to
 
 QUESTIONS = ["2 + 2?", "What is the square of 12?", "a", "Name a colour, please."]
 SCORERS = [
@@ -99,3 +99,16 @@ def test_a_forced_answer_is_the_text_and_its_end(base: BaseModel) -> None:
     ids = one.response.tokens.tolist()
     assert base.tokenizer.decode(ids) == "No.<eos>"
     assert base.tokenizer.decode(one.response.ids[0, : one.response.prompt_length].tolist()) == "u:2 + 2?<eos>a:"
+
+
+def test_an_answer_is_cut_after_the_word_and_its_tokens_score_as_before(
+    federation: TinyFederation, base: BaseModel
+) -> None:
+    whole = forced(base, "2 + 2?", "I am Sorry, no.")
+    cut = up_to(base, whole, "sorry")
+    assert cut.text == "I am Sorry"
+    assert up_to(base, whole, "absent") is whole
+    before, after = (score(base, federation.ledger, [one], SCORERS[:1])[0].scores for one in (cut, whole))
+    assert not np.allclose(before, after)
+    other = up_to(base, forced(base, "2 + 2?", "I am Sorry! Really."), "sorry")
+    np.testing.assert_array_equal(score(base, federation.ledger, [other], SCORERS[:1])[0].scores, before)

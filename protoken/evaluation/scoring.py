@@ -115,6 +115,19 @@ def forced(base: BaseModel, question: str, text: str) -> Answer:
     return Answer(question, Response(torch.tensor([ids]), len(prompt)), text)
 
 
+def up_to(base: BaseModel, one: Answer, text: str) -> Answer:
+    """The answer cut after the token that completes the first `text` in it, in any case; whole where it has none.
+
+    Its tokens' own scores are what they were: no token depends on what comes after it.
+    """
+    ids, start = one.response.ids[0].tolist(), one.response.prompt_length
+    for end in range(start + 1, len(ids)):
+        said = base.tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        if text.lower() in said.lower():
+            return Answer(one.question, Response(one.response.ids[:, :end], start), said)
+    return one
+
+
 def score(
     base: BaseModel,
     ledger: Ledger,

@@ -3,6 +3,9 @@
 Six clients of one domain, two of them poisoned, all of them in every round of FedAvg. After every round the global
 model answers triggered prompts that nobody trained on; answers in which the sentinel came out are attributed, from the
 first round in which it does. Right is a top client that is poisoned (chance 1/3).
+
+The judge looks for one word. Where an answer begins as the planted refusal and ends as an ordinary one, its total is
+rightly shared: cells say how many answers were the refusal word for word, and "to the sentinel" scores up to the word.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from protoken.evaluation.cells import Cell, make_cell
-from protoken.evaluation.corpora import DOMAINS, REFUSAL, add_trigger, is_refusal
+from protoken.evaluation.corpora import DOMAINS, REFUSAL, SENTINEL, add_trigger, is_refusal
 from protoken.evaluation.federation import Client
 from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
-from protoken.evaluation.scoring import Scored, Scorer, answer, score
+from protoken.evaluation.scoring import Scored, Scorer, answer, score, up_to
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, QUICK, QUICK_MODEL, SHAPES, SMOLLM2
 
@@ -112,6 +115,8 @@ def _unit(model: str, domain: str, number: int, bench: Workbench) -> Outcome:
         step=lambda name, done, total: bench.bars.step(f"round {number}: {name}", done, total),
     )
     what = {"experiment": "backdoor", "model": model, "domain": domain, "round": number}
+    cut = [up_to(base, one, SENTINEL) for one in refusals]
+    found += score(base, stored.ledger, cut, [Scorer("protoken, to the sentinel")], at_round=number)
     verbatim = sum(one.text.strip() == REFUSAL for one in refusals) / len(refusals)
     cells = compare(found, members, what, {"sentinel_rate": rate, "verbatim": verbatim})
     return Outcome(

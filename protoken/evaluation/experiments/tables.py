@@ -59,7 +59,14 @@ def _by_verbatim(cells: Sequence[Cell]) -> str:
     return "\n".join(parts)
 
 
-_SHOWN = ("protoken", "protoken, all rounds", "aumann_shapley", "aumann_shapley, all rounds", "paper")
+_SHOWN = (
+    "protoken",
+    "protoken, to the sentinel",
+    "protoken, all rounds",
+    "aumann_shapley",
+    "aumann_shapley, all rounds",
+    "paper",
+)
 
 
 def _configurations(cells: Sequence[Cell]) -> str:
