@@ -1,8 +1,11 @@
 """One module per experiment, named like it; evaluation/harness.py says what a module must offer."""
 
 EXPERIMENTS = {
+    "ablation": "Which blocks know, what is the gradient worth, and how close to exact values at what cost?",
+    "attacks": "Zero, scaled, split, colluding and evading clients against every method: who can cheat?",
     "backdoor": "Are the clients who planted a backdoor named? Models x domains, after every round.",
     "benign": "Is an ordinary answer attributed to the client whose domain it is, and as Shapley values would?",
+    "overhead": "Time and accuracy against the number of traced blocks, by way.",
     "scale": "55 clients of which 10 take part in a round: 25 poisoned, and 1 poisoned.",
 }
 """Every experiment with its one-line description; nothing is imported for it."""
