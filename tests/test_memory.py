@@ -64,7 +64,14 @@ def test_scores_do_not_depend_on_the_ceiling(federation: TinyFederation, asked: 
         seen.add(tuple(trace.info.settings["chunks"].items()))
         same(trace, free)
     assert len(seen) >= 3
-    equals_oracle(federation.model, federation.ledger, run(federation, memory_limit=told.smallest, **arguments))
+    tightest = run(federation, memory_limit=told.smallest, **arguments)
+    if asked == "position" and any(layer.endswith("experts.down_proj") for layer in tightest.info.layers):
+        # The oracle has no positions for experts: theirs add up to totals, which it has.
+        close(torch.tensor(tightest.position_scores.sum(0)), torch.tensor(tightest.totals), torch.float32)
+        whole = run(federation, **arguments | {"granularity": "sequence"})
+        close(torch.tensor(tightest.totals), torch.tensor(whole.totals), torch.float32)
+        tightest = whole
+    equals_oracle(federation.model, federation.ledger, tightest)
 
 
 @pytest.mark.parametrize("asked", ["local", "forward", "reverse", "position"])
