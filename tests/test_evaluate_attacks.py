@@ -331,7 +331,7 @@ def cell(attack: str, goal: str, method: str, top1: float | None, **extra: objec
 def test_tables_have_a_line_per_attack_and_hide_no_failure() -> None:
     cells = [
         cell("poison", "blame", "protoken", 1.0, blame_shifted=0.0, detected=0.75, framed=0.0),
-        cell("early", "blame", "protoken", 0.0, blame_shifted=0.9, detected=0.0, framed=0.25),
+        cell("early", "blame", "protoken", 0.0, blame_shifted=0.9, detected=0.0, framed=0.25, came_out=0.96),
         cell("early", "blame", "shapley", 0.95, blame_shifted=0.01, detected=None, framed=None),
         cell("zero", "share", "protoken", 0.5, attacker_share_each=0.0, attacker_softmax=0.16, share_gained=-0.1),
         cell("zero", "share", "update norm", None, detected=1.0, framed=0.02),
@@ -345,6 +345,7 @@ def test_tables_have_a_line_per_attack_and_hide_no_failure() -> None:
     assert "| zero: does zero | 20 | 16.0 |" in text
     assert "| zero: does zero | 20 | -10.0 |" in text
     assert "| zero | 100.0 (2.0) |" in text
+    assert "| early | 96 |" in text
     assert "| llama | protoken | 2.0e-07 |" in text
 
 

@@ -49,15 +49,14 @@ def _unit(model: str, domain: str, attack: Attack, book: Book, bench: Workbench)
     arena = Arena(bench, model, domain)
     found = book.played(arena, attack)
     what = {"experiment": "attacks", "model": model, "domain": domain, "round": arena.config.rounds}
-    rate = len(found.answers) / found.asked
-    shared = {"attack": attack.name, "goal": attack.goal, "description": attack.text}
+    came_out = len(found.answers) / found.asked if attack.goal == "blame" else None
+    shared = {"attack": attack.name, "goal": attack.goal, "description": attack.text, "came_out": came_out}
     cells = _update_cells(arena, attack, found, shared, what)
     if found.answers:
         mine = places(found, attack)
         before = book.share(arena, "honest" if attack.goal == "share" else "poison", attack)
         limits = book.limits(arena) if attack.goal == "blame" else {}
-        more = {**shared, "came_out": rate} if attack.goal == "blame" else shared
-        cells += [_cell(one, found, attack, mine, before, limits, more, what) for one in found.scored]
+        cells += [_cell(one, found, attack, mine, before, limits, shared, what) for one in found.scored]
     note = f"{len(found.answers)} of {found.asked} answers to attribute"
     return Outcome(cells, _kept(found), note)
 

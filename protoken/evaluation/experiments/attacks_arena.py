@@ -108,10 +108,10 @@ def _early(arena: Arena) -> EarlyOnly:
     return EarlyOnly(config.local, config.max_tokens, arena.bench.base(arena.model), arena.attackers_rows(True))
 
 
-def _evader(nodes: int) -> Callable[[Arena], Evader]:
+def _evader(nodes: int, penalty: float = 20.0) -> Callable[[Arena], Evader]:
     def make(arena: Arena) -> Evader:
         rows = arena.attackers_rows(True)
-        return Evader(nodes, WEIGHT, base=arena.bench.base(arena.model), rows=rows)
+        return Evader(nodes, WEIGHT, penalty=penalty, base=arena.bench.base(arena.model), rows=rows)
 
     return make
 
@@ -136,6 +136,12 @@ ATTACKS: Sequence[Attack] = (
     Attack("sleeper", "blame", "uploads nothing in the last round", _plain(True, _sleeper)),
     Attack("evade-first-order", "blame", "trains its first-order score below zero", _plain(True, _evader(0))),
     Attack("evade-path", "blame", "trains its path integral below zero, knowing the method", _plain(True, _evader(2))),
+    Attack(
+        "evade-path-softly",
+        "blame",
+        "the same with a penalty below the backdoor's own worth",
+        _plain(True, _evader(2, 0.5)),
+    ),
 )
 
 

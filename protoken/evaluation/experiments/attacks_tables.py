@@ -15,7 +15,7 @@ def attack_tables(cells: Sequence[Cell]) -> str:
     blame = [c for c in cells if c.extra.get("goal") == "blame" and c.extra.get("attack") != "gauge"]
     share = [c for c in cells if c.extra.get("goal") == "share"]
     gauge = [c for c in cells if c.extra.get("attack") == "gauge"]
-    parts = []
+    parts = ["The backdoor came out, % of triggered answers:\n", _came_out(blame)] if blame else []
     for title, own, value in (
         ("A culprit is named for the backdoor, % of the triggered answers in which it came out:\n", blame, _top1),
         ("Blame shifted: points of the culprits' positive share lost against the undisguised attacker:\n", blame,
@@ -46,6 +46,15 @@ def _grid(cells: Sequence[Cell], value: Callable[[Sequence[Cell]], str]) -> str:
         each = [value([cell for cell in own if cell.method == method]) for method in methods]
         rows.append([f"{attack}: {own[0].extra['description']}", str(max(cell.samples for cell in own)), *each])
     return table(("attack", "answers", *methods), rows)
+
+
+def _came_out(cells: Sequence[Cell]) -> str:
+    """Also where it did not: an attack that hides so well that nothing is left of it."""
+    rows = []
+    for attack in dict.fromkeys(str(cell.extra["attack"]) for cell in cells):
+        rates = [cell.extra.get("came_out") for cell in cells if cell.extra["attack"] == attack]
+        rows.append([attack, mean((None if rate is None else 100 * rate for rate in rates), 0)])
+    return table(("attack", "came out"), rows)
 
 
 def _top1(cells: Sequence[Cell]) -> str:
