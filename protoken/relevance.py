@@ -30,7 +30,7 @@ Objective = Literal["log_prob", "logit"]
 
 # A replay that differs by more than this from what generation computed is another computation, not rounding. Most
 # families compute rotary angles and norms in fp32 whatever their weights are.
-REPLAY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
