@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -92,6 +93,32 @@ def test_every_boundary_of_create_can_fail_and_create_succeeds_afterwards(tmp_pa
                 Ledger.open(path)
             Ledger.create(path)
         assert Ledger.open(path).rounds == ()
+
+
+def test_a_disk_that_dies_lets_go_of_the_ledger_and_the_next_writer_clears_up(tmp_path):
+    """From the n-th change on nothing works any more, so not even what was staged can be removed."""
+
+    class Dying(FaultyLayer):
+        def _change(self, operation: str, name: str, action: Callable[[], T]) -> T:
+            self.at = max(self.at, self.count + 1) if self.count + 1 >= self.at else self.at
+            return super()._change(operation, name, action)
+
+    left = 0
+    for at in range(2, operations_of_a_commit(tmp_path) + 1):
+        path = tmp_path / "ledger"
+        small_ledger(path, 1)
+        with pytest.raises(DurabilityError, match="Input/output error"):
+            commit_next(Ledger.open(path, files=Dying(path, at)))
+        report = verify(path)
+        assert report.ok
+        left += len(report.leftovers)
+        again = reopen(path)
+        if again.rounds == (1,):
+            commit_next(again)  # the lock is free
+        check_round(again.round(2))
+        assert verify(path).leftovers == []
+        shutil.rmtree(path)
+    assert left > 10
 
 
 def test_a_disk_that_takes_half_a_write_is_full(tmp_path):
@@ -289,6 +316,42 @@ def test_second_writer_gets_a_conflict_and_the_first_goes_on(tmp_path):
     with pytest.raises(CommitConflict, match=r"on disk.*ledger\.refresh"):
         commit_next(second)
     assert commit_next(second.refresh()).number == 3
+
+
+def test_a_lock_that_was_replaced_while_it_was_taken_locks_nobody_out(tmp_path, monkeypatch):
+    """Another process removes the file between open and flock, and makes a new one: two writers would hold a lock."""
+    ledger, flock = small_ledger(tmp_path / "ledger", 1), fcntl.flock
+    place = tmp_path / "ledger/lock"
+
+    def replaced(handle: int, how: int) -> None:
+        place.rename(tmp_path / "old")
+        place.touch()
+        flock(handle, how)
+
+    def removed(handle: int, how: int) -> None:
+        place.unlink()
+        flock(handle, how)
+
+    for swap in (replaced, removed):
+        monkeypatch.setattr(fcntl, "flock", swap)
+        with pytest.raises(CommitConflict, match="is locked"):
+            commit_next(ledger)
+        monkeypatch.undo()
+        place.touch()
+    assert commit_next(ledger).number == 2
+
+
+def test_a_file_system_without_locks_is_a_durability_error(tmp_path, monkeypatch):
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    ledger, before = small_ledger(tmp_path / "ledger", 1), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DurabilityError, match="lock: expected a lock, got No locks available"):
+        commit_next(ledger)
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.undo()
+    assert commit_next(ledger).number == 2
 
 
 def test_a_snapshot_does_not_move_and_refresh_does(tmp_path):

@@ -480,8 +480,9 @@ def test_bad_update_that_was_aggregated_is_kept_flagged_and_out_of_the_way(tmp_p
         {NAMES[0]: torch.zeros(6, 5), NAMES[1]: torch.zeros(4), "../../x": torch.zeros(1)},
         {},
         {NAMES[0]: LowRank(torch.zeros(2, 5), torch.full((6, 2), float("nan"))), NAMES[1]: torch.zeros(4)},
+        {NAMES[0]: torch.zeros(6, 5, dtype=torch.complex64), NAMES[1]: [0.0] * 4},
     ],
-    ids=["shape", "missing", "unknown name", "nothing", "NaN factors"],
+    ids=["shape", "missing", "unknown name", "nothing", "NaN factors", "no tensors of numbers"],
 )
 def test_updates_bad_in_other_ways_are_quarantined_too(tmp_path, sent):
     ledger = small_ledger(tmp_path / "ledger", 0)

@@ -228,6 +228,30 @@ def test_first_round_of_adapters_needs_no_base(ledger, tmp_path):
         import_round(ledger, base=None, aggregate=parameters(0), clients={"a": parameters(1)})
 
 
+def test_what_the_server_averaged_may_be_told_and_is_checked_where_it_is_not(ledger, tmp_path):
+    """`lora="factors"` takes the caller's word; under "auto" a client of another rank cannot have been averaged so."""
+    start, other, wide = adapted(1), adapted(2), adapted(3, r=6)
+    for name, model in (("start", start), ("other", other), ("wide", wide)):
+        model.save_pretrained(tmp_path / name)
+    sources = {"base": tmp_path / "start", "aggregate": tmp_path / "other"}
+    with pytest.raises(ArgumentError, match="lora: expected auto, factors or products, got 'sum'"):
+        import_round(ledger, **sources, clients={"a": tmp_path / "other"}, lora="sum")
+    told = import_round(ledger, **sources, clients={"a": tmp_path / "other"}, lora="factors")
+    assert max(told.relative_residual.values()) < 1e-5
+    found = import_round(ledger, **sources, clients={"a": tmp_path / "wide"}, allow_gap=True)
+    assert found.factors("a", "model.layers.0.self_attn.o_proj.weight")[0].shape[0] == 10  # 6 of its own, 4 of the base
+    assert min(found.relative_residual.values()) > 0.1
+
+
+def test_adapters_of_before_alpha_patterns_have_one_alpha(tmp_path):
+    adapted(1).save_pretrained(tmp_path / "adapter")
+    place = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(place.read_text())
+    del config["alpha_pattern"]
+    place.write_text(json.dumps(config))
+    assert {value.scale for value in load_adapter(tmp_path / "adapter").values()} == {8 / 4}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -292,6 +316,22 @@ def test_folder_of_rounds_is_imported_and_an_interrupted_import_goes_on(ledger, 
     assert max(max(r.relative_residual.values()) for r in ledger.select("all")) < 1e-5
 
 
+def test_rounds_without_notes_weigh_every_client_the_same(ledger, tmp_path):
+    write_federation(tmp_path / "federation", 1)
+    (tmp_path / "federation/round-1/round.json").unlink()
+    (read,) = import_folder(ledger, tmp_path / "federation")
+    assert {c.client: c.weight for c in read.clients} == dict.fromkeys(WEIGHTS, 1 / 3)
+    assert (read.rule, read.metadata) == ("fedavg", {})
+
+
+def test_a_folder_of_adapters_may_begin_without_a_global_model(ledger, tmp_path):
+    (tmp_path / "federation/round-1/clients").mkdir(parents=True)
+    adapted(1).save_pretrained(tmp_path / "federation/round-1/clients/a")
+    adapted(1).save_pretrained(tmp_path / "federation/round-1/global")
+    (read,) = import_folder(ledger, tmp_path / "federation")
+    assert max(read.relative_residual.values()) < 1e-5
+
+
 BAD_NOTES = {
     "not json": "{",
     "a list": "[]",
@@ -331,6 +371,7 @@ BAD_FOLDERS = {
     "a torch file": lambda folder: torch.save({}, folder / "round-2/clients/dave.pt"),
     "a client name outside the charset": damage_client("b\u00f6b.safetensors", b""),
     "a gap": lambda folder: shutil.move(folder / "round-2", folder / "round-3"),
+    "a client twice": lambda folder: (folder / "round-2/clients/bob").mkdir(),
     "no clients": lambda folder: shutil.rmtree(folder / "round-2/clients"),
     "no global": lambda folder: (folder / "round-2/global.safetensors").unlink(),
 }
@@ -374,6 +415,49 @@ def test_checkpoint_index_cannot_lead_out_of_its_folder(tmp_path, file):
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
     with pytest.raises(LedgerFormatError, match="files beside it"):
         load(tmp_path / "model")
+
+
+def test_files_that_cannot_be_read_are_format_errors(tmp_path):
+    for name, data in (("bomb.safetensors", b"\xff" * 8), ("empty.safetensors", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(LedgerFormatError, match="a readable safetensors file"):
+            load(tmp_path / name)
+    model = tmp_path / "model"
+    model.mkdir()
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "part.safetensors"}}))
+    with pytest.raises(LedgerFormatError, match="a readable safetensors file"):
+        load(model)  # the part is missing
+    (model / "part.bin").write_bytes(pickle.dumps({"w": 1}))
+    with pytest.raises(LedgerFormatError, match="a pickle, which may run any code when read"):
+        load(model)
+    index.write_text("[]")
+    with pytest.raises(LedgerFormatError, match="a JSON object, got list"):
+        load(model)
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(LedgerFormatError, match="a readable file, got Is a directory"):
+        load(model)
+
+
+def test_a_hub_folder_has_one_snapshot_or_says_which(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"snapshots/{name}").mkdir(parents=True)
+        # The only file of the folder counts, whatever it is called.
+        save_file({name: torch.ones(1)}, tmp_path / f"snapshots/{name}/weights-{name}.safetensors")
+    with pytest.raises(ArgumentError, match="one snapshot, got 2"):
+        load(tmp_path)
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs/main").write_text("two\n")
+    assert set(load(tmp_path)) == {"two"}
+    shutil.rmtree(tmp_path / "refs")
+    shutil.rmtree(tmp_path / "snapshots/two")
+    assert set(load(tmp_path)) == {"one"}
+
+
+def test_a_function_chooses_parameters_of_any_source():
+    state = {"a.weight": torch.ones(1), "b.weight": torch.ones(1), "steps": torch.ones(1, dtype=torch.int64)}
+    assert set(load(state, lambda name: name.startswith("a"))) == {"a.weight"}
 
 
 def test_names_that_choose_nothing_are_errors(tmp_path):

@@ -119,6 +119,27 @@ def test_adagrad_adds_squares_and_keeps_no_momentum():
         torch.testing.assert_close(total.double(), 0.1 * delta / (moment.sqrt() + 1e-3), rtol=1e-5, atol=1e-7)
 
 
+def test_momentum_of_zero_is_fedavg_and_forgets_who_sat_out():
+    model, split = parameters(0), FedAvgM(momentum=0.0, server_learning_rate=0.5)
+    states, _ = federation(model)
+    assert len(split.step(updates(states), model)) == 3
+    applied = split.step(updates(states)[:2], model)
+    assert [u.client for u in applied] == ["alice", "bob"]
+    alice = 0.5 * 0.5 * (states["alice"][NAMES[0]] - model[NAMES[0]])
+    torch.testing.assert_close(applied[0].weight * applied[0].delta[NAMES[0]], alice)
+
+
+OPTIMISERS = [FedAdam(0.3, 0.8, 0.7, 0.01, 1e-4), FedYogi(0.3), FedAdagrad(0.3)]
+
+
+@pytest.mark.parametrize("rule", OPTIMISERS, ids=lambda r: r.rule)
+def test_settings_on_record_make_the_same_rule_again(rule):
+    settings = dict(rule.settings())
+    assert settings.pop("rule") == rule.rule
+    again = type(rule)(settings.pop("learning_rate"), **settings)
+    assert replace(again, buffers={}, second_moment={}) == rule
+
+
 def test_the_servers_own_second_moment_may_be_handed_over():
     model = parameters(0)
     states, _ = federation(model)

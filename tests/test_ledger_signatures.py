@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from protoken.ledger.signatures import generate_key, public_key, sign_update
 from protoken.ledger.verification import verify
 
 pytest.importorskip("cryptography")
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 SERVER = bytes(range(32))
 KEYS = {client: bytes([i]) * 32 for i, client in enumerate(WEIGHTS)}
 CASES = float(os.environ.get("PROTOKEN_FUZZ_CASES", "1"))
@@ -128,6 +131,29 @@ def test_writing_a_signed_ledger_needs_its_key(tmp_path):
     again = Ledger.open(ledger.path, signing_key=SERVER)
     assert again.refresh().commit_round(mean, newer, given).number == 2
     assert verify(ledger.path, server_key=public_key(SERVER)).ok
+
+
+def test_a_signed_ledger_without_rounds_shows_its_servers_key(tmp_path):
+    ledger = signed_ledger(tmp_path / "ledger", 0)
+    assert Ledger.open(ledger.path, server_key=public_key(SERVER)).rounds == ()
+    with pytest.raises(SignatureError, match="server_key: expected a ledger of"):
+        Ledger.open(ledger.path, server_key=public_key(generate_key()))
+
+
+def test_a_key_of_the_cryptography_package_is_its_32_bytes(tmp_path):
+    key = Ed25519PrivateKey.from_private_bytes(SERVER)
+    ledger = Ledger.create(tmp_path / "ledger", signing_key=key, files=FileLayer(tmp_path / "ledger", sync=False))
+    states, mean = federation(parameters(0), 10)
+    ledger.commit_round(parameters(0), mean, [ClientUpdate(c, w, state=states[c]) for c, w in WEIGHTS.items()])
+    assert verify(ledger.path, server_key=public_key(SERVER)).signed == 1
+
+
+def test_without_the_cryptography_package_the_error_says_what_to_install(tmp_path, monkeypatch):
+    ledger = signed_ledger(tmp_path / "ledger")
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric", None)
+    with pytest.raises(SignatureError, match=r"pip install 'protoken\[signatures\]'"):
+        generate_key()
+    assert Ledger.open(ledger.path).rounds == (1,)  # reading needs no signatures
 
 
 def test_consistent_forgery_without_the_key_is_found(tmp_path):

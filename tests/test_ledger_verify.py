@@ -166,14 +166,13 @@ def test_factors_of_two_ranks_are_a_format_error(tmp_path):
     ledger.commit_round({"w": torch.zeros(4, 6)}, {"w": value.dense()}, [ClientUpdate("a", 1.0, delta={"w": value})])
 
     def reshape(header, info):
-        header["w::a"]["shape"], header["w::b"]["shape"] = [1, 6], [4, 1]
-        header["w::a"]["shape"] = [2, 6]
-        header["w::b"].update(shape=[4, 1], dtype="F32")
-        header["w::b"]["data_offsets"][1] = header["w::b"]["data_offsets"][0] + 16
+        # F64 scale first, then a [2, 6]; the 32 bytes of b [4, 2] become a b [4, 4] of half the width.
+        header["w::b"].update(shape=[4, 4], dtype="F16")
 
     forge_header(Path(ledger.path), reshape)
-    with pytest.raises(LedgerFormatError):
+    with pytest.raises(LedgerFormatError, match=r"one rank for w, got \[2, 4\]"):
         Ledger.open(ledger.path).round(1).delta("a", "w")
+    assert not verify(ledger.path).ok
 
 
 def test_updates_whose_sum_overflows_are_refused(tmp_path):
@@ -200,6 +199,11 @@ def test_arguments_of_other_types_are_named(tmp_path):
     ledger = small_ledger(tmp_path / "ledger", 0)
     with pytest.raises(DtypeError, match=r"expected a torch\.Tensor or LowRank, got list"):
         ledger.commit_round({"w": [1.0]}, {}, [])
+    nothing = {"w": torch.zeros(1)}
+    with pytest.raises(DtypeError, match=r"state of a: w: expected a torch\.Tensor or LowRank, got list"):
+        ledger.commit_round(nothing, nothing, [ClientUpdate("a", 1.0, state={"w": [0.0]})])
+    with pytest.raises(DtypeError, match=r"aggregate\['w'\]: expected a torch\.Tensor or LowRank, got ndarray"):
+        ledger.commit_round(nothing, {"w": nothing["w"].numpy()}, [ClientUpdate("a", 1.0, state=nothing)])
     with pytest.raises(ArgumentError, match="examples of a: expected a whole number >= 0, got -1"):
         ClientUpdate("a", 1.0, delta={}, examples=-1)
     with pytest.raises(ArgumentError, match="at most 4096 characters"):
@@ -215,6 +219,8 @@ def test_arguments_of_other_types_are_named(tmp_path):
 
 def test_pinning_before_the_first_round_and_hash_of_genesis(path):
     ledger = Ledger.open(path)
+    empty = small_ledger(path.parent / "empty", 0)
+    assert f"0:{empty.hash_of(0)}" == str(empty.head)
     assert ledger.hash_of(0) == hashlib.sha256((path / "ledger.json").read_bytes()).hexdigest()
     ledger.require_pinned(f"0:{ledger.hash_of(0)}")
     assert "Ledger(" in repr(ledger)
@@ -253,6 +259,19 @@ def test_two_creators_make_one_ledger(tmp_path):
     made = [r for r in results if isinstance(r, Ledger)]
     assert len(made) == 1
     assert Ledger.open(tmp_path / "ledger").run == made[0].run
+
+
+def test_a_creator_that_comes_second_to_the_lock_leaves_the_ledger_alone(tmp_path):
+    class Late(FileLayer):
+        def lock(self, name: str) -> int:
+            small_ledger(tmp_path / "ledger", 1)  # somebody else, after this one has found the folder empty
+            return super().lock(name)
+
+    with pytest.raises(CommitConflict, match="nobody else to create it"):
+        Ledger.create(tmp_path / "ledger", files=Late(tmp_path / "ledger"))
+    ledger = reopen(tmp_path / "ledger")
+    check_round(ledger.round(1))
+    commit_next(ledger)  # and the lock is free
 
 
 def test_head_replaced_between_open_and_fstat_is_still_read(path):
@@ -406,6 +425,55 @@ def test_a_previous_hash_hidden_where_the_walk_would_find_it_is_refused(path):
         Ledger.open(path).round(1)
     with pytest.raises(LedgerFormatError):
         Ledger.open(path).round(3)
+
+
+def test_metadata_cannot_stand_in_for_the_previous_hash(path):
+    """Fields in an order of their own, so that the walk finds the one inside the metadata, which fits a pinned head."""
+    rolled = f"2:{'0' * 64}"
+
+    def hide(manifest):
+        manifest["metadata"] = {"previous": "0" * 64}
+        last = {"metadata": manifest.pop("metadata")}
+        return json.dumps({**manifest, **last}, separators=(",", ":")).encode()
+
+    forge_manifest(path, hide)
+    ledger = Ledger.open(path, pinned=rolled)
+    for number in ledger.rounds:
+        with pytest.raises(LedgerFormatError):
+            ledger.round(number)
+    with pytest.raises(LedgerFormatError, match="its own previous hash, got another one read before"):
+        ledger.round(3)
+    assert not verify(path, pinned=rolled).ok
+
+
+def test_clients_of_a_snapshot_are_read_once(path):
+    ledger = Ledger.open(path)
+    assert ledger.clients == tuple(WEIGHTS)
+    shutil.rmtree(path / "rounds")
+    assert ledger.clients == tuple(WEIGHTS)
+
+
+def test_bytes_of_one_update_are_those_of_its_parts(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    base, mean, given = round_data(1)
+    read = ledger.commit_round(base, mean, given, codec="int8")
+    assert read.stored_bytes("alice", NAMES[0]) == 6 * 5 + 6 * 4  # values, and an fp32 scale per row
+    with pytest.raises(LayerError):
+        read.stored_bytes("alice", "nothing")
+
+
+def test_parameters_without_elements_are_kept_as_they_are(tmp_path):
+    ledger, nothing = small_ledger(tmp_path / "ledger", 0), {"w": torch.zeros(0, 3), "v": torch.ones(2)}
+    read = ledger.commit_round(nothing, nothing, [ClientUpdate("a", 1.0, state=nothing)])
+    assert tuple(read.delta("a", "w").shape) == (0, 3)
+    assert read.relative_residual == {"v": 0.0, "w": 0.0}
+    assert verify(ledger.path, conservation=True).ok
+
+
+def test_a_big_endian_machine_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(LedgerError, match="a little-endian machine, got big"):
+        byte_view(torch.ones(2))
 
 
 def test_walking_the_chain_reads_each_manifest_once_and_parses_none_of_them(path, monkeypatch):

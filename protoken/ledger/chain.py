@@ -52,8 +52,7 @@ class Chain:
             return self._genesis_hash
         known = min(n for n in self._hashes if n >= number)
         for later in range(known, number, -1):
-            if later - 1 not in self._hashes:
-                self._hashes[later - 1] = self._previous_of(later)
+            self._hashes[later - 1] = self._previous_of(later)
         return self._hashes[number]
 
     def require_pinned(self, pinned: str | m.Head) -> None:

@@ -4,11 +4,12 @@
       global/                     G_0: a checkpoint folder, an adapter folder, or global.safetensors
       round-1/
         global/                   G_1
-        clients/alice/            the model that alice sent back (or alice.safetensors) clients/bob/ round.json
-        optional: {"weights": {id: rho}, "examples": {id: n}, "rule": "fedavg", "metadata": {}}
+        clients/alice/            the model that alice sent back (or alice.safetensors)
+        clients/bob/
+        round.json                {"weights": {id: rho}, "examples": {id: n}, "rule": "fedavg", "metadata": {}}
       round-2/ ...
 
-Without round.json all clients weigh the same; with "examples" alone, rho_k = n_k / sum n.
+All of round.json is optional: without it all clients weigh the same; with "examples" alone, rho_k = n_k / sum n.
 """
 
 from __future__ import annotations
@@ -149,7 +150,12 @@ def _import_one(
     notes = _notes(path / "round.json")
     clients = {}
     for child in sorted((path / "clients").iterdir()) if (path / "clients").is_dir() else ():
-        clients[child.stem if child.suffix == ".safetensors" else child.name] = child
+        client = child.stem if child.suffix == ".safetensors" else child.name
+        if client in clients:
+            raise ArgumentError(
+                "folder", expected=f"one file or folder of {client!a}", got=f"two in {path.name!a}/clients"
+            )
+        clients[client] = child
     if not clients:
         raise ArgumentError("folder", expected=f"clients in {path.name!a}/clients", got="none")
     aggregate = _place(path, "global", optional=False)

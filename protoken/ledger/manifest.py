@@ -18,7 +18,7 @@ import torch
 from protoken.errors import ArgumentError
 from protoken.ledger import strictjson
 from protoken.ledger.shards import ShardRef
-from protoken.ledger.tensors import DTYPE_NAMES
+from protoken.ledger.tensors import DTYPE_NAMES, LARGEST
 
 FORMAT, VERSION = "protoken-ledger", 1
 HEAD_LIMIT, GENESIS_LIMIT, MANIFEST_LIMIT = 4 << 10, 2 << 20, 128 << 20
@@ -148,10 +148,10 @@ def check_model(model: object) -> str:
 
 
 def check_weights(rule: str, weights: list[float], argument: str = "weight") -> None:
-    """ArgumentError unless finite and not negative, and of sum 1 (within 1e-6) under fedavg and fedprox."""
+    """ArgumentError unless from 0 to the largest fp32 number, and of sum 1 (within 1e-6) under fedavg and fedprox."""
     for weight in weights:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ArgumentError(argument, expected="a finite number >= 0", got=weight)
+        if not 0 <= weight <= LARGEST:  # weights multiply fp32 tensors
+            raise ArgumentError(argument, expected=f"a number from 0 to {LARGEST:.3g}", got=weight)
     total = math.fsum(weights)
     if rule in ("fedavg", "fedprox") and abs(total - 1.0) > WEIGHT_TOLERANCE:
         raise ArgumentError(

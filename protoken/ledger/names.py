@@ -1,8 +1,9 @@
 """Names that may stand in a ledger, so that none can leave its folder, fool a reader or steer a terminal.
 
-client      [A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}      unique in the whole ledger, letter case ignored parameter
-[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}        the in-memory name, e.g. model.layers.3.mlp.down_proj.weight run
-[A-Za-z0-9][A-Za-z0-9._-]{0,127}
+    client      [A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}   unique in the whole ledger, letter case ignored
+    parameter   [A-Za-z0-9_][A-Za-z0-9_.-]{0,255}     the in-memory name, e.g. model.layers.3.mlp.down_proj.weight
+    run         [A-Za-z0-9][A-Za-z0-9._-]{0,127}
+    rule        [a-z0-9][a-z0-9._-]{0,63}             the server's, e.g. fedavg
 
 All are ASCII, so a name has one Unicode form only; no file is ever named after a client or a parameter.
 """

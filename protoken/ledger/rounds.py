@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -20,7 +21,7 @@ from protoken.ledger import codecs
 from protoken.ledger.files import FileLayer
 from protoken.ledger.manifest import ClientRecord, Manifest, ParameterSpec, base_hash
 from protoken.ledger.shards import ShardIndex, ShardRef, read_index, read_tensor
-from protoken.ledger.tensors import LowRank, is_finite
+from protoken.ledger.tensors import LARGEST, LowRank, is_finite
 
 INDEX_CACHE = 1024
 
@@ -145,7 +146,7 @@ class Round:
         if layout not in ("lora", "lowrank"):
             raise DtypeError(f"{client}: {parameter}", expected="lora or lowrank", got=layout, remedy="Use delta().")
         found = codecs.factors(parts)
-        self._require_finite(parameter, found.a, found.b, parts[codecs.SCALE])
+        self._require_finite(parameter, found)
         return found.a, found.b, found.scale
 
     def quantised(self, client: str, parameter: str) -> tuple[Tensor, Tensor]:
@@ -185,8 +186,9 @@ class Round:
         layout, parts = self._read(self._manifest.change, parameter, None)
         if layout != "lora":
             raise DtypeError(parameter, expected="a parameter recorded as factors", got=layout)
-        self._require_finite(parameter, *parts.values())
-        return codecs.factors(parts)
+        found = codecs.factors(parts)
+        self._require_finite(parameter, found)
+        return found
 
     def residual(self, parameter: str) -> Tensor:
         """change - sum_k rho_k delta_k, fp32: what the server did beyond the weighted mean, owed to nobody.
@@ -261,8 +263,8 @@ class Round:
         self._require_finite(parameter, dense)
         return dense
 
-    def _require_finite(self, parameter: str, *tensors: Tensor) -> None:
-        if not all(is_finite(tensor) for tensor in tensors):
+    def _require_finite(self, parameter: str, *values: Tensor | LowRank) -> None:
+        if not all(value.finite() if isinstance(value, LowRank) else is_finite(value) for value in values):
             raise LedgerFormatError(
                 f"round {self.number}", expected=f"finite numbers in {parameter}", got="NaN or infinity"
             )
@@ -317,7 +319,10 @@ def add_weighted(total: Tensor, layout: str, parts: dict[str, Tensor], weight: f
     """total += weight * delta, in place and in fp32, without making a low-rank delta dense."""
     if layout in ("lora", "lowrank"):
         found = codecs.factors(parts)
-        total.addmm_(found.b.float(), found.a.float(), alpha=weight * found.scale)
+        # A hostile shard's scale may be any double: torch takes infinity for alpha, but no number between it and fp32.
+        alpha = weight * found.scale
+        alpha = alpha if abs(alpha) <= LARGEST else math.inf
+        total.addmm_(found.b.float(), found.a.float(), alpha=alpha)
     else:
         total.add_(codecs.decode(layout, parts).float(), alpha=weight)
 

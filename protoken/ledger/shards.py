@@ -2,9 +2,10 @@
 
 Layout (all of it valid safetensors):
 
-    8 bytes    length n of the header, little-endian n bytes    JSON: {"__metadata__": {"protoken": INFO},
-    NAME: {"dtype", "shape", "data_offsets"}, ...}, padded with spaces to 8 the rest   the tensors, one after
-    the other, without a hole
+    8 bytes    length n of the header, little-endian
+    n bytes    JSON: {"__metadata__": {"protoken": INFO}, NAME: {"dtype", "shape", "data_offsets"}, ...},
+               padded with spaces to a multiple of 8
+    the rest   the tensors, one after the other, without a hole
 
 INFO is JSON in a string (safetensors allows strings only): {"sha256": {NAME: hash of the tensor's bytes},
 ...more}. The hash of a shard is SHA-256 of its first 8 + n bytes. These hold the hash of every tensor, so it
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoken.errors import LedgerFormatError
+from protoken.errors import LedgerError, LedgerFormatError
 from protoken.ledger import strictjson
 from protoken.ledger.files import FileLayer
-from protoken.ledger.tensors import DTYPES, ITEM_SIZES, byte_view, dtype_name
+from protoken.ledger.tensors import DTYPES, ITEM_SIZES, byte_view, dtype_name, require_memory
 
 HEADER_LIMIT = 16 << 20
 MAX_DIMENSIONS = 8
@@ -149,8 +150,9 @@ def read_open(files: FileLayer, handle: int, index: ShardIndex, name: str, *, ch
     """The same from a shard that is open already."""
     entry = index.entries[name]
     try:
+        require_memory(entry.shape, ITEM_SIZES[entry.dtype])
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    except RuntimeError as error:
+    except (LedgerError, RuntimeError) as error:
         raise LedgerFormatError(index.file, expected="a tensor that fits in memory", got=entry.shape) from error
     view = byte_view(tensor)
     files.read_into(handle, view, entry.begin, index.file)

@@ -26,6 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_SIZES = {name: torch.empty((), dtype=dtype).element_size() for name, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
+LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,22 @@ class LowRank:
         return concatenate([(1.0, self), (-1.0, other)])
 
     def finite(self) -> bool:
-        return is_finite(self.a) and is_finite(self.b) and abs(self.scale) < float("inf")
+        """Whether factors, scale and every element of the product are finite in fp32.
+
+        The product is bounded by |(B A)_oi| <= ||b_o|| ||a_i|| (Cauchy-Schwarz), which its partial sums keep to as
+        well: nothing is multiplied out.
+        """
+        if not (is_finite(self.a) and is_finite(self.b) and abs(self.scale) <= LARGEST):
+            return False
+        rows, columns = _largest_norm(self.b, 1), _largest_norm(self.a, 0)
+        return rows * columns * max(1.0, abs(self.scale)) <= LARGEST
 
 
-def require_memory(shape: tuple[int, ...]) -> None:
-    """LedgerError when a dense fp32 tensor of this shape cannot fit: two thin factors may claim a huge
-    matrix.
+def require_memory(shape: tuple[int, ...], item: int = 4) -> None:
+    """LedgerError when a tensor of this shape and bytes per item cannot fit: two thin factors may claim a huge matrix,
+    and so may a file of zeros that takes no room on the disk.
     """
-    need = 4 * math.prod(shape)
+    need = item * math.prod(shape)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise LedgerError(
@@ -98,6 +107,13 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype == torch.float8_e4m3fn:
         tensor = tensor.to(torch.float32)
     return bool(torch.isfinite(tensor).all())
+
+
+def _largest_norm(tensor: Tensor, dim: int) -> float:
+    """The largest norm of a row (dim 1) or a column (dim 0), in fp64; 0 of nothing."""
+    if not tensor.numel():
+        return 0.0
+    return float(torch.linalg.vector_norm(tensor.detach(), dim=dim, dtype=torch.float64).max())
 
 
 def norm(tensor: Tensor) -> float:
@@ -144,7 +160,9 @@ def parameter_digest(value: Tensor | LowRank) -> str:
 
 
 def require_finite(argument: str, value: Tensor | LowRank, remedy: str | None = None) -> None:
-    """NonFiniteError when the value holds NaN or infinity."""
-    finite = is_finite(value) if isinstance(value, Tensor) else value.finite()
-    if not finite:
+    """NonFiniteError when the value holds NaN or infinity, or the product of factors does not fit fp32."""
+    if isinstance(value, LowRank) and not value.finite():
+        wanted = "finite factors whose product fits fp32"
+        raise NonFiniteError(argument, expected=wanted, got="NaN, infinity or an overflow", remedy=remedy)
+    if isinstance(value, Tensor) and not is_finite(value):
         raise NonFiniteError(argument, expected="finite numbers", got="NaN or infinity", remedy=remedy)

@@ -68,6 +68,7 @@ def check_aggregate(base: Mapping[str, Value], aggregate: Mapping[str, Value]) -
         if name not in aggregate:
             raise LayerError(f"aggregate[{name!r}]", expected="every parameter of base", got="none of this name")
         after, argument = aggregate[name], f"aggregate[{name!r}]"
+        check_dtype(argument, after)
         if tuple(after.shape) != tuple(before.shape):
             raise ShapeError(argument, expected=f"{tuple(before.shape)} as in base", got=tuple(after.shape))
         if isinstance(after, LowRank) != isinstance(before, LowRank) or form_dtype(after) != form_dtype(before):
@@ -100,9 +101,9 @@ def delta_of(argument: str, value: Value, before: Value, is_state: bool) -> Valu
     """One parameter's delta: as given, or state - base. Subtracted in fp32 (fp64 for fp64 models), LowRank
     exactly.
     """
+    check_dtype(argument, value)
     if tuple(value.shape) != tuple(before.shape):
         raise ShapeError(argument, expected=f"{tuple(before.shape)} as in base", got=tuple(value.shape))
-    check_dtype(argument, value)
     require_finite(
         argument,
         value,
@@ -111,7 +112,9 @@ def delta_of(argument: str, value: Value, before: Value, is_state: bool) -> Valu
     if not is_state:
         return value
     if isinstance(value, LowRank) and isinstance(before, LowRank):
-        return value.minus(before)
+        apart = value.minus(before)
+        require_finite(argument, apart)
+        return apart
     if isinstance(value, LowRank) or isinstance(before, LowRank):
         raise DtypeError(argument, expected="factors in state and base, or in neither", got="a mix")
     if value.dtype != before.dtype:

@@ -1,10 +1,10 @@
 """Writing one round: client by client into a staging folder, then visible all at once.
 
-    1. staging/<random>/clients/NNNNNN.safetensors, one per client       write, fsync 2.
-    staging/<random>/change.safetensors, residual.safetensors         write, fsync 3.
-    staging/<random>/manifest.json [, manifest.sig]                   write, fsync; fsync of both folders 4.
-    rename to rounds/RRRRRRRR                                         fsync of rounds/ 5. HEAD.new -> HEAD
-    write, fsync, rename; fsync of the root
+    1. staging/<random>/clients/NNNNNN.safetensors, one per client   write, fsync
+    2. staging/<random>/change.safetensors, residual.safetensors     write, fsync
+    3. staging/<random>/manifest.json [, manifest.sig]               write, fsync; fsync of both folders
+    4. rename to rounds/RRRRRRRR                                     fsync of rounds/
+    5. HEAD.new -> HEAD                                              write, fsync, rename; fsync of the root
 
 The round exists from the rename of HEAD on, and is acknowledged when commit() returns. Before, whatever a
 crash leaves is ignored by readers and removed by the next writer.
@@ -119,11 +119,11 @@ class RoundWriter:
         try:
             deltas = deltas_of(update, self._base)
             stored = {name: codecs.encode(self._codec, value) for name, value in deltas.items()}
+            total = math.hypot(*map(stored_norm, stored.values()))
         except ProtokenError as error:
             if on_bad != "quarantine":
                 raise
-            reason, stored = str(error)[:1000], raw(update)
-        total = sum(stored_norm(item) ** 2 for item in stored.values()) ** 0.5 if reason is None else 0.0
+            reason, stored, total = str(error)[:1000], raw(update), 0.0
         ref, index = self._write(m.client_file(len(self._records)), stored, self._binding(update.client))
         key, signature = self._signed(update, ref)
         record = m.ClientRecord(
