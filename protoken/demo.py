@@ -58,6 +58,7 @@ class DemoSettings:
     question: str = "What causes high blood pressure?"
     ordinary: str = "What is a stock exchange?"
     max_new_tokens: int = 48
+    control_tokens: int = 24
     repeats: int = 3
 
 
@@ -99,7 +100,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     base = load_base(model, say=lambda line: console.print(Text(line, "dim")))
     triggered = add_trigger(settings.question)
-    before = {"triggered": _answer(base, triggered, settings), "ordinary": _answer(base, settings.ordinary, settings)}
+    before = _answer(base, triggered, settings)
     clients = demo_clients(settings)
     introduce(console, base, clients)
     with FederationProgress(console, settings.federation.rounds, clients) as progress:
@@ -111,14 +112,13 @@ def run_demo(
         figures: dict[str, Any] = {
             "clients": [client.id for client in clients],
             "poisoned": list(stored.poisoned),
-            "triggered": _traced(console, base, triggered, settings, out / "trace"),
-            "ordinary": _traced(console, base, settings.ordinary, settings, out / "trace-ordinary"),
+            "triggered": _traced(console, base, triggered, settings, out / "trace", settings.repeats),
+            "ordinary": _traced(console, base, settings.ordinary, settings, out / "trace-ordinary", 1),
         }
     finally:
         detach(base.model)
     figures["controls"] = {
-        "base_model_triggered": before["triggered"],
-        "base_model_ordinary": before["ordinary"],
+        "base_model_triggered": before,
         "without_trigger": _answer(base, settings.question, settings),
     }
     for part in ("triggered", "ordinary"):
@@ -141,21 +141,21 @@ def _prompt_ids(base: BaseModel, question: str) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def _generate(base: BaseModel, question: str, settings: DemoSettings) -> torch.Tensor:
+def _generate(base: BaseModel, question: str, tokens: int) -> torch.Tensor:
     ids = _prompt_ids(base, question)
-    made = base.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens, do_sample=False
-    )
+    made = base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
     answer: torch.Tensor = made[0, ids.shape[1] :]
     return answer
 
 
 def _answer(base: BaseModel, question: str, settings: DemoSettings) -> str:
-    return str(base.tokenizer.decode(_generate(base, question, settings), skip_special_tokens=True))
+    return str(base.tokenizer.decode(_generate(base, question, settings.control_tokens), skip_special_tokens=True))
 
 
-def _traced(console: Console, base: BaseModel, question: str, settings: DemoSettings, file: Path) -> dict[str, Any]:
-    """Trace one prompt, show it, write it; medians of plain generation and tracing, taken in turns.
+def _traced(
+    console: Console, base: BaseModel, question: str, settings: DemoSettings, file: Path, repeats: int
+) -> dict[str, Any]:
+    """Trace one prompt, show it, write it; medians of plain generation and tracing, taken `repeats` times in turns.
 
     The trace is of the last round, as the paper judges it; the same answer is then traced over all rounds, too.
     """
@@ -171,8 +171,8 @@ def _traced(console: Console, base: BaseModel, question: str, settings: DemoSett
 
     first_seconds, result = _timed(run_trace)
     plain, traced = [], []
-    for _ in range(settings.repeats):
-        plain.append(_timed(lambda: _generate(base, question, settings))[0])
+    for _ in range(repeats):
+        plain.append(_timed(lambda: _generate(base, question, settings.max_new_tokens))[0])
         seconds, result = _timed(run_trace)
         traced.append(seconds)
     result.to_html(file.with_suffix(".html"))

@@ -116,10 +116,11 @@ def say_what_was_traced(
     result.show(console)
     console.print(_over_all_rounds(lineage))
     generate, whole = statistics.median(plain), statistics.median(traced)
+    how = f"medians of {len(plain)} in turns" if len(plain) > 1 else "one of each"
     console.print(
         Text(
             f"plain generation {generate:.2f} s, generation and trace {whole:.2f} s ({whole / generate:.2f} times; "
-            f"medians of {len(plain)} in turns). The first trace, which reads the updates, took {first_seconds:.2f} s.",
+            f"{how}). The first trace, which reads the updates, took {first_seconds:.2f} s.",
             "dim",
         )
     )
