@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import struct
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger_cases import NAMES, federation, forge_manifest, forge_shard, parameters, updates
+from ledger_cases import NAMES, federation, forge_manifest, forge_shard, forge_tensor, parameters, updates
 
 from protoken.errors import LedgerError, LedgerFormatError
 from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing, strictjson
@@ -35,7 +36,7 @@ from protoken.ledger.verification import verify
 
 SECOND = 1.0
 # One case in so many goes through the file system.
-ON_DISK = 500
+ON_DISK = 200
 THINGS: list[Any] = [
     None, True, False, 0, -1, 1, 7, 8, 1 << 31, 1 << 53, 1 << 62, 1 << 63, 1 << 64, -(1 << 63), 0.5, -0.0, 1e308,
     5e-324, "", "F32", "I8", "BF16", "lora", "int8", "raw", "fp32", "alice", "ALICE", "..", "/etc/passwd", "\0",
@@ -67,7 +68,7 @@ def mutate(value: Any, chance: random.Random) -> Any:
             return value
         *parents, last = chance.choice(paths)
         parent, thing = at(value, tuple(parents)), copy.deepcopy(chance.choice(THINGS))
-        kind = chance.randrange(6)
+        kind = chance.randrange(7)
         if kind == 0:
             parent[last] = thing
         elif kind == 1:
@@ -78,6 +79,10 @@ def mutate(value: Any, chance: random.Random) -> Any:
             parent.insert(last, thing)
         elif kind == 3:
             parent[last] = copy.deepcopy(at(value, chance.choice(paths)))
+        elif kind == 6 and parents and isinstance(parents[-1], int):  # one field of all clients, or of a whole list
+            for other in at(value, tuple(parents[:-1])):
+                if isinstance(other, dict) and last in other:
+                    other[last] = copy.deepcopy(thing)
         elif kind == 4 and isinstance(parent[last], int | float | str | list) and len(str(parent[last])) < 1000:
             parent[last] = parent[last] * 2
         elif isinstance(parent[last], int) and not isinstance(parent[last], bool):
@@ -100,6 +105,14 @@ def scramble(data: bytes, chance: random.Random) -> bytes:
             changed[where] ^= 1 << chance.randrange(8)
         changed = changed or bytearray(b"x")
     return bytes(changed)
+
+
+def strange_numbers(data: bytes, chance: random.Random) -> bytes:
+    """Doubles, floats or bytes at the edge of what fits, somewhere among a tensor's numbers."""
+    number = chance.choice([math.nan, math.inf, -math.inf, 3.4e38, -1e300, 1e39, 5e-324, -0.0, 448.0])
+    strange = struct.pack("<d", number) if abs(number) > 3.4e38 or len(data) == 8 else struct.pack("<f", number)
+    where = chance.randrange(0, max(1, len(data) - len(strange) + 1), 4)
+    return (data[:where] + strange + data[where + len(strange) :])[: len(data)]
 
 
 class Fuzzer:
@@ -131,7 +144,7 @@ class Fuzzer:
         if chance.randrange(4) == 0:
             text = scramble(self.manifest_bytes, chance)
         else:
-            text = json.dumps(mutate(self.manifest, chance)).encode()
+            text = json.dumps(mutate(self.any_rule(self.manifest, chance), chance)).encode()
         parsed = refused(lambda: parsing.parse_manifest(text, "manifest"))
         if parsed is None:
             return False
@@ -140,6 +153,11 @@ class Fuzzer:
         assert abs(weights - 1) < 1e-5 or parsed.rule not in ("fedavg", "fedprox")
         assert len({record.client.lower() for record in parsed.clients}) == len(parsed.clients)
         return True
+
+    @staticmethod
+    def any_rule(manifest: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+        """The same under a rule that leaves the weights free, every other time."""
+        return {**manifest, "rule": chance.choice(["fedavg", "fedadam"])}
 
     def any_header(self, chance: random.Random) -> bool:
         which = chance.randrange(3)
@@ -187,11 +205,15 @@ class Fuzzer:
         for name, data in self.files.items():
             (self.copy / name).parent.mkdir(parents=True, exist_ok=True)
             (self.copy / name).write_bytes(data)
-        kind = chance.randrange(3)
+        kind = chance.randrange(4)
         if kind == 0:
-            forge_manifest(self.copy, lambda value: json.dumps(mutate(value, chance)).encode())
+            forge_manifest(self.copy, lambda value: json.dumps(mutate(self.any_rule(value, chance), chance)).encode())
         elif kind == 1:
             forge_shard(self.copy, lambda data: scramble(data, chance), chance.randrange(3))
+        elif kind == 2:
+            which = chance.randrange(3)
+            name = chance.choice([name for name in self.headers[which] if name != "__metadata__"])
+            forge_tensor(self.copy, name, lambda data: strange_numbers(data, chance), which)
         else:
             name, data = chance.choice([item for item in self.files.items() if item[1]])
             (self.copy / name).write_bytes(scramble(data, chance))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ledger_cases import NAMES, WEIGHTS, forge_header, forge_manifest, parameters, reopen, small_ledger
+from ledger_cases import NAMES, WEIGHTS, forge_header, forge_manifest, forge_tensor, parameters, reopen, small_ledger
 
 from protoken.errors import ArgumentError, LedgerFormatError, NonFiniteError
 from protoken.ledger import ClientUpdate, Ledger, LowRank
@@ -105,17 +104,7 @@ def test_a_stored_scale_that_overflows_is_a_format_error_wherever_it_is_read(tmp
     ledger = small_ledger(tmp_path / "ledger", 0)
     value = LowRank(torch.ones(2, 5), torch.ones(6, 2))
     ledger.commit_round(still(value), {"w": value}, [ClientUpdate("a", 1.0, delta={"w": value})])
-    stored = torch.tensor(scale, dtype=torch.float64).numpy().tobytes()
-
-    def rescale(header: dict[str, Any], info: dict[str, Any]) -> None:
-        info["sha256"]["w::scale"] = hashlib.sha256(stored).hexdigest()
-
-    shard = Path(ledger.path) / "rounds/00000001/clients/000000.safetensors"
-    data = shard.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    begin = start + json.loads(data[8:start])["w::scale"]["data_offsets"][0]
-    shard.write_bytes(data[:begin] + stored + data[begin + 8 :])
-    forge_header(Path(ledger.path), rescale)
+    forge_tensor(Path(ledger.path), "w::scale", lambda _: struct.pack("<d", scale))
     read = Ledger.open(ledger.path).round(1)
     for reading in (read.delta, read.factors, lambda c, n: read.computed_residual(n)):
         with pytest.raises(LedgerFormatError, match="finite numbers in w"):
