@@ -61,7 +61,7 @@ flower: $(FLOWER)/installed
 # Coverage-guided fuzzing of the ledger's parsers, until it is stopped.
 fuzz: $(VENV)/installed
 	$(BIN)/pip install --quiet atheris
-	PYTHONPATH=tests $(BIN)/python tests/fuzz_ledger_structures.py --atheris $(OUT)/corpus
+	PYTHONPATH=tests $(BIN)/python tests/fuzz_ledger_guided.py $(OUT)/corpus
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

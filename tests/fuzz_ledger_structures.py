@@ -1,8 +1,8 @@
 """Structure-aware fuzzing of all that is parsed: manifests, shard headers, HEAD, ledger.json, JSON, whole ledgers.
 
-    python tests/fuzz_ledger_structures.py CASES [SEED]            random cases; prints counts as JSON
-    python tests/fuzz_ledger_structures.py --atheris FOLDER [...]  guided by coverage (package atheris); libFuzzer's
-                                                                   options may follow
+    python tests/fuzz_ledger_structures.py CASES [SEED]     random cases; prints counts as JSON
+
+fuzz_ledger_guided.py runs the same cases guided by coverage.
 
 A case is well-formed JSON with a few fields replaced, removed, doubled, swapped or made absurd, or bytes with a few of
 them changed; hashes are mended, so that it reaches the validators. The answer must be a typed error or a value that
@@ -12,7 +12,6 @@ holds what it promises, in less than a second.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -131,14 +130,17 @@ class Fuzzer:
 
     def case(self, chance: random.Random) -> bool:
         """One case; whether it was accepted. AssertionError or any untyped error is a finding."""
+        return self.any_ledger(chance) if chance.randrange(ON_DISK) == 0 else self.in_memory(chance)
+
+    def in_memory(self, chance: random.Random) -> bool:
+        """One case without the file system."""
         kinds: list[Callable[[random.Random], bool]] = [
             self.any_manifest,
             self.any_header,
             self.any_small,
             self.any_json,
         ]
-        kind = self.any_ledger if chance.randrange(ON_DISK) == 0 else chance.choice(kinds)
-        return kind(chance)
+        return chance.choice(kinds)(chance)
 
     def any_manifest(self, chance: random.Random) -> bool:
         if chance.randrange(4) == 0:
@@ -285,36 +287,8 @@ def run(cases: int, seed: int) -> dict[str, Any]:
     return result
 
 
-def guided(arguments: list[str]) -> None:
-    """Coverage picks the bytes; the bytes pick the edits."""
-    import atheris
-
-    with atheris.instrument_imports(include=["protoken.ledger"], enable_loader_override=False):
-        for module in (parsing, strictjson):
-            atheris.instrument_func(module)
-    folder = Path(tempfile.mkdtemp())
-    fuzzer = Fuzzer(folder)
-    targets = {name: json.dumps(value) for name, value in (("m", fuzzer.manifest), ("g", fuzzer.genesis))}
-    Path(arguments[0]).mkdir(parents=True, exist_ok=True)
-    for name, text in targets.items():
-        (Path(arguments[0]) / name).write_text(text)
-
-    def one(data: bytes) -> None:
-        chance = random.Random(hashlib.sha256(data).digest())
-        for parse in (lambda: parsing.parse_manifest(data, "m"), lambda: parsing.parse_genesis(data, "g"),
-                      lambda: parse_header(data, ShardRef("x", 8 + len(data), "0" * 64))):  # fmt: skip
-            refused(parse)
-        fuzzer.case(chance)
-
-    atheris.Setup([sys.argv[0], *arguments], one)
-    atheris.Fuzz()
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    if sys.argv[1] == "--atheris":
-        guided(sys.argv[2:])
-        return
     print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)))
 
 
