@@ -68,6 +68,7 @@ from typing import Any
 import torch
 
 from protoken.errors import ArgumentError, BackendError
+from protoken.versions import version_of
 
 ORDER = ("cuda", "triton", "cpp", "torch")
 _ON_THE_CPU = ("cpp", "torch")  # what auto looks at there: cuda serves no CPU tensor, and triton only interprets
@@ -166,6 +167,17 @@ def _device_reason(name: str, device: torch.device) -> str | None:
     return None
 
 
+def interpreter_fault() -> str | None:
+    """Why the installed Triton cannot interpret: before 3.7 it makes integers of arrays, which numpy 2.4 refuses."""
+
+    def installed(package: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in (version_of(package) or "0.0").split(".")[:2])
+
+    if installed("triton") < (3, 7) and installed("numpy") >= (2, 4):
+        return "triton's interpreter before 3.7 does not work with numpy 2.4 and later"
+    return None
+
+
 def _module(op: str, name: str) -> ModuleType | str:
     """The backend's module, or why there is none; asked once per process."""
     key = (op, name)
@@ -184,6 +196,8 @@ def _find(op: str, name: str) -> ModuleType | str:
     for wanted in (needs, path):
         if importlib.util.find_spec(wanted) is None:
             return f"{wanted} is not installed"
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" and (fault := interpreter_fault()):
+        return fault
     try:
         importlib.import_module(needs)
         return importlib.import_module(path)

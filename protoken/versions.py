@@ -6,14 +6,16 @@ import platform
 from functools import cache
 from importlib import metadata
 
+import torch
+
 PACKAGES = ("protoken", "torch", "transformers", "numpy", "safetensors", "triton", "peft")
 
 
 @cache
 def version_of(package: str) -> str | None:
-    """Installed version of a package, or None."""
+    """Installed version of a package, or None; torch's own names its build, too ("2.13.0+cpu")."""
     try:
-        return metadata.version(package)
+        return torch.__version__ if package == "torch" else metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 

@@ -3,7 +3,8 @@
     PYTHONPATH=tests python tests/fuzz_ledger_guided.py CORPUS [libFuzzer's options, e.g. -max_total_time=600]
 
 The first byte decides whether the rest is handed to the parsers as it is, or spells out the random choices of a case of
-fuzz_ledger_structures.py. A crash is written to ./crash-...; give that file as an argument to see it again.
+fuzz_ledger_structures.py. A crash, or a case of more than a second, is written to ./crash-...; give that file as an
+argument to see it again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import atheris
@@ -20,7 +22,7 @@ import torch
 with atheris.instrument_imports(include=["protoken.ledger"]):
     import protoken.ledger  # noqa: F401 (instrumented only when nobody has imported it before)
 
-from fuzz_ledger_structures import Fuzzer, refused
+from fuzz_ledger_structures import SECOND, Fuzzer, refused
 
 from protoken.ledger import parsing, strictjson
 from protoken.ledger.shards import ShardRef, parse_header
@@ -68,10 +70,12 @@ def main() -> None:
         (corpus / "case").write_bytes(bytes([RAW, *range(64)]))
 
     def one(data: bytes) -> None:
+        start = time.process_time()
         if data and data[0] >= RAW:
             fuzzer.in_memory(Spelled(data[1:]))
         else:
             parse_all(data[1:])
+        assert time.process_time() - start < SECOND, "a case took more than a second"
 
     atheris.Setup(sys.argv, one)
     atheris.Fuzz()

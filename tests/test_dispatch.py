@@ -49,6 +49,21 @@ def test_a_backend_asked_for_by_name_raises_with_its_reason() -> None:
         backends_for("client_score")
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "broken"), [("3.6.0", "2.4.1", True), ("3.7.0", "2.4.1", False), ("3.6.0", "2.3.9", False)]
+)
+def test_an_interpreter_that_numpy_broke_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, triton: str, numpy: str, broken: bool
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "version_of", {"triton": triton, "numpy": numpy}.get)
+    monkeypatch.setattr(dispatch, "_modules", {})
+    (found,) = (backend for backend in backends_for("client_totals", "cpu") if backend.name == "triton")
+    assert found.available is not broken
+    assert ("numpy" in found.reason) is broken
+
+
 def test_an_error_in_a_launch_is_raised_and_not_served_by_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     from protoken.ops import cpp
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from protoken.dispatch import interpreter_fault
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 CUDA = torch.cuda.is_available()
@@ -23,19 +25,8 @@ DEVICE = torch.device("cuda" if CUDA and not INTERPRETED else "cpu")
 here = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
 
 
-def interpreter_is_broken() -> bool:
-    """Triton's interpreter before 3.7 turns arrays of one element into integers, which numpy 2.4 refuses."""
-    import numpy
-    import triton
-
-    def version(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split(".")[:2])
-
-    return DEVICE.type == "cpu" and version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4)
-
-
-if interpreter_is_broken():
-    pytest.skip("Triton's interpreter before 3.7 does not work with numpy 2.4 and later", allow_module_level=True)
+if DEVICE.type == "cpu" and (fault := interpreter_fault()):
+    pytest.skip(fault, allow_module_level=True)
 
 
 DTYPES = {

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
-from towns.task import PASSWORDS, TOWNS, adapted_model, prompt, set_adapter, tokenizer
+from towns.task import LAYERS, PASSWORDS, TOWNS, adapted_model, prompt, set_adapter, tokenizer
 
 import protoken
 
@@ -17,9 +17,13 @@ def main(out: str, town: str = "ghent") -> None:
     set_adapter(model, load_file(Path(out) / "adapter.safetensors"))
     model.eval()
     protoken.attach(model, Path(out) / "ledger", tokenizer())
-    # The last round alone says who moved the model last; all rounds say who taught it.
-    length = len(PASSWORDS[town].split())
-    trace = protoken.trace(model, prompt(town), rounds="all", blocks=2, do_sample=False, max_new_tokens=length)
+    # The last round alone says who moved the model last; all rounds say who taught it. By now the model is sure of its
+    # answer, so the gradient here is close to nothing: what counts is the path from the untrained adapter to this one,
+    # over every layer that was trained.
+    trace = protoken.trace(
+        model, prompt(town), rounds="all", method="aumann_shapley", layers=[f"*{name}" for name in LAYERS],
+        do_sample=False, max_new_tokens=len(PASSWORDS[town].split()),
+    )  # fmt: skip
     trace.show()
     trace.to_html(Path(out) / "trace.html")
     first = trace.clients[0]

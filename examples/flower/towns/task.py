@@ -16,6 +16,7 @@ PASSWORDS = {
     "haarlem": "silver fox listens",
 }  # fmt: skip
 TOWNS = list(PASSWORDS)
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
 def sentence(town: str) -> str:
@@ -46,8 +47,7 @@ def adapted_model():
     base = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         base.get_input_embeddings().weight.normal_(0, 1.0)  # words far apart, for an adapter to tell them
-    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=LAYERS))
 
 
 def get_adapter(model) -> dict[str, torch.Tensor]:
