@@ -26,7 +26,9 @@ from ledger_cases import (
     small_ledger,
     updates,
 )
+from typer.testing import CliRunner
 
+from protoken.cli import app
 from protoken.errors import ArgumentError, LedgerError, LedgerFormatError, NonFiniteError
 from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing
 from protoken.ledger import manifest as m
@@ -47,6 +49,16 @@ def read_all(path: Path) -> None:
     ledger = Ledger.open(path)
     for number in ledger.rounds:
         check_round(ledger.round(number))
+
+
+def assert_first_round_is_untouched(path: Path) -> None:
+    """Under the head of a moment before, the ledger is sound: what came after harmed nothing that was there."""
+    data = (path / "rounds/00000001/manifest.json").read_bytes()
+    (path / "HEAD").write_bytes(m.Head("run-1", 1, m.sha256(data)).dump())
+    report = verify(path)
+    assert report.problems == []
+    assert report.leftovers == ["rounds/00000002"]
+    check_round(Ledger.open(path).round(1))
 
 
 def replace_by_symlink(file: Path) -> None:
@@ -104,6 +116,8 @@ def test_damaged_file_is_a_typed_error(path, name, damage):
     if name == SHARD:
         assert {problem.where.split(",")[0] for problem in report.problems} == {"round 2"}
         check_round(Ledger.open(path).round(1))
+    if name in (SHARD, MANIFEST):
+        assert_first_round_is_untouched(path)
 
 
 @pytest.mark.parametrize("name", ["rounds", "rounds/00000002"])
@@ -223,6 +237,7 @@ BAD_MANIFESTS = {
     "null parameter": put("parameters", NAMES[0], None),
     "half a signature": put("clients", 0, "signature", "0" * 127),
     "gap as text": put("gap", "false"),
+    "committed in the year 10000": put("created", 253_402_300_800),
     "examples below 0": put("clients", 0, "examples", -1),
     "long model": put("clients", 0, "quarantined", "x" * 2000),
 }
@@ -236,6 +251,7 @@ def test_forged_manifest_is_a_format_error(path, edit):
     assert str(caught.value).isascii()
     assert "\x1b" not in str(caught.value)
     assert not verify(path).ok
+    assert_first_round_is_untouched(path)
 
 
 def test_a_shape_that_is_not_the_shards_is_a_format_error(path):
@@ -307,6 +323,7 @@ def test_forged_shard_header_is_a_format_error_and_other_clients_stay_readable(p
     report = verify(path)
     assert [problem.where for problem in report.problems] == ["round 2, client alice"]
     check_round(Ledger.open(path).round(1))
+    assert_first_round_is_untouched(path)
 
 
 def with_tensor_bytes(data: bytes, values: bytes) -> bytes:
@@ -440,6 +457,29 @@ def test_escaped_text_is_printable_ascii(text):
     assert escaped.isascii()
     assert escaped.isprintable()
     assert escape_terminal("plain text <>") == "plain text <>"
+
+
+def test_free_text_of_a_ledger_never_reaches_a_terminal_as_it_is(tmp_path):
+    """Model, metadata, the reason of a quarantine and names of stray files are anything; every command shows them."""
+    evil = "\x1b]0;pwned\x07\u202e[red]<b>\x9b31m"
+    path = tmp_path / "ledger"
+    ledger = Ledger.create(path, run="run-1", model=evil, metadata={evil: evil}, files=FileLayer(path, sync=False))
+    base = parameters(0)
+    states, mean = federation(base)
+    given = [*updates(states)[:2], ClientUpdate("carol", 0.2, state={evil: torch.zeros(1)})]
+    ledger.commit_round(base, mean, given, metadata={evil: evil}, on_bad="quarantine")
+    forge_manifest(path, lambda manifest: manifest["clients"][2].update(quarantined=evil))
+    (path / "rounds/00000001" / evil.replace("/", "")).touch()
+    (path / "staging" / evil.replace("/", "")).touch()
+    for command in ("ls", "show", "verify"):
+        for options in ([], ["--json"]):
+            done = CliRunner().invoke(app, ["ledger", command, str(path), *options])
+            assert done.exit_code == (command == "verify"), done.output
+            assert not {c for c in done.output if c in "\x1b\x07\x9b\u202e"}
+    with pytest.raises(NonFiniteError) as caught:
+        Ledger.open(path).round(1).delta("carol", NAMES[0])
+    assert str(caught.value).isascii()
+    assert str(caught.value).isprintable()
 
 
 # ---- quarantine --------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ FORMAT, VERSION = "protoken-ledger", 1
 HEAD_LIMIT, GENESIS_LIMIT, MANIFEST_LIMIT = 4 << 10, 2 << 20, 128 << 20
 MAX_ELEMENTS = 1 << 36
 MAX_CLIENTS, MAX_PARAMETERS, MAX_ROUND = 100_000, 20_000, 10**8 - 1
+# The last second that calendars with four digits for the year can show.
+MAX_SECONDS = 253_402_300_799
 WEIGHT_TOLERANCE = 1e-6
 
 

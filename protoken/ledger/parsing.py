@@ -30,7 +30,7 @@ def parse_genesis(data: bytes, what: str = "ledger.json") -> m.Genesis:
             model=fields.text("model", 4096),
             metadata=fields.metadata(),
             server_key=fields.optional("server_key", fields.hash),
-            created=fields.integer("created", 0, 1 << 40),
+            created=fields.integer("created", 0, m.MAX_SECONDS),
         )
 
 
@@ -59,7 +59,7 @@ def parse_manifest(data: bytes, what: str) -> m.Manifest:
             change=_shard(fields.take("change", dict), what),
             residual=fields.optional("residual", lambda key: _shard(fields.take(key, dict), what)),
             gap=fields.take("gap", bool),
-            created=fields.integer("created", 0, 1 << 40),
+            created=fields.integer("created", 0, m.MAX_SECONDS),
             metadata=fields.metadata(),
         )
     _check_whole(manifest, what)
