@@ -2,6 +2,7 @@
 # make test    build, install and run the tests
 # make flower  the tests of the Flower integration, in an environment of its own
 # make fuzz    fuzz the ledger's parsers until stopped
+# make coverage  the ledger's tests, and which of its branches they leave out (none)
 # make lint types wheel bench gpu    what their names say
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +14,7 @@ PROTOKEN_CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,0)
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
-.PHONY: demo test flower fuzz lint types wheel bench gpu clean
+.PHONY: demo test flower fuzz coverage lint types wheel bench gpu clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -62,6 +63,14 @@ flower: $(FLOWER)/installed
 fuzz: $(VENV)/installed
 	$(BIN)/pip install --quiet atheris
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_ledger_guided.py $(OUT)/corpus
+
+# By folder, not by package: to find a package coverage imports torch, forgets it, and the second import ends the process.
+COVERAGE := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 COVERAGE_FILE=$(OUT)/coverage $(BIN)/coverage
+coverage: $(VENV)/installed
+	$(BIN)/pip install --quiet coverage
+	mkdir -p $(OUT)
+	$(COVERAGE) run --branch --source protoken/ledger -m pytest tests/test_ledger*.py
+	$(COVERAGE) report --show-missing --fail-under 100
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
