@@ -75,7 +75,7 @@ def estimate(
     objective: Objective | None = None,
     method: Method = "protoken",
     backend: str = "auto",
-    nodes: int = 4,
+    nodes: int | None = None,
     pairs: int | None = None,
     memory_limit: int | str | None = None,
     chat: bool | None = None,

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from .bank import Rounds
 from .dispatch import ORDER
 from .errors import ArgumentError
+from .methods.aumann_shapley import DEFAULT_NODES, LINEAGE_NODES
 from .relevance import Objective
 
 Way = Literal["auto", "local", "reverse", "forward"]
@@ -53,7 +54,7 @@ class Options:
     objective: Objective | None = None
     method: Method = "protoken"
     backend: str = "auto"
-    nodes: int = 4
+    nodes: int | None = None
     pairs: int | None = None
     memory_limit: int | str | None = None
 
@@ -69,6 +70,12 @@ class Options:
     def resolved_objective(self) -> Objective:
         """The published method attributes the raw logit, all others the log-probability."""
         return self.objective or ("logit" if self.method == "paper" else "log_prob")
+
+    @property
+    def resolved_nodes(self) -> int:
+        """One round's path is short; over several an answer's log-probability climbs steeply first and flattens."""
+        one = self.rounds == "last" or isinstance(self.rounds, int)
+        return self.nodes if self.nodes is not None else DEFAULT_NODES if one else LINEAGE_NODES
 
     @property
     def limit(self) -> int | None:

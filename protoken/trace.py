@@ -42,7 +42,7 @@ def trace(
     objective: Objective | None = None,
     method: Method = "protoken",
     backend: str = "auto",
-    nodes: int = 4,
+    nodes: int | None = None,
     pairs: int | None = None,
     memory_limit: int | str | None = None,
     chat: bool | None = None,
@@ -84,7 +84,8 @@ def trace(
             at other weights), or a baseline: "chance", "aggregation_weight", "update_norm", "cosine",
             "client_log_prob", "activation_only", "head_only", "tracefl". docs/methods.md says what each answers.
         backend: who computes the projection: "auto", "cuda", "triton", "cpp" or "torch".
-        nodes: gradients along the path of "aumann_shapley" (totals; way="forward" scores every token).
+        nodes: gradients along the path of "aumann_shapley" (totals; way="forward" scores every token); None: 4 for one
+            round, 8 for several, whose path is longer (docs/methods.md has the residuals that this leaves).
         pairs: sampled pairs of orders of "shapley" (None: exact up to 8 clients, 16 pairs above) and of coalitions of
             "paired_shapley" (None: as many as clients).
         memory_limit: ceiling for what attribution allocates on top of the model and its generation, in bytes or as

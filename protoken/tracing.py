@@ -63,7 +63,7 @@ def tracing(
     objective: Objective | None = None,
     method: Method = "protoken",
     backend: str = "auto",
-    nodes: int = 4,
+    nodes: int | None = None,
     pairs: int | None = None,
     memory_limit: int | str | None = None,
 ) -> Iterator[Tape]:

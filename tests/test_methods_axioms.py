@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 import protoken
+from protoken.bank import Rounds
 from protoken.ledger import ClientUpdate, Ledger, LowRank
 from protoken.methods.shapley import exact_shapley, sampled_shapley
 
@@ -92,6 +93,11 @@ def test_completeness_improves_with_nodes(federation: TinyFederation) -> None:
     residuals = [abs(run(federation, method="aumann_shapley", rounds="all", nodes=m).residual) for m in (1, 2, 8)]
     assert residuals[2] < residuals[1] < residuals[0]
     assert residuals[2] < 1e-4
+
+
+@pytest.mark.parametrize(("rounds", "nodes"), [("last", 4), (2, 4), ("all", 8), ([1, 2], 8)])
+def test_a_path_over_several_rounds_takes_more_nodes(federation: TinyFederation, rounds: Rounds, nodes: int) -> None:
+    assert run(federation, method="aumann_shapley", rounds=rounds).info.settings["nodes"] == nodes
 
 
 @pytest.mark.parametrize("method", VALUES)

@@ -28,6 +28,7 @@ from ..projection import Scores
 from .game import Game
 
 DEFAULT_NODES = 4
+LINEAGE_NODES = 8
 
 
 def aumann_shapley_scores(
