@@ -52,7 +52,9 @@ def adapted_model():
 
 def get_adapter(model) -> dict[str, torch.Tensor]:
     """Both factors of every layer, by name. This is what travels, and what the server averages."""
-    return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    # Not the frozen lm_head below its adapter, which PEFT would add.
+    adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in adapter.items()}
 
 
 def set_adapter(model, adapter: dict[str, torch.Tensor]) -> None:
