@@ -150,12 +150,31 @@ def bench_overhead(
 @bench.command("kernels")
 def bench_kernels(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    models: Annotated[list[str] | None, typer.Option(help="Shapes of these models; all if left out.")] = None,
+    ops: Annotated[list[str] | None, typer.Option(help="client_scores, client_scores_lowrank, client_totals.")] = None,
+    formats: Annotated[list[str] | None, typer.Option(help="fp32, bf16, int8, fp8.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="1, 16, 128, 512 if left out.")] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="6, 55, and 1000, 10000 for low rank.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long each way of a row is repeated, about.")] = 0.6,
     json: JsonFile = None,
 ) -> None:
-    """Every backend of the ops against torch, as shares of this machine's copy bandwidth."""
+    """Every backend of the ops against torch, as shares of this machine's copy bandwidth.
+
+    All of it takes hours on a CPU; each option may be given several times to choose some of it.
+    """
+    from .benchmarks.kernel_cases import DENSE_CLIENTS, FORMATS, LOWRANK_CLIENTS, TOKENS
     from .benchmarks.kernels import run_kernels
 
-    run_kernels(device, json)
+    run_kernels(
+        device,
+        json,
+        models=models,
+        ops=ops,
+        formats=formats or tuple(FORMATS),
+        tokens=tokens or TOKENS,
+        clients=clients or (*DENSE_CLIENTS, *LOWRANK_CLIENTS),
+        seconds=seconds,
+    )
 
 
 def _rounds(text: str) -> Any:

@@ -33,6 +33,7 @@ from protoken.benchmarks.kernel_cases import (
 from protoken.dispatch import backends_for
 from protoken.errors import ArgumentError, BackendError
 
+OPS = ("client_scores", "client_scores_lowrank", "client_totals")
 LARGEST_ERROR = 1e-4  # relative; fp32 sums over tens of millions of products stay well below
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of each side, beyond any cache
 
@@ -61,9 +62,10 @@ def run_kernels(
     backend, format, shape [O, I], T (null for client_totals), K, median_s, spread_s, bytes, bandwidth_share,
     best_torch (seconds), best_torch_way, ratio_to_best_torch (above 1: ours is faster), max_error, model, layer.
 
-    Errors: `ArgumentError` for an unknown device, model or format; `BackendError` when a backend's result is wrong.
+    Errors: `ArgumentError` for an unknown device or choice; `BackendError` when a backend's result is wrong.
     """
-    place = _device(device, models, formats)
+    place = _device(device)
+    _check_choices(models=models or (), formats=formats, clients=clients, ops=ops or (), tokens=tokens)
     console = console or Console()
     free = memory_bytes if memory_bytes is not None else int(0.4 * _free_bytes(place))
     rate = _matmul_rate(place)
@@ -91,16 +93,26 @@ def run_kernels(
     return report
 
 
-def _device(device: str, models: Sequence[str] | None, formats: Sequence[str]) -> torch.device:
+def _device(device: str) -> torch.device:
     if device not in ("cpu", "cuda"):
         raise ArgumentError("device", expected="cpu or cuda", got=repr(device))
     if device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("device", expected="a machine with a CUDA device", got="none", remedy="Use cpu.")
-    for name, values, known in (("models", models or (), SHAPES), ("formats", formats, FORMATS)):
-        for value in values:
-            if value not in known:
-                raise ArgumentError(name, expected=f"among {', '.join(known)}", got=repr(value))
     return torch.device(device)
+
+
+def _check_choices(**chosen: Sequence[object]) -> None:
+    known: dict[str, Sequence[object]] = {
+        "models": tuple(SHAPES),
+        "formats": tuple(FORMATS),
+        "clients": (*DENSE_CLIENTS, *LOWRANK_CLIENTS),
+        "ops": OPS,
+        "tokens": TOKENS,
+    }
+    for name, values in chosen.items():
+        for value in values:
+            if value not in known[name]:
+                raise ArgumentError(name, expected=f"among {', '.join(map(str, known[name]))}", got=repr(value))
 
 
 def _labels(case: Case) -> dict[str, Any]:

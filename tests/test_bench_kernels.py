@@ -1,0 +1,84 @@
+"""`protoken bench kernels`: the rows it writes add up, and a choice that is not there is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from protoken.benchmarks.kernels import run_kernels
+from protoken.cli import app
+from protoken.errors import ArgumentError
+
+SMALL = ["--models", "SmolLM2-135M", "--clients", "6", "--tokens", "1", "--seconds", "0"]
+KEYS = [
+    "op",
+    "backend",
+    "format",
+    "shape",
+    "T",
+    "K",
+    "median_s",
+    "bytes",
+    "bandwidth_share",
+    "best_torch",
+    "ratio_to_best_torch",
+    "max_error",
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("bench") / "k.json"
+    done = CliRunner().invoke(app, ["bench", "kernels", *SMALL, "--formats", "int8", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "o_proj" in done.output
+    return json.loads(file.read_text())
+
+
+def test_every_backend_has_a_row_for_every_case(report: dict[str, Any]) -> None:
+    rows = {(row["op"], row["layer"], row["backend"]) for row in report["rows"]}
+    assert rows >= {
+        (op, layer, backend)
+        for op in ("client_scores", "client_totals")
+        for layer in ("o_proj", "down_proj")
+        for backend in ("cpp", "torch", "auto")
+    }
+    assert report["skipped"] == []
+    assert report["device"]["kind"] == "cpu"
+
+
+def test_the_figures_of_a_row_fit_together(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        assert set(KEYS) <= set(row)
+        outputs, inputs = row["shape"]
+        assert row["bytes"] > 6 * outputs * inputs  # one byte a weight, and the scales, inputs and result
+        assert row["ratio_to_best_torch"] == pytest.approx(row["best_torch"] / row["median_s"])
+        assert row["bandwidth_share"] == pytest.approx(row["bytes"] / row["median_s"] / report["copy_bandwidth"], rel=3)
+        assert row["max_error"] < 1e-4
+
+
+def test_rows_beyond_memory_or_time_are_named_with_the_reason() -> None:
+    chosen: dict[str, Any] = {"models": ["SmolLM2-135M"], "clients": [6], "formats": ["fp32"], "seconds": 0.0}
+    little = run_kernels("cpu", tokens=[1], ops=["client_totals"], memory_bytes=1000, **chosen)
+    slow = run_kernels("cpu", tokens=[512], ops=["client_scores"], longest_call=1e-9, **chosen)
+    assert little["rows"] == slow["rows"] == []
+    assert all("GB allowed" in row["reason"] for row in little["skipped"])
+    assert all("matmul rate" in row["reason"] for row in slow["skipped"])
+    assert len(little["skipped"]) == len(slow["skipped"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("models", "GPT-5"), ("formats", "int3"), ("clients", 7), ("ops", "softmax"), ("tokens", 2)],
+)
+def test_an_unknown_choice_is_refused(argument: str, value: object) -> None:
+    with pytest.raises(ArgumentError, match=argument):
+        run_kernels("cpu", **{argument: [value]})  # type: ignore[arg-type]
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="device"):
+        run_kernels("tpu")
