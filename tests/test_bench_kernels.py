@@ -13,20 +13,8 @@ from protoken.cli import app
 from protoken.errors import ArgumentError
 
 SMALL = ["--models", "SmolLM2-135M", "--clients", "6", "--tokens", "1", "--seconds", "0"]
-KEYS = [
-    "op",
-    "backend",
-    "format",
-    "shape",
-    "T",
-    "K",
-    "median_s",
-    "bytes",
-    "bandwidth_share",
-    "best_torch",
-    "ratio_to_best_torch",
-    "max_error",
-]
+KEYS = {"op", "backend", "format", "shape", "T", "K", "median_s", "bytes", "bandwidth_share", "best_torch"}
+KEYS |= {"ratio_to_best_torch", "max_error"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +40,7 @@ def test_every_backend_has_a_row_for_every_case(report: dict[str, Any]) -> None:
 
 def test_the_figures_of_a_row_fit_together(report: dict[str, Any]) -> None:
     for row in report["rows"]:
-        assert set(KEYS) <= set(row)
+        assert set(row) >= KEYS
         outputs, inputs = row["shape"]
         assert row["bytes"] > 6 * outputs * inputs  # one byte a weight, and the scales, inputs and result
         assert row["ratio_to_best_torch"] == pytest.approx(row["best_torch"] / row["median_s"])
