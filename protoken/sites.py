@@ -91,7 +91,8 @@ def _by_expert(x: Tensor, weight: Tensor, bias: Tensor | None, route: Tensor, *,
     """y[r] = W[route[r]] x[r] + b[route[r]]: one matmul per expert that was hit, nothing written in place."""
     order = route.argsort(stable=True)
     parts, start = [], 0
-    for expert, count in enumerate(torch.bincount(route, minlength=weight.shape[0]).tolist()):
+    # int() of each, not tolist(): torch 2.6 makes no list of a tensor under functorch's transforms.
+    for expert, count in enumerate(map(int, torch.bincount(route, minlength=weight.shape[0]).cpu())):
         if count:
             matrix = weight[expert].T if transposed else weight[expert]
             own = None if bias is None else bias[expert]
