@@ -160,7 +160,7 @@ def bench_kernels(
 ) -> None:
     """Every backend of the ops against torch, as shares of this machine's copy bandwidth.
 
-    All of it takes hours on a CPU; each option may be given several times to choose some of it.
+    The large models' rows are long on a CPU; each option may be given several times to choose some of it.
     """
     from .benchmarks.kernel_cases import DENSE_CLIENTS, FORMATS, LOWRANK_CLIENTS, TOKENS
     from .benchmarks.kernels import run_kernels
