@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 import protoken
 from protoken.bank import Rounds
+from protoken.errors import ArgumentError
 from protoken.ledger import ClientUpdate, Ledger, LowRank
-from protoken.methods.shapley import exact_shapley, sampled_shapley
+from protoken.methods.shapley import exact_shapley, sampled_shapley, shapley_by_order
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 VALUES = ("aumann_shapley", "shapley", "paired_shapley")
@@ -264,3 +265,23 @@ def test_paired_orders_are_exact_for_pairwise_games() -> None:
     estimate, errors = sampled_shapley(value, 6, 2, seed=1)
     torch.testing.assert_close(estimate, exact_shapley(value, 6))
     assert float(errors.max()) < 1e-12
+
+
+def test_parts_by_order_sum_to_the_exact_values() -> None:
+    table = torch.randn(16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    table[0] = 0
+    parts = shapley_by_order(lambda mask: table[mask], 4)
+    assert parts.shape == (4, 3, 4)
+    torch.testing.assert_close(parts.sum(0), exact_shapley(lambda mask: table[mask], 4))
+    torch.testing.assert_close(parts[0], torch.stack([table[1 << k] for k in range(4)], dim=1))
+    pair = (table[3] - table[1] - table[2]) / 2
+    others = sum((table[1 | 1 << k] - table[1] - table[1 << k]) / 2 for k in (2, 3))
+    torch.testing.assert_close(parts[1, :, 0], pair + others)
+
+
+def test_a_game_of_three_has_its_value_in_the_third_order_alone() -> None:
+    parts = shapley_by_order(lambda mask: torch.tensor([6.0], dtype=torch.float64) * (mask & 7 == 7), 4)
+    torch.testing.assert_close(parts[2], torch.tensor([[2.0, 2.0, 2.0, 0.0]], dtype=torch.float64))
+    assert not parts[[0, 1, 3]].any()
+    with pytest.raises(ArgumentError, match="clients"):
+        shapley_by_order(lambda mask: torch.zeros(1), 21)

@@ -17,6 +17,7 @@ from protoken.errors import ArgumentError, LayerError, LedgerMismatchError, Mode
 from protoken.ledger import ClientUpdate, Ledger
 from protoken.methods.baselines import BASELINES
 from protoken.methods.game import Game
+from protoken.methods.leave_one_out import leave_one_out_scores
 from protoken.methods.weights import read_updates, shift_without, weights_at
 from protoken.relevance import Response
 
@@ -120,6 +121,39 @@ def test_removing_a_client_over_all_rounds(llama: TinyFederation) -> None:
     assert base.rounds == (1, 2)
     start = run(llama, rounds="all", method="shapley")
     assert base.total == pytest.approx(start.change, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rounds", [({"a": 0.5, "b": 0.3, "c": 0.2},) * 3, ({"a": 0.6, "b": 0.4}, {"b": 0.1, "c": 0.9})]
+)
+@pytest.mark.parametrize("reaggregate", [True, False])
+def test_leave_one_out_over_rounds_is_each_round_without_the_client(
+    tmp_path: Path, rounds: tuple[dict[str, float], ...], reaggregate: bool
+) -> None:
+    """Rounds of equal weights take a short way, others are read one by one; both are `shift_without`."""
+    model, generator = tiny_model("llama"), torch.Generator().manual_seed(5)
+    names = [name for name, _ in model.named_parameters() if ".3." in name]
+    ledger = Ledger.create(tmp_path / "ledger", model="llama")
+    for weights in rounds:
+        base = {name: model.get_parameter(name).detach().clone() for name in names}
+        updates = [
+            ClientUpdate(k, w, delta={n: 0.02 * torch.randn(v.shape, generator=generator) for n, v in base.items()})
+            for k, w in weights.items()
+        ]
+        with torch.no_grad():
+            for name in names:
+                model.get_parameter(name).add_(sum(u.weight * u.delta[name] for u in updates))
+        ledger.commit_round(base, {name: model.get_parameter(name).detach().clone() for name in names}, updates)
+    numbers = list(range(1, len(rounds) + 1))
+    updates = read_updates(ledger, model, numbers, names)
+    response = Response(torch.tensor([[*PROMPT, 20, 21, 22]]), len(PROMPT))
+    game = Game(model, architecture_of(model), response, updates)
+    found = leave_one_out_scores(game, ledger, reaggregate=reaggregate)
+    assert updates.clients == ("a", "b", "c")
+    for k, client in enumerate(updates.clients):
+        shift = shift_without(ledger, numbers, names, {client}, reaggregate=reaggregate)
+        gone = game.value_at({name: value + shift[name] for name, value in game.end.items()})
+        torch.testing.assert_close(found.tokens[:, k], game.value_at_end() - gone, atol=2e-5, rtol=0)
 
 
 def test_counterfactual_of_a_loaded_trace_needs_its_model(llama: TinyFederation, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ reaggregate=False  G without k = G - rho_k delta_k: the last term of the Shapley
 
 Scores are per token. Over the clients they do not add up to the change; the difference, their interaction, is the
 trace's residual. Cost: K + 2 forward passes over the moving blocks, and one pass over the clients' bytes; over several
-rounds K copies of the moving parameters in memory.
+rounds that differ in participants or weights also K copies of the moving parameters in memory.
 Limits: two clients who taught the same thing cover for each other, and neither gets a score; the others' updates are
 those they computed with the absent client in earlier rounds.
 
@@ -52,23 +52,26 @@ def _shifts(updates: Updates, ledger: Ledger, reaggregate: bool) -> Iterator[dic
     """`shift_without` of each client in turn, every update being read once.
 
     With A_r = sum_j rho_j delta_j and c = rho_k / (1 - rho_k) a round without k is shifted by c (A_r - rho_k delta_k)
-    - rho_k delta_k; without the others' gain c is 0.
+    - rho_k delta_k; without the others' gain c is 0. Where all rounds have the same participants at the same weights,
+    c is one number, and the clients' sums over the rounds are all that is needed.
     """
-    if len(updates.rounds) == 1:
+    shares = [participants(ledger.round(number)) for number in updates.rounds]
+    if all(own == shares[0] for own in shares):
         weights = updates.weights.tolist()
         total = _weighted_sum(updates.deltas, weights)
-        for delta, weight in zip(updates.deltas, weights, strict=True):
-            yield {name: _shift(total[name], delta[name], weight, reaggregate) for name in updates.names}
+        for client, delta, weight in zip(updates.clients, updates.deltas, weights, strict=True):
+            gain = _gain(shares[0][client], reaggregate)
+            yield {name: _shift(total[name], delta[name], weight, gain) for name in updates.names}
         return
     shifts = {client: {n: torch.zeros(updates.change[n].shape) for n in updates.names} for client in updates.clients}
-    for number in updates.rounds:
+    for number, own in zip(updates.rounds, shares, strict=True):
         record = ledger.round(number)
-        shares = participants(record)
-        deltas = [dict(record.deltas(client, updates.names)) for client in shares]
-        total = _weighted_sum(deltas, list(shares.values()))
-        for (client, weight), delta in zip(shares.items(), deltas, strict=True):
+        deltas = [dict(record.deltas(client, updates.names)) for client in own]
+        total = _weighted_sum(deltas, list(own.values()))
+        for (client, weight), delta in zip(own.items(), deltas, strict=True):
+            gain = _gain(weight, reaggregate)
             for name in updates.names:
-                shifts[client][name].add_(_shift(total[name], delta[name], weight, reaggregate))
+                shifts[client][name].add_(_shift(total[name], delta[name], weight, gain))
     for client in updates.clients:
         yield shifts.pop(client)
 
@@ -81,7 +84,10 @@ def _weighted_sum(deltas: Sequence[Mapping[str, Tensor]], weights: list[float]) 
     return found
 
 
-def _shift(total: Tensor, delta: Tensor, weight: float, reaggregate: bool) -> Tensor:
-    """Nobody gains where the absent was alone in its round."""
-    gain = weight / (1 - weight) if reaggregate and weight < 1 else 0.0
+def _gain(weight: float, reaggregate: bool) -> float:
+    """c = rho_k / (1 - rho_k); nobody gains where the absent was alone in its round."""
+    return weight / (1 - weight) if reaggregate and weight < 1 else 0.0
+
+
+def _shift(total: Tensor, delta: Tensor, weight: float, gain: float) -> Tensor:
     return total * gain - delta.float() * (weight * (1 + gain))

@@ -12,7 +12,8 @@ Scores are per token, since v is: sum_k phi_k = v(all) - v(none) holds for every
 Cost: 2^K, or up to 2 (K - 1) per pair, forward passes over the moving blocks.
 Limits: 2^K; a coalition that never was is what the server would have made of updates computed with everybody there.
 
-Source: Shapley (1953); paired orders, Mitchell et al., arXiv 2104.12199 (antithetic sampling).
+Source: Shapley (1953); dividends, Harsanyi (1963); paired orders, Mitchell et al., arXiv 2104.12199 (antithetic
+sampling).
 """
 
 from __future__ import annotations
@@ -111,10 +112,7 @@ def exact_shapley(value: Value, count: int) -> Tensor:
     Raises:
         ArgumentError: more than 20 players.
     """
-    if not 0 <= count <= 20:
-        raise ArgumentError(
-            "clients", expected="at most 20 for exact Shapley values", got=count, remedy="Sample orders"
-        )
+    _check_count(count)
     table = torch.stack([value(mask) for mask in range(1 << count)])  # [2^K, T]
     factor = [math.factorial(s) * math.factorial(count - s - 1) / math.factorial(count) for s in range(count)]
     columns = []
@@ -123,6 +121,32 @@ def exact_shapley(value: Value, count: int) -> Tensor:
         weights = torch.tensor([factor[mask.bit_count()] for mask in without], dtype=table.dtype)
         columns.append(weights @ (table[[mask | 1 << k for mask in without]] - table[without]))
     return torch.stack(columns, dim=1) if columns else torch.zeros(table.shape[1], 0, dtype=table.dtype)
+
+
+def shapley_by_order(value: Value, count: int) -> Tensor:
+    """Exact values in parts, by how many clients act together: fp64 [K, T, K], order n at index n - 1.
+
+        part[n, k] = sum over S with k, |S| = n, of m(S) / n,    m(S) = sum over T within S of (-1)^(|S| - |T|) v(T)
+
+    m(S) is what the clients of S do only all together (Harsanyi's dividend). The parts sum to the exact values; the
+    first is what each client does alone, the second what pairs do beyond that.
+
+    Raises:
+        ArgumentError: more than 20 players.
+    """
+    _check_count(count)
+    dividends = [value(mask).clone() for mask in range(1 << count)]
+    for k in range(count):
+        for mask in range(1 << count):
+            if (mask >> k) & 1:
+                dividends[mask] -= dividends[mask ^ 1 << k]
+    parts = torch.zeros(count, len(dividends[0]), count, dtype=torch.float64)
+    for mask in range(1, 1 << count):
+        order = mask.bit_count()
+        for k in range(count):
+            if (mask >> k) & 1:
+                parts[order - 1, :, k] += dividends[mask] / order
+    return parts
 
 
 def sampled_shapley(value: Value, count: int, pairs: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +171,13 @@ def sampled_shapley(value: Value, count: int, pairs: int, seed: int = 0) -> tupl
         return found[0], None
     spread = found.sum(1).std(0, correction=1)
     return found.mean(0), spread / math.sqrt(pairs)
+
+
+def _check_count(count: int) -> None:
+    if not 0 <= count <= 20:
+        raise ArgumentError(
+            "clients", expected="at most 20 for exact Shapley values", got=count, remedy="Sample orders"
+        )
 
 
 def _marginals(value: Value, order: list[int]) -> Tensor:
