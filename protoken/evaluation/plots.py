@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from protoken.errors import MissingDependencyError
+from protoken.evaluation.corpora import DOMAINS
 from protoken.evaluation.runs import RunFolder
 
 # Colour-blind safe (Okabe and Ito, 2008).
@@ -110,7 +111,8 @@ def _boxes(axis: Any, by_model: Mapping[str, tuple[list[float], list[float]]]) -
 
 def agreement(run: RunFolder) -> Path:
     """Per method: top-1 on the left, on the right the correlation with Shapley values, median and tenth percentile."""
-    cells = [cell for cell in run.cells() if cell.samples and cell.top1 is not None]
+    counted = [cell for cell in run.cells() if cell.samples and cell.top1 is not None]
+    cells = [cell for cell in counted if cell.extra.get("answers", "all") == "all"]
     methods = [m for m in dict.fromkeys(c.method for c in cells) if not m.startswith("shapley")]
     made, axes = figure(9.0, 0.8 + 0.3 * max(len(methods), 3), 1, 2)
     left, right = axes[0]
@@ -139,13 +141,14 @@ def agreement(run: RunFolder) -> Path:
     return save(made, run.folder / "agreement.png")
 
 
-def confusion(run: RunFolder, methods: Sequence[str] = ("protoken", "aumann_shapley")) -> Path:
-    """Share of each domain's answers in which each client is on top, all models and sizes together."""
+def confusion(run: RunFolder, methods: Sequence[str] = ("protoken", "aumann_shapley", "shapley")) -> Path:
+    """Share of each domain's answers in which each client is on top, where every domain has one client: all models."""
     made, axes = figure(4.0 * len(methods), 3.6, 1, len(methods))
     for axis, method in zip(axes[0], methods, strict=True):
         counts: dict[str, dict[str, int]] = {}
         clients: list[str] = []
-        for record in (r for _, outcome in run.outcomes() for r in outcome.samples if r["method"] == method):
+        records = [r for _, outcome in run.outcomes() for r in outcome.samples if r["method"] == method]
+        for record in (r for r in records if sorted(r["clients"]) == sorted(DOMAINS)):
             clients = list(record["clients"])
             row = counts.setdefault(clients[record["responsible"].index(True)], dict.fromkeys(clients, 0))
             for scores in record["scores"]:

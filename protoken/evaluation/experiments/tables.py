@@ -1,4 +1,4 @@
-"""The tables of backdoor, benign and scale, with the published figures (arXiv 2601.19672) in the line above ours."""
+"""The tables of backdoor and scale, with the published figures (arXiv 2601.19672) in the line above ours."""
 
 from __future__ import annotations
 
@@ -99,43 +99,6 @@ def agreement(cells: Sequence[Cell]) -> str:
             figures = [f"{quantile(each, q):.3f}" for q in (0.5, 0.1, 0.0)]
             rows.append([method, str(len(each)), *figures, mean((c.residual for c in own), 4)])
     return table(("method", "answers", "median", "p10", "lowest", "residual / change, median"), rows)
-
-
-def benign_tables(cells: Sequence[Cell]) -> str:
-    """Top-1 by method with equal and unequal data, and agreement with exact values."""
-    rows = []
-    for (sizes, method), own in groups(cells, lambda c: (str(c.extra["sizes"]), c.method)).items():
-        rows.append(
-            [
-                sizes,
-                method,
-                str(samples_of(own)),
-                top1_of(own),
-                per_cent(min(cell.top1 or 0.0 for cell in own)),
-                mean((100 * (cell.chance or 0.0) for cell in own), 1),
-                mean((cell.auroc for cell in own), 3),
-                middle(cell.seconds for cell in own),
-            ]
-        )
-    columns = ("rows", "method", "answers", "top-1 %", "lowest cell %", "chance %", "AUROC", "seconds an answer")
-    parts = [table(columns, rows), "By domain of the question, top-1 % over all models:\n", _domains(cells)]
-    for name in ("all", "last"):
-        some = [cell for cell in cells if cell.extra.get("rounds") == name]
-        parts += [f"Correlation with exact Shapley values of the same answers, rounds {name}:\n", agreement(some)]
-    return "\n".join(parts)
-
-
-def _domains(cells: Sequence[Cell]) -> str:
-    domains = sorted({cell.domain for cell in cells})
-    rows = []
-    for (sizes, method), own in groups(cells, lambda c: (str(c.extra["sizes"]), c.method)).items():
-        row = [sizes, method]
-        for domain in domains:
-            some = [cell for cell in own if cell.domain == domain]
-            hits = sum((cell.top1 or 0.0) * cell.samples for cell in some)
-            row.append(f"{100 * hits / samples_of(some):.1f}" if some else "")
-        rows.append(row)
-    return table(("rows", "method", *domains), rows)
 
 
 def scale_tables(cells: Sequence[Cell]) -> str:
