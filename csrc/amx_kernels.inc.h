@@ -158,6 +158,7 @@ Kernels make_amx_kernels(const char* name) {
   Kernels kernels = *avx512_kernels();
   kernels.name = name;
   kernels.dense_panel[kBfloat16] = dense_panel_tiles<Tiles>;
+  kernels.dot_tokens[kBfloat16] = 8;
   return kernels;
 }
 

@@ -44,7 +44,7 @@ Layer turn(const Kernels& kernels, const ScoresLayer& given, int64_t clients, in
   layer.row_stride = column_major ? stride_i : stride_o;
   layer.column_stride = column_major ? stride_o : stride_i;
   layer.chunks = (layer.rows + kChunkRows - 1) / kChunkRows;
-  const bool panels = tokens > kernels.dot_tokens;
+  const bool panels = tokens > kernels.dot_tokens[layer.gather ? kFloat32 : given.dtype];
   const float* x = column_major ? given.grad : given.x;
   const float* grad = column_major ? given.x : given.grad;
   layer.x = std::make_unique<TokenVectors>(kernels, x, tokens, layer.columns, panels);

@@ -11,6 +11,7 @@ namespace protoken {
 namespace {
 
 constexpr int64_t kTileElements = 32768;  // of m per task: half a core's cache holds them while all clients pass
+constexpr int64_t kEvenTiles = 16;        // their number is a multiple of this where the shape allows
 
 struct Layer {
   const TotalsLayer* given;
@@ -30,6 +31,11 @@ Layer prepare(const TotalsLayer& given, int64_t clients) {
   product(product(given.stride_i, layer.size), given.columns);
   layer.tile_columns = std::min(given.columns, kTileElements);
   layer.tile_rows = std::max<int64_t>(1, std::min(given.rows, kTileElements / layer.tile_columns));
+  if (layer.tile_columns == given.columns) {  // tiles of one size, so that no thread waits for the last one
+    const int64_t tiles = (given.rows + layer.tile_rows - 1) / layer.tile_rows;
+    const int64_t even = (tiles + kEvenTiles - 1) / kEvenTiles * kEvenTiles;
+    layer.tile_rows = (given.rows + even - 1) / even;
+  }
   layer.row_tiles = (given.rows + layer.tile_rows - 1) / layer.tile_rows;
   layer.column_tiles = (given.columns + layer.tile_columns - 1) / layer.tile_columns;
   layer.tiles = product(layer.row_tiles, layer.column_tiles);

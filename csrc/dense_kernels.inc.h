@@ -86,14 +86,17 @@ void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t step, int64_t colu
   constexpr int64_t ahead = item_size(Dtype) == 1 ? 512 : 1024;
   accumulate_dots<Dtype, R, TB>(acc, rows, step * c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n, ahead,
                                 nan);
+  // A token's sum stays in a register while its rows join: this is a good part of the work where rows are short.
 #pragma GCC unroll 8
-  for (int j = 0; j < R; ++j) {
-    const float scale = c.scale ? c.scale[row + j * step] : 1.0f;
+  for (int t = 0; t < TB; ++t) {
+    const float* grad = c.grad + (token + t) * c.grad_stride + row;
+    V sum = sums[token + t];
 #pragma GCC unroll 8
-    for (int t = 0; t < TB; ++t) {
-      const float weight = c.grad[(token + t) * c.grad_stride + row + j * step] * scale;
-      sums[token + t] = Simd::fma(acc[j][t], Simd::set1(weight), sums[token + t]);
+    for (int j = 0; j < R; ++j) {
+      const float weight = c.scale ? grad[j * step] * c.scale[row + j * step] : grad[j * step];
+      sum = Simd::fma(acc[j][t], Simd::set1(weight), sum);
     }
+    sums[token + t] = sum;
   }
 }
 
@@ -116,7 +119,7 @@ void dense_dot_block(const DenseChunk& c, int64_t row, int64_t row_end, int64_t 
 }
 
 constexpr int kDotBlock = W == 16 ? 6 : 4;  // tokens that one pass of the dot form takes
-constexpr int64_t kDotTokens = 8;
+constexpr int64_t kDotTokens = 16;
 
 template <int Dtype>
 void dense_dot(const DenseChunk& c, float* partial, float*) {
@@ -130,8 +133,10 @@ void dense_dot(const DenseChunk& c, float* partial, float*) {
     const int64_t n = column + block < c.columns ? block : c.columns - column;
     for (int64_t row = 0; row < c.row_count; row += group) {
       const int64_t row_end = row + group < c.row_count ? row + group : c.row_count;
-      for (int64_t token = 0; token < c.tokens; token += kDotBlock) {
-        switch (c.tokens - token) {
+      const int64_t passes = (c.tokens + kDotBlock - 1) / kDotBlock;
+      for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
+        const int64_t next = (pass + 1) * c.tokens / passes;
+        switch (next - token) {
           case 1: dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums, nan); break;
           case 2: dense_dot_block<Dtype, 2>(c, row, row_end, column, n, token, sums, nan); break;
           case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums, nan); break;
@@ -141,6 +146,7 @@ void dense_dot(const DenseChunk& c, float* partial, float*) {
             break;
           default: dense_dot_block<Dtype, kDotBlock>(c, row, row_end, column, n, token, sums, nan); break;
         }
+        token = next;
       }
     }
   }

@@ -42,9 +42,9 @@ struct Factor {
 
 struct Kernels {
   const char* name;
-  int64_t lanes;       // panels are padded to a multiple of this many tokens
-  int64_t panel;       // tokens in a full panel
-  int64_t dot_tokens;  // up to this many tokens the dot form is used
+  int64_t lanes;                // panels are padded to a multiple of this many tokens
+  int64_t panel;                // tokens in a full panel
+  int64_t dot_tokens[kDtypes];  // up to this many tokens the dot form is used
 
   // partial[t] = sum over the chunk's rows o of grad[t, o] scale[o] < row o, x[t] >. The dot form runs lanes along the
   // row and fits few tokens; the panel form runs lanes along the tokens. scratch: kChunkRows * kTileStride floats.

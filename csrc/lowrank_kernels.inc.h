@@ -233,7 +233,7 @@ constexpr Kernels make_kernels() {
       Simd::kName,
       W,
       kPanelWidth,
-      kDotTokens,
+      {kDotTokens, kDotTokens, kDotTokens, kDotTokens, kDotTokens},
       {dense_dot<0>, dense_dot<1>, dense_dot<2>, dense_dot<3>, dense_dot<4>},
       {dense_panel<0>, dense_panel<1>, dense_panel<2>, dense_panel<3>, dense_panel<4>},
       {project_dot<0>, project_dot<1>, project_dot<2>, nullptr, nullptr},

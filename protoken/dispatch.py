@@ -77,6 +77,7 @@ OPS = ("client_scores", "client_scores_lowrank", "client_totals", "relevance_hea
 _log = logging.getLogger("protoken")
 _told: set[tuple[str, str, str]] = set()
 _modules: dict[tuple[str, str], ModuleType | str] = {}
+_served: dict[tuple[str, str], tuple[ModuleType, str, str | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,33 @@ def choose(op: str, backend: str, device: torch.device, *operands: Any) -> Backe
             return found
         reasons.append(f"{name}: {found.reason}")
     raise BackendError(f"no backend of {op} on {device.type}", got="; ".join(reasons))
+
+
+def launcher(op: str, backend: str, device: torch.device, *operands: Any) -> Callable[..., None]:
+    """The function that serves this call: that of `choose`, whose errors it raises.
+
+    Whom auto prefers on a kind of device does not change while the process lives; only what that one has against
+    these very operands is asked again. A small call would otherwise spend more time here than in its kernel.
+    """
+    if backend == "auto" and (known := _served.get((op, device.type))) is not None:
+        module, launch, why_not = known
+        if why_not is None or not getattr(module, why_not)(*operands):
+            return getattr(module, launch)  # type: ignore[no-any-return]
+    chosen = choose(op, backend, device, *operands)
+    if backend == "auto":
+        _remember(op, device, chosen.name)
+    assert chosen.launch is not None
+    return chosen.launch
+
+
+def _remember(op: str, device: torch.device, name: str) -> None:
+    preferred = next(found.name for found in backends_for(op, device) if found.available)
+    # On the CPU triton may be there by request alone, and what serves only because of the operands is not preferred.
+    if name == preferred or (device.type == "cpu" and name == _ON_THE_CPU[0]):
+        module = _module(op, name)
+        assert not isinstance(module, str)
+        why_not = f"why_not_{op}"
+        _served[op, device.type] = module, f"launch_{op}", why_not if hasattr(module, why_not) else None
 
 
 def _known(op: str) -> None:

@@ -28,6 +28,18 @@ def test_scores_equal_the_reference(way: str, name: str) -> None:
         close(got, client_scores_reference(x, grad, bank, scale=scale), torch.float32)
 
 
+@pytest.mark.parametrize("way", [way for way in cpu_ways() if way != "torch"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_few_tokens_are_split_evenly_and_none_is_lost(way: str, name: str) -> None:
+    """Up to 16 tokens pass in even parts, beyond them in panels: every number of them around both borders."""
+    backend = use(way)
+    bank, scale = bank_of(name, 2, 101, 530)
+    for tokens in range(1, 19):
+        x, grad = tokens_of(tokens, 101, 530)
+        got = client_scores(x, grad, bank, scale=scale, backend=backend)
+        close(got, client_scores_reference(x, grad, bank, scale=scale), torch.float32)
+
+
 @pytest.mark.parametrize("way", cpu_ways())
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -165,6 +177,25 @@ def test_bad_input_is_named() -> None:
         client_scores(x, grad, "bank")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="2 clients"):
         client_scores_grouped([x, x], [grad, grad], [bank[:2], bank])
+
+
+def test_bad_input_is_named_beside_a_bank_that_was_checked_before() -> None:
+    x, grad = tokens_of(4, 5, 6)
+    bank = DenseBank.of(bank_of("fp32", 3, 5, 6)[0])
+    with pytest.raises(ShapeError, match=r"x: expected \[T, 6\] to match the bank, got \(\)"):
+        client_scores(x[0, 0], grad, bank)
+    with pytest.raises(ShapeError, match=r"grad: expected \[4, 5\] to match x and the bank, got \(3, 5\)"):
+        client_scores(x, grad[:3], bank)
+    with pytest.raises(ArgumentError, match=r"x: expected a torch\.Tensor, got list"):
+        client_scores([[1.0]], grad, bank)  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match=r"grad.*meta"):
+        client_scores(x, grad.to("meta"), bank)
+    with pytest.raises(ArgumentError, match="strided"):
+        client_scores(x, grad.to_sparse(), bank)
+    with pytest.raises(ArgumentError, match="holds its own"):
+        client_scores(x, grad, bank, scale=torch.ones(3, 5))
+    with pytest.raises(DtypeError, match="x"):
+        client_scores(x.long(), grad, bank)
 
 
 def test_misaligned_data_is_refused() -> None:

@@ -76,6 +76,19 @@ def test_an_error_in_a_launch_is_raised_and_not_served_by_another_backend(monkey
         ops.client_scores(x, grad, bank_of("fp32", 1, 3, 4)[0])
 
 
+def test_auto_asks_for_objections_at_every_call() -> None:
+    """Once a backend has served, another call that it cannot serve still goes to the next one."""
+    head = ops.Head(torch.ones(5, 4))
+    few, many = torch.ones(2, 4), torch.ones(_C.head_tokens + 1, 4)
+    targets = torch.zeros(len(many), dtype=torch.long)
+    for _ in range(2):
+        assert dispatch.launcher("relevance_head", "auto", CPU, few, targets[:2], head).__module__ == "protoken.ops.cpp"
+        served = dispatch.launcher("relevance_head", "auto", CPU, many, targets, head)
+        assert served.__module__ == "protoken.ops.relevance_head"
+    with pytest.raises(BackendError, match="cuda"):
+        dispatch.launcher("relevance_head", "cuda", CPU, few, targets[:2], head)
+
+
 def test_instruction_sets_are_known_by_name() -> None:
     assert _C.instruction_sets()[-1] == "portable"
     with pytest.raises(ValueError, match="portable, amx-emulated, got mmx"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -179,14 +180,21 @@ def _measure(case: Case, device: torch.device, seconds: float) -> tuple[list[dic
 
 
 def _take_turns(ways: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of every way; all run once a round. A way far slower than its share leaves after 3 rounds."""
+    """Seconds per call of every way; all run once a round. A way far slower than its share leaves after 3 rounds.
+
+    Every round takes another order: who comes after the copy finds the caches full of something else, and who
+    comes after a way that reads the same bank finds part of it there.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         _timed(way, device)
+    order = list(ways)
     start = time.perf_counter()
     rounds = 0
     while rounds < 3 or (time.perf_counter() - start < seconds * len(ways) and rounds < 200):
-        for name, way in ways.items():
+        random.Random(rounds).shuffle(order)
+        for name in order:
+            way = ways[name]
             if rounds < 3 or sum(times[name]) < seconds:
                 times[name].append(_timed(way, device))
         rounds += 1

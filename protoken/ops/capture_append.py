@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protoken.dispatch import choose
+from protoken.dispatch import launcher
 from protoken.errors import ArgumentError, ShapeError
 from protoken.ops.checks import FLOATS, check_device, check_dtype, check_matrix, check_tensor
 
@@ -52,9 +52,8 @@ def capture_append(
     if not buffers or not steps[0].shape[0]:
         return
     operands = [buffer.detach() for buffer in buffers], [step.detach() for step in steps], cursor
-    chosen = choose("capture_append", backend, cursor.device, *operands)
-    assert chosen.launch is not None
-    chosen.launch(*operands)
+    launch = launcher("capture_append", backend, cursor.device, *operands)
+    launch(*operands)
 
 
 def _check_pair(

@@ -29,6 +29,19 @@ def check_tensor(name: str, value: object) -> None:
         raise DeviceError(name, expected="a tensor with storage", got="device meta", remedy="Load the weights first.")
 
 
+def is_plain(value: object, rows: int, columns: int, device: torch.device) -> bool:
+    """Whether an operand passes all the checks of a matrix [rows, columns] at a glance; ``device`` is that of
+    checked tensors. A small call would spend its time in the checks one by one; they are for operands that need a
+    closer look or an error."""
+    return (
+        type(value) is Tensor
+        and value.shape == (rows, columns)
+        and value.dtype in FLOATS
+        and value.device == device
+        and value.layout is torch.strided
+    )
+
+
 def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
     if dtype not in allowed:
         raise DtypeError(name, expected=" or ".join(short(d) for d in allowed), got=short(dtype))
@@ -81,6 +94,15 @@ def check_inputs(
     """x [T, I_l] and grad [T, O_l] of every layer fit the banks' (O_l, I_l), and all layers share T."""
     tokens: int | None = None
     for layer, (x, grad, (rows, columns)) in enumerate(zip(xs, grads, shapes, strict=True)):
+        if tokens is None and type(x) is Tensor and x.dim():
+            tokens = x.shape[0]
+        if (
+            device is not None
+            and tokens is not None
+            and is_plain(x, tokens, columns, device)
+            and is_plain(grad, tokens, rows, device)
+        ):
+            continue
         where = f"[{layer}]" if len(xs) > 1 else ""
         check_matrix(f"x{where}", x, f"[T, {columns}] to match the bank", tokens, columns)
         tokens = x.shape[0]
@@ -94,7 +116,7 @@ def check_inputs(
 def narrow(value: Tensor) -> Tensor:
     """float64 becomes fp32, in which every op computes; all else stays as it is. No autograd graph is
     kept."""
-    value = value.detach()
+    value = value.detach() if value.requires_grad else value
     return value.float() if value.dtype == torch.float64 else value
 
 

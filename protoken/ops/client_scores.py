@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protoken.dispatch import choose
+from protoken.dispatch import launcher
 from protoken.errors import ShapeError
 from protoken.ops.banks import DenseBank
 from protoken.ops.checks import check_inputs, check_size, check_tensor, narrow, spread
@@ -59,19 +59,18 @@ def client_scores_grouped(
         return torch.ops.protoken.client_scores(xs, grads, tensors, counts, kept, backend)  # type: ignore[no-any-return]
     wrapped = wrap_banks(xs, grads, banks, scales)
     clients = wrapped[0].clients if wrapped else 0
-    tokens = xs[0].shape[0] if xs else 0
     device = wrapped[0].device if wrapped else torch.device("cpu")
     check_inputs(xs, grads, [(bank.rows, bank.columns) for bank in wrapped], device)
+    tokens = xs[0].shape[0] if xs else 0
     check_size("scores", len(wrapped), clients, tokens, 4)
     full = [layer for layer, bank in enumerate(wrapped) if clients and tokens and bank.rows and bank.columns]
     if not full:
         return torch.zeros(len(wrapped), clients, tokens, dtype=torch.float32, device=device)
     kept = [wrapped[layer] for layer in full]
     operands = [narrow(xs[layer]) for layer in full], [narrow(grads[layer]) for layer in full], kept
-    chosen = choose("client_scores", backend, device, *operands)
+    launch = launcher("client_scores", backend, device, *operands)
     out = torch.empty(len(full), clients, tokens, dtype=torch.float32, device=device)
-    assert chosen.launch is not None
-    chosen.launch(out, *operands)
+    launch(out, *operands)
     return out if len(full) == len(wrapped) else spread(out, full, len(wrapped))
 
 
@@ -87,13 +86,17 @@ def wrap_banks(
             raise ShapeError(name, expected=f"{len(xs)} entries, one per layer as in xs", got=len(values))
     wrapped: list[DenseBank] = []
     for layer, bank in enumerate(banks):
-        check_tensor(f"x[{layer}]", xs[layer])
-        check_tensor(f"grad[{layer}]", grads[layer])
-        shape = (
-            grads[layer].shape[-1] if grads[layer].dim() else 0,
-            xs[layer].shape[-1] if xs[layer].dim() else 0,
-        )
-        wrapped.append(DenseBank.of(bank, scales[layer] if scales else None, shape=shape))
+        scale = scales[layer] if scales else None
+        if isinstance(bank, DenseBank):
+            wrapped.append(DenseBank.of(bank, scale))
+        else:
+            check_tensor(f"x[{layer}]", xs[layer])
+            check_tensor(f"grad[{layer}]", grads[layer])
+            shape = (
+                grads[layer].shape[-1] if grads[layer].dim() else 0,
+                xs[layer].shape[-1] if xs[layer].dim() else 0,
+            )
+            wrapped.append(DenseBank.of(bank, scale, shape=shape))
         if wrapped[-1].clients != wrapped[0].clients:
             raise ShapeError(
                 f"bank[{layer}]",

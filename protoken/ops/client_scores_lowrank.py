@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protoken.dispatch import choose
+from protoken.dispatch import launcher
 from protoken.errors import ShapeError
 from protoken.ops.banks import LowRankBank
 from protoken.ops.checks import check_inputs, check_size, check_tensor, narrow, spread
@@ -97,10 +97,9 @@ def client_scores_lowrank_grouped(
         return torch.zeros(len(wrapped), clients, tokens, dtype=torch.float32, device=device)
     kept = [wrapped[layer] for layer in full]
     operands = [narrow(xs[layer]) for layer in full], [narrow(grads[layer]) for layer in full], kept
-    chosen = choose("client_scores_lowrank", backend, device, *operands)
+    launch = launcher("client_scores_lowrank", backend, device, *operands)
     out = torch.empty(len(full), clients, tokens, dtype=torch.float32, device=device)
-    assert chosen.launch is not None
-    chosen.launch(out, *operands)
+    launch(out, *operands)
     return out if len(full) == len(wrapped) else spread(out, full, len(wrapped))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protoken.dispatch import choose
+from protoken.dispatch import launcher
 from protoken.errors import ShapeError
 from protoken.ops.banks import DenseBank
 from protoken.ops.checks import (
@@ -20,6 +20,7 @@ from protoken.ops.checks import (
     check_matrix,
     check_size,
     check_tensor,
+    is_plain,
     narrow,
     spread,
 )
@@ -69,26 +70,27 @@ def client_totals_grouped(
     for layer, bank in enumerate(wrapped):
         if bank.clients != clients:
             raise ShapeError(f"bank[{layer}]", expected=f"{clients} clients as bank[0]", got=bank.clients)
-        check_device(f"m[{layer}]", ms[layer].device, bank.device, "the bank")
     check_size("totals", len(wrapped), clients, 4)
     full = [layer for layer, bank in enumerate(wrapped) if clients and bank.rows and bank.columns]
     if not full:
         return torch.zeros(len(wrapped), clients, dtype=torch.float32, device=device)
     kept_ms, kept_banks = [narrow(ms[layer]) for layer in full], [wrapped[layer] for layer in full]
-    chosen = choose("client_totals", backend, device, kept_ms, kept_banks)
+    launch = launcher("client_totals", backend, device, kept_ms, kept_banks)
     out = torch.empty(len(full), clients, dtype=torch.float32, device=device)
-    assert chosen.launch is not None
-    chosen.launch(out, kept_ms, kept_banks)
+    launch(out, kept_ms, kept_banks)
     return out if len(full) == len(wrapped) else spread(out, full, len(wrapped))
 
 
 def _wrap(layer: int, m: Tensor, bank: Bank, scale: Tensor | None) -> DenseBank:
+    if isinstance(bank, DenseBank) and scale is None and is_plain(m, bank.rows, bank.columns, bank.device):
+        return bank
     check_tensor(f"m[{layer}]", m)
     shape = (m.shape[0], m.shape[1]) if m.dim() == 2 else (0, 0)
     wrapped = DenseBank.of(bank, scale, shape=shape)
     expected = f"[{wrapped.rows}, {wrapped.columns}] to match the bank"
     check_matrix(f"m[{layer}]", m, expected, wrapped.rows, wrapped.columns)
     check_dtype(f"m[{layer}]", m.dtype, FLOATS)
+    check_device(f"m[{layer}]", m.device, wrapped.device, "the bank")
     return wrapped
 
 

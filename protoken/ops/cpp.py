@@ -26,7 +26,7 @@ def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], ban
     rows = []
     for layer, bank in enumerate(banks):
         inputs = [held[layer].data_ptr(), held[len(banks) + layer].data_ptr()]
-        rows.append([*inputs, bank.rows, bank.columns, *_matrices(bank)])
+        rows.append([*inputs, *_matrices(bank)])
     _call(_C.client_scores, rows, *out.shape[1:], out.data_ptr())
 
 
@@ -43,14 +43,14 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
 def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) -> None:
     held, rows = [], []
     for m, bank in zip(ms, banks, strict=True):
-        shape, fields = [bank.rows, bank.columns], _matrices(bank)
+        fields = _matrices(bank)
         if bank.scale is None and bank.stride_o == 1 and bank.stride_i != 1:
             # < m, D > = < m^T, D^T >: a transposed bank is read along its contiguous side.
             m = m.t()
-            shape.reverse()
-            fields[2], fields[3] = fields[3], fields[2]
+            rows_, columns, code, pointers, stride_o, stride_i, scale = fields
+            fields = [columns, rows_, code, pointers, stride_i, stride_o, scale]
         held.append(_plain(m))
-        rows.append([held[-1].data_ptr(), *shape, *fields])
+        rows.append([held[-1].data_ptr(), *fields])
     _call(_C.client_totals, rows, out.shape[1], out.data_ptr())
 
 
@@ -90,8 +90,13 @@ def _plain(value: Tensor) -> Tensor:
 
 
 def _matrices(bank: DenseBank) -> list[int]:
-    scale = 0 if bank.scale is None else bank.scale.data_ptr()
-    return [CODES[bank.dtype], bank.pointers.data_ptr(), bank.stride_o, bank.stride_i, scale]
+    """Rows, columns and what else the native module wants to know of a bank; it stays the same as long as the bank."""
+    fields: list[int] | None = bank.cache.get("cpp")
+    if fields is None:
+        scale = 0 if bank.scale is None else bank.scale.data_ptr()
+        layout = [CODES[bank.dtype], bank.pointers.data_ptr(), bank.stride_o, bank.stride_i, scale]
+        fields = bank.cache["cpp"] = [bank.rows, bank.columns, *layout]
+    return fields
 
 
 def _call(function: Callable[..., None], rows: list[list[int]], *sizes: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protoken.dispatch import choose
+from protoken.dispatch import launcher
 from protoken.errors import ArgumentError, ShapeError
 from protoken.ops.checks import FLOATS, check_device, check_dtype, check_matrix, check_tensor, narrow
 
@@ -93,11 +93,10 @@ def relevance_head(hidden: Tensor, targets: Tensor, head: Head, *, backend: str 
     if not tokens:
         return hidden.new_zeros(0, width, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
     hidden, targets = narrow(hidden), targets.detach()
-    chosen = choose("relevance_head", backend, hidden.device, hidden, targets, head)
+    launch = launcher("relevance_head", backend, hidden.device, hidden, targets, head)
     grad = torch.empty(tokens, width, dtype=torch.float32, device=hidden.device)
     value = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    assert chosen.launch is not None
-    chosen.launch(grad, value, hidden, targets, head)
+    launch(grad, value, hidden, targets, head)
     return grad, value
 
 
