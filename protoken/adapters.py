@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .errors import LayerError, LedgerMismatchError, ModelError
 from .layers import Layer, is_tied
-from .ledger import Ledger, LowRank
+from .ledger import Ledger, LowRank, Round
 from .quantised import dense_weight
 
 PEFT_PREFIX = "base_model.model."
@@ -147,35 +147,52 @@ def effective_weight(layer: Layer) -> Tensor:
     return weight
 
 
-def pair_factors(
-    ledger: Ledger, layer: Layer, pair: Pair, number: int, at_round: int, clients: Collection[str]
-) -> tuple[dict[str, LowRank], LowRank]:
-    """Contributions c_k of a round's clients, and the round's change, of factors that were averaged apart.
+@dataclass(frozen=True)
+class Split:
+    """One round of factors that were averaged apart: their means over the round, the scale, and what the server did."""
+
+    mean_a: Tensor
+    mean_b: Tensor
+    scale: float
+    change_a: Tensor
+    change_b: Tensor
+
+    def contribution(self, da: Tensor, db: Tensor) -> LowRank:
+        """c_k of a client, of rank 2 r."""
+        a, b = torch.cat([self.mean_a, da.float()]), torch.cat([db.float(), self.mean_b], dim=1)
+        return LowRank(a, b, self.scale)
+
+    @property
+    def change(self) -> LowRank:
+        """What the round added to the layer's weight."""
+        return self.contribution(self.change_a, self.change_b)
+
+
+class AveragedApart:
+    """Splits of factors that were averaged apart, for rounds asked for from the last to the first.
 
     Args:
-        number: the round.
         at_round: the round whose aggregate the model holds; the factors of earlier ones are found backwards from it.
-        clients: whose contributions are read.
     """
-    current = factors_of(layer.module, pair.adapter)
-    after_a, after_b = current.a.float().cpu(), current.b.float().cpu()
-    for later in (r for r in ledger.rounds if number < r <= at_round):
-        after_a = after_a - ledger.round(later).change(pair.a)
-        after_b = after_b - ledger.round(later).change(pair.b)
-    record = ledger.round(number)
-    change_a, change_b = record.change(pair.a), record.change(pair.b)
-    # (X_r + X_{r-1}) / 2
-    mean_a, mean_b = after_a - change_a / 2, after_b - change_b / 2
 
-    def split(da: Tensor, db: Tensor) -> LowRank:
-        return LowRank(torch.cat([mean_a, da.float()]), torch.cat([db.float(), mean_b], dim=1), current.scale)
+    def __init__(self, ledger: Ledger, layer: Layer, pair: Pair, at_round: int) -> None:
+        self._ledger, self._pair, self._next = ledger, pair, at_round
+        current = factors_of(layer.module, pair.adapter)
+        self._a, self._b, self._scale = current.a.float().cpu(), current.b.float().cpu(), current.scale
 
-    contributions = {
-        client.client: split(record.delta(client.client, pair.a), record.delta(client.client, pair.b))
-        for client in record.clients
-        if client.quarantined is None and client.client in clients
-    }
-    return contributions, split(change_a, change_b)
+    def at(self, record: Round) -> Split:
+        """The split of one round; LedgerFormatError and others of reading it. ``record`` is no later than the last."""
+        while self._next > record.number:
+            self._before(self._ledger.round(self._next))
+        change_a, change_b = record.change(self._pair.a), record.change(self._pair.b)
+        # (X_r + X_{r-1}) / 2
+        return Split(self._a - change_a / 2, self._b - change_b / 2, self._scale, change_a, change_b)
+
+    def _before(self, record: Round) -> None:
+        """From the factors after a round to those before it."""
+        self._a = self._a - record.change(self._pair.a)
+        self._b = self._b - record.change(self._pair.b)
+        self._next = record.number - 1
 
 
 def _pairs(layer: Layer, names: tuple[str, ...], known: Collection[str]) -> Iterator[Pair]:

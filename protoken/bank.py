@@ -10,20 +10,20 @@ so that memory does not grow with the number of clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Recorded, pair_factors, recorded_as
+from .adapters import Recorded, recorded_as
 from .errors import ArgumentError, LedgerMismatchError
-from .layer_bank import LayerBank, Stored
-from .layers import Layer, device_of, layer_of
-from .ledger import Ledger, LowRank, Round
+from .layer_bank import LayerBank
+from .layers import Layer, layer_of
+from .ledger import Ledger, Round
+from .lineage_sums import LayerSums, add_round
 
 Rounds = int | str | Sequence[int]
 T = TypeVar("T")
@@ -96,36 +96,35 @@ class LedgerBank:
     ) -> None:
         self.ledger, self.layers, self.rounds = ledger, tuple(layers), tuple(rounds)
         self.at_round = ledger.round("last" if at_round is None else at_round).number
-        self.records = [ledger.round(number) for number in rounds]
-        self.clients = _participants(self.records)
         self.kept: Bank | None = None
-        own = {c.client: c.weight for c in self.records[0].clients}
-        weights = [own[c] if len(self.records) == 1 else 1.0 for c in self.clients]
-        self.weights = torch.tensor(weights, dtype=torch.float64)
-        self._recorded = {name: self._find(model, layer_of(model, name)) for name in layers}
-        self._bytes: dict[str, int] = {}
+        self._recorded: dict[str, list[Recorded]] = {name: [] for name in layers}
+        self._bytes = dict.fromkeys(layers, 0)
+        self._known: Set[str] = frozenset()
+        usable: dict[str, float] = {}
+        for record in map(ledger.round, self.rounds):
+            self._look_at(record, model)
+            usable |= {client.client: client.weight for client in record.usable}
+        one = len(self.rounds) == 1
+        self.clients = tuple(usable if one else sorted(usable))
+        self.weights = torch.tensor([usable[c] if one else 1.0 for c in self.clients], dtype=torch.float64)
 
     def read(self, model: nn.Module, layers: Sequence[str], clients: slice | None = None, change: bool = True) -> Bank:
-        """Read the updates of a run of clients (None: all) for some of the layers, and the layers' changes."""
+        """Read the updates of a run of clients (None: all) for some of the layers, and the layers' changes.
+
+        Round by round, from the last to the first; a round is forgotten once its part of the sums is added.
+        """
         some = clients or slice(0, len(self.clients))
         chosen = self.clients[some]
-        found = {
-            name: _layer(
-                self.ledger,
-                layer_of(model, name),
-                self.records,
-                self._recorded[name],
-                chosen,
-                self.at_round,
-                change,
-            )
-            for name in layers
-        }
+        sums = [LayerSums(layer_of(model, name), chosen, self.ledger, self.at_round, change) for name in layers]
+        weighted = len(self.rounds) > 1
+        for place in reversed(range(len(self.rounds))):
+            recorded = [self._recorded[name][place] for name in layers]
+            add_round(self.ledger.round(self.rounds[place]), sums, recorded, weighted=weighted)
         return Bank(
             chosen,
             self.weights[some],
-            {name: updates for name, (updates, _) in found.items()},
-            {name: changed for name, (_, changed) in found.items() if changed is not None},
+            {name: own.updates() for name, own in zip(layers, sums, strict=True)},
+            {name: own.change() for name, own in zip(layers, sums, strict=True) if change},
             self.rounds,
         )
 
@@ -137,26 +136,28 @@ class LedgerBank:
 
     def client_bytes(self, model: nn.Module, layer: str) -> int:
         """Bytes of the largest client's update of a layer in memory."""
-        if layer not in self._bytes:
-            shape = layer_of(model, layer).shape
-            dense = 4 * prod(shape)
-            found = [0]
-            for record, names in zip(self.records, self._recorded[layer], strict=True):
-                present = [c.client for c in record.clients if c.quarantined is None]
-                direct = [record.stored_bytes(c, names.direct) for c in present] if names.direct else [0]
-                # Factors that were averaged apart become factors of twice the rank, in fp32.
-                apart = sum(8 * prod(record.parameters[n].shape) for pair in names.pairs for n in (pair.a, pair.b))
-                found.append(max(direct, default=0) + apart)
-            self._bytes[layer] = max(found) if len(self.records) == 1 else max(dense, *found)
-        return self._bytes[layer]
+        dense = 4 * prod(layer_of(model, layer).shape)
+        return self._bytes[layer] if len(self.rounds) == 1 else max(dense, self._bytes[layer])
 
-    def _find(self, model: nn.Module, layer: Layer) -> list[Recorded]:
-        found = []
-        for record in self.records:
-            recorded = recorded_as(model, layer, record.parameters, f"round {record.number} of the ledger")
-            check_shape(record, layer, recorded)
-            found.append(recorded)
-        return found
+    def _look_at(self, record: Round, model: nn.Module) -> None:
+        """Under which names a round records the layers, and how many bytes one client's update of each takes.
+
+        Of shards of equal size in a round the first one's header is read: they are laid out alike.
+        """
+        alike = {client.shard.size: client.client for client in reversed(record.usable)}
+        for name in self.layers:
+            layer, found = layer_of(model, name), self._recorded[name]
+            if found and record.parameters.keys() == self._known:
+                names = found[-1]
+            else:
+                names = recorded_as(model, layer, record.parameters, f"round {record.number} of the ledger")
+            check_shape(record, layer, names)
+            found.append(names)
+            direct = [record.stored_bytes(c, names.direct) for c in alike.values()] if names.direct else []
+            # Factors that were averaged apart become factors of twice the rank, in fp32.
+            apart = sum(8 * prod(record.parameters[n].shape) for pair in names.pairs for n in (pair.a, pair.b))
+            self._bytes[name] = max(self._bytes[name], max(direct, default=0) + apart)
+        self._known = record.parameters.keys()
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
     else:
         chosen = [rounds] if isinstance(rounds, int) else list(rounds)
     for number in chosen:
-        ledger.round(number)
+        if type(number) is not int or number not in ledger.rounds:
+            ledger.round(number)
         if number > last:
             raise ArgumentError("rounds", expected=f"rounds up to the model's own, {last}", got=number)
     if not chosen:
@@ -233,82 +235,6 @@ def build_bank(
 ) -> Bank:
     """Lay out the updates of `rounds` for the `layers` of `model`; see `LedgerBank`, whose whole this is."""
     return LedgerBank(ledger, model, layers, rounds, at_round).read(model, layers)
-
-
-def _participants(records: Sequence[Round]) -> tuple[str, ...]:
-    """Everybody with a usable update: in the order of the one round, or sorted."""
-    usable = [client.client for record in records for client in record.clients if client.quarantined is None]
-    return tuple(usable) if len(records) == 1 else tuple(sorted(set(usable)))
-
-
-def _layer(
-    ledger: Ledger,
-    layer: Layer,
-    records: Sequence[Round],
-    recorded: Sequence[Recorded],
-    clients: Sequence[str],
-    at_round: int,
-    change: bool,
-) -> tuple[LayerBank, LayerBank | None]:
-    """A layer's updates of these clients and, if wanted, its change."""
-    updates: dict[str, list[tuple[float, Stored]]] = {client: [] for client in clients}
-    changes: list[tuple[float, Stored]] = []
-    for record, names in zip(records, recorded, strict=True):
-        present = [c for c in record.clients if c.quarantined is None and c.client in updates]
-        weights = {c.client: c.weight if len(records) > 1 else 1.0 for c in present}
-        if names.direct is not None:
-            for client, weight in weights.items():
-                updates[client].append((weight, _stored(record, client, names.direct, layer)))
-            if change:
-                changes.append((1.0, _stored_change(record, names.direct, layer)))
-        for pair in names.pairs:
-            contributions, changed = pair_factors(ledger, layer, pair, record.number, at_round, weights)
-            for client, weight in weights.items():
-                updates[client].append((weight, Stored(factors=contributions[client])))
-            changes.append((1.0, Stored(factors=changed)))
-    make = partial(LayerBank.of, transposed=layer.transposed, experts=layer.experts)
-    device = device_of(layer)
-    found = make([_summed(updates[client], layer).to(device) for client in clients])
-    return found, make([_summed(changes, layer).to(device)]) if change else None
-
-
-def _stored(record: Round, client: str, parameter: str, layer: Layer) -> Stored:
-    """One update as it lies in the ledger."""
-    layout = record.layout(client, parameter)
-    if layout in ("lora", "lowrank"):
-        return Stored(factors=_upright(LowRank(*record.factors(client, parameter)), layer))
-    if layout in ("int8", "fp8"):
-        values, scale = record.quantised(client, parameter)
-        return Stored(values, scale)
-    return Stored(record.delta(client, parameter))
-
-
-def _stored_change(record: Round, parameter: str, layer: Layer) -> Stored:
-    if record.parameters[parameter].form == "lowrank":
-        return Stored(factors=_upright(record.change_factors(parameter), layer))
-    return Stored(record.change(parameter))
-
-
-def _upright(factors: LowRank, layer: Layer) -> LowRank:
-    """Factors as [O, I]: of a weight that lies as (in, out), delta^T = s A^T B^T."""
-    return LowRank(factors.b.T, factors.a.T, factors.scale) if layer.transposed else factors
-
-
-def _summed(terms: Sequence[tuple[float, Stored]], layer: Layer) -> Stored:
-    """sum_i w_i D_i: one term as it is, factors as wider factors while that is smaller, all else dense in fp32."""
-    if len(terms) == 1 and terms[0][0] == 1.0:
-        return terms[0][1]
-    factors = [(weight, stored.factors) for weight, stored in terms if stored.factors is not None]
-    rank = sum(f.rank for _, f in factors)
-    if terms and len(factors) == len(terms) and rank * (layer.rows + layer.columns) < layer.rows * layer.columns:
-        a = torch.cat([f.a.float() for _, f in factors])
-        b = torch.cat([f.b.float() * (weight * f.scale) for weight, f in factors], dim=1)
-        return Stored(factors=LowRank(a, b))
-    total = torch.zeros(layer.shape)
-    for weight, stored in terms:
-        dense = stored.matrix(layer.transposed)
-        total.add_(dense.mT if layer.transposed else dense, alpha=weight)
-    return Stored(total)
 
 
 def check_shape(record: Round, layer: Layer, recorded: Recorded) -> None:

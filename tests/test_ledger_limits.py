@@ -99,6 +99,20 @@ def test_factors_that_fit_are_never_called_infinite() -> None:
     assert LowRank(torch.zeros(2, 0), torch.zeros(5, 2)).finite()
 
 
+def test_the_quick_look_at_usual_factors_says_what_the_careful_one_says() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = [0.0, 1e-30, 1.0, 1e3, float("nan"), float("inf"), -float("inf")]
+        values += [] if dtype == torch.float16 else [1e19, 3e38]
+        for a in values:
+            for b in values:
+                for scale in (0.0, 1.0, -1e12, 1e30, 3e38, float("nan"), float("inf")):
+                    left, right = torch.ones(3, 4, dtype=dtype), torch.ones(5, 3, dtype=dtype)
+                    left[1, 2], right[4, 0] = a, b
+                    largest = float(left.double().norm(dim=0).max() * right.double().norm(dim=1).max())
+                    expected = abs(scale) <= LARGEST and largest * max(1.0, abs(scale)) <= LARGEST
+                    assert LowRank(left, right, scale).finite() == expected
+
+
 @pytest.mark.parametrize("scale", [1e300, -1e300, float("inf"), float("nan")])
 def test_a_stored_scale_that_overflows_is_a_format_error_wherever_it_is_read(tmp_path: Path, scale: float) -> None:
     ledger = small_ledger(tmp_path / "ledger", 0)

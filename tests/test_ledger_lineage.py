@@ -20,7 +20,7 @@ from ledger_cases import (
 from safetensors.torch import load_file
 
 from protoken.errors import ArgumentError, DtypeError, LayerError, LedgerError, UnknownClientError, UnknownRoundError
-from protoken.ledger import ClientUpdate, Ledger, LowRank
+from protoken.ledger import ClientUpdate, Ledger, LowRank, chain
 from protoken.ledger.estimate import estimate_bytes
 from protoken.ledger.lineage import (
     lineage_change,
@@ -114,6 +114,19 @@ def test_lineage_of_adapters_stays_factored(tmp_path):
     dense = small_ledger(tmp_path / "dense", 1)
     with pytest.raises(DtypeError, match="factors in every round, got fp32"):
         lineage_factors(dense.select("all"), "alice", NAMES[0])
+
+
+def test_manifests_kept_are_bounded_by_their_clients_and_ids_are_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "CLIENT_CACHE", 9)
+    ledger = reopen(Path(small_ledger(tmp_path / "ledger", 5).path))
+    assert [ledger.round(number).number for number in ledger.rounds] == [1, 2, 3, 4, 5]
+    read, seen = ledger._chain._read, []
+    monkeypatch.setattr(ledger._chain, "_read", lambda number: seen.append(number) or read(number))
+    for number in (5, 4, 3, 2, 4, 3, 2, 5):
+        ledger.round(number)
+    assert seen == [2, 5]  # nine clients are three rounds; the one that was used longest ago makes room
+    assert ledger._chain.clients_of(5) is ledger._chain.clients_of(4)
+    assert ledger._chain.clients_of(1)[0] is ledger._chain.clients_of(5)[0]
 
 
 # ---- copy, export, prune -----------------------------------------------------------------------------------------

@@ -118,10 +118,24 @@ def test_a_missing_folder_of_clients_is_a_problem_of_every_client(path):
     assert [p.where for p in problems] == [f"round 2, client {c}" for c in WEIGHTS]
 
 
-def test_many_small_shards_are_checked_in_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "BATCH", 2)
-    report = verify(small_ledger(tmp_path / "ledger", 2).path, workers=2)
-    assert (report.ok, report.shards) == (True, 8)
+def test_large_shards_are_checked_by_threads_and_small_ones_here(path, monkeypatch):
+    shard = path / "rounds/00000002/clients/000001.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for small in (1 << 20, 0):
+        seen = set()
+        checked = shard_check.ShardChecker.check
+        with monkeypatch.context() as patch:
+            patch.setattr(verification, "SMALL", small)
+            patch.setattr(
+                shard_check.ShardChecker,
+                "check",
+                lambda *arguments: seen.add(threading.get_ident()) or checked(*arguments),  # noqa: B023
+            )
+            report = verify(path, workers=2)
+        assert [p.where for p in report.problems] == ["round 2, client bob"]
+        assert report.shards == 12
+        assert (threading.get_ident() in seen) == (small > 0)
 
 
 def test_a_broken_manifest_ends_the_chain_and_says_so(path):

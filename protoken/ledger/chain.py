@@ -6,7 +6,7 @@ are read when they are asked for, and hashes on the way down without parsing wha
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import OrderedDict
 
 from protoken.errors import ArgumentError, LedgerFormatError, StaleSnapshot
 from protoken.ledger import manifest as m
@@ -14,7 +14,8 @@ from protoken.ledger import parsing
 from protoken.ledger.files import FileLayer
 from protoken.ledger.rounds import folder
 
-ROUND_CACHE = 64
+# Manifests kept in memory, and the clients that those may have between them once there are more than two.
+ROUND_CACHE, CLIENT_CACHE = 64, 1 << 14
 
 
 class Chain:
@@ -25,13 +26,14 @@ class Chain:
         self._files, self._run, self._genesis_hash = files, genesis.run, genesis_hash
         self._hashes: dict[int, str] = {head.round: head.sha256}
         self._clients: dict[int, tuple[str, ...]] = {}
-        self._load = lru_cache(maxsize=ROUND_CACHE)(self._read)
+        self._ids: dict[str, str] = {}
+        self._kept: OrderedDict[int, m.Manifest] = OrderedDict()
 
     def advance(self, manifest: m.Manifest, head: m.Head) -> None:
         """Take in a round that was just committed on top."""
         self.head = head
         self._hashes[head.round] = head.sha256
-        self._clients[head.round] = tuple(record.client for record in manifest.clients)
+        self._note_clients(manifest)
 
     def manifest(self, number: int) -> m.Manifest:
         """A round's manifest. LedgerFormatError when it is not the one that the head fixes."""
@@ -75,7 +77,26 @@ class Chain:
             raise LedgerFormatError(
                 f"{folder(number)}/manifest.json", expected="its own previous hash", got="another one read before"
             )
-        self._clients[number] = tuple(record.client for record in found.clients)
+        self._note_clients(found)
+        return found
+
+    def _note_clients(self, manifest: m.Manifest) -> None:
+        """Ids of a round; a client of many rounds has one string, and rounds of the same clients share a tuple."""
+        number = manifest.round
+        if number in self._clients:
+            return
+        found = tuple(self._ids.setdefault(record.client, record.client) for record in manifest.clients)
+        near = (self._clients.get(other) for other in (number - 1, number + 1))
+        self._clients[number] = next((other for other in near if other == found), found)
+
+    def _load(self, number: int) -> m.Manifest:
+        """A manifest, read or kept from before; the ones used last are kept."""
+        found = self._kept.pop(number, None) or self._read(number)
+        self._kept[number] = found
+        while len(self._kept) > ROUND_CACHE or (
+            len(self._kept) > 2 and sum(len(kept.clients) for kept in self._kept.values()) > CLIENT_CACHE
+        ):
+            self._kept.popitem(last=False)
         return found
 
     def _previous_of(self, number: int) -> str:

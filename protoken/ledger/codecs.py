@@ -75,8 +75,13 @@ def decode(layout: str, parts: dict[str, Tensor]) -> Tensor:
     if layout in _PLAIN:
         return parts[""]
     if layout in _LIMITS:
-        return parts[VALUES].to(torch.float32) * parts[SCALE].unsqueeze(-1)
+        return scaled(parts[VALUES], parts[SCALE])
     return factors(parts).dense()
+
+
+def scaled(values: Tensor, scale: Tensor) -> Tensor:
+    """values * scale per row, in fp32: what int8 and fp8 stand for."""
+    return values.to(torch.float32) * scale.unsqueeze(-1)
 
 
 def factors(parts: dict[str, Tensor]) -> LowRank:

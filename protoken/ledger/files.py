@@ -28,6 +28,8 @@ from protoken.errors import CommitConflict, DurabilityError, LedgerError, Ledger
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: opening a FIFO for reading would wait for its writer for ever.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHUNK = 1 << 26
 
 
@@ -51,9 +53,10 @@ class FileLayer:
 
     def open_leaf(self, folder: int, leaf: str, name: str) -> int:
         """The same in a folder that is open already (see `folder`); ``name`` is for the message."""
-        with _reading(name):
-            # O_NONBLOCK: opening a FIFO for reading would wait for its writer for ever.
-            handle = os.open(leaf, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        try:  # as in _reading, of which a context manager per small shard would be felt
+            handle = os.open(leaf, _FILE, dir_fd=folder)
+        except OSError as error:
+            raise _unreadable(name, error) from error
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
@@ -79,8 +82,10 @@ class FileLayer:
         """Fill the buffer from ``offset``; LedgerFormatError when the file ends before."""
         done = 0
         while done < len(buffer):
-            with _reading(name):
+            try:
                 count = os.preadv(handle, [buffer[done : done + _CHUNK]], offset + done)
+            except OSError as error:
+                raise _unreadable(name, error) from error
             if count == 0:
                 raise LedgerFormatError(
                     name,
@@ -293,18 +298,14 @@ def _conflict(root: Path) -> CommitConflict:
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
-        raise LedgerFormatError(name, expected="a file of the ledger", got="nothing there") from error
     except OSError as error:
-        if error.errno in (
-            errno.ELOOP,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.ENXIO,
-            errno.ENAMETOOLONG,
-            errno.EMLINK,
-        ):
-            raise LedgerFormatError(
-                name, expected="regular files and folders without links", got=error.strerror
-            ) from error
-        raise LedgerError(name, expected="a readable file", got=error.strerror or str(error)) from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> LedgerError:
+    if isinstance(error, FileNotFoundError):
+        return LedgerFormatError(name, expected="a file of the ledger", got="nothing there")
+    kinds = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG, errno.EMLINK)
+    if error.errno in kinds:
+        return LedgerFormatError(name, expected="regular files and folders without links", got=error.strerror)
+    return LedgerError(name, expected="a readable file", got=error.strerror or str(error))

@@ -138,7 +138,7 @@ class Round:
     def layout(self, client: str, parameter: str) -> str:
         """fp32, bf16, fp16, int8, fp8, lowrank or lora; reads the header only."""
         index = self._index(self._usable(client).shard, client)
-        return check_layout(index, parameter, self._spec(parameter))
+        return check_layout(index, parameter, self.spec(parameter))
 
     def factors(self, client: str, parameter: str) -> tuple[Tensor, Tensor, float]:
         """(A [r, I], B [O, r], scale) with delta = scale B A. DtypeError when the update is stored dense."""
@@ -146,7 +146,7 @@ class Round:
         if layout not in ("lora", "lowrank"):
             raise DtypeError(f"{client}: {parameter}", expected="lora or lowrank", got=layout, remedy="Use delta().")
         found = codecs.factors(parts)
-        self._require_finite(parameter, found)
+        self.require_finite(parameter, found)
         return found.a, found.b, found.scale
 
     def quantised(self, client: str, parameter: str) -> tuple[Tensor, Tensor]:
@@ -156,12 +156,12 @@ class Round:
         layout, parts = self.stored(client, parameter)
         if layout not in ("int8", "fp8"):
             raise DtypeError(f"{client}: {parameter}", expected="int8 or fp8", got=layout, remedy="Use delta().")
-        self._require_finite(parameter, parts[codecs.VALUES], parts[codecs.SCALE])
+        self.require_finite(parameter, parts[codecs.VALUES], parts[codecs.SCALE])
         return parts[codecs.VALUES], parts[codecs.SCALE]
 
     def stored_bytes(self, client: str, parameter: str) -> int:
         """Bytes of one update as it lies in its shard; reads the header only."""
-        index, spec = self._index(self._usable(client).shard, client), self._spec(parameter)
+        index, spec = self._index(self._usable(client).shard, client), self.spec(parameter)
         suffixes = codecs.expected_parts(check_layout(index, parameter, spec), spec.shape, index.file)
         return sum(
             index.entries[parameter + suffix].end - index.entries[parameter + suffix].begin for suffix in suffixes
@@ -169,7 +169,7 @@ class Round:
 
     def error_bound(self, client: str, parameter: str) -> float:
         """Frobenius norm of what the codec lost of this update, as measured when it was written."""
-        self._spec(parameter)
+        self.spec(parameter)
         return float(self._index(self._usable(client).shard, client).info["bound"].get(parameter, 0.0))
 
     def deltas(self, client: str, parameters: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -187,7 +187,7 @@ class Round:
         if layout != "lora":
             raise DtypeError(parameter, expected="a parameter recorded as factors", got=layout)
         found = codecs.factors(parts)
-        self._require_finite(parameter, found)
+        self.require_finite(parameter, found)
         return found
 
     def residual(self, parameter: str) -> Tensor:
@@ -195,7 +195,7 @@ class Round:
 
         From its own shard if the round has one for this parameter, else computed from all clients' deltas.
         """
-        self._spec(parameter)
+        self.spec(parameter)
         reference = self._manifest.residual
         if reference is not None and parameter in self._index(reference, None).info["layout"]:
             return self._dense(reference, parameter, None).float()
@@ -207,7 +207,7 @@ class Round:
         for record in self.usable:
             layout, parts = self._read(record.shard, parameter, record.client)
             add_weighted(rest, layout, parts, -record.weight)
-        self._require_finite(parameter, rest)
+        self.require_finite(parameter, rest)
         return rest
 
     def quarantined_tensor(self, client: str, parameter: str) -> Tensor:
@@ -222,7 +222,8 @@ class Round:
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _spec(self, parameter: str) -> ParameterSpec:
+    def spec(self, parameter: str) -> ParameterSpec:
+        """What the manifest says of one parameter; LayerError if it is not recorded."""
         spec = self.parameters.get(parameter)
         if spec is None:
             raise LayerError(
@@ -244,11 +245,20 @@ class Round:
             )
         return record
 
-    def _index(self, ref: ShardRef, client: str | None) -> ShardIndex:
+    def usable_shard(self, client: str) -> ShardRef:
+        """A participant's shard. UnknownClientError, NonFiniteError of a quarantined one, LedgerError when pruned."""
+        ref = self._usable(client).shard
+        self._require_shards()
+        return ref
+
+    def _require_shards(self) -> None:
         if self.pruned:
             raise LedgerError(
                 f"round {self.number}", expected="its shards", got="a pruned round", remedy="Use a full copy."
             )
+
+    def _index(self, ref: ShardRef, client: str | None) -> ShardIndex:
+        self._require_shards()
         index = self.cache.index(replace(ref, file=f"{folder(self.number)}/{ref.file}"))
         check_binding(index, self._manifest, self.base_hash, client)
         return index
@@ -260,10 +270,11 @@ class Round:
     def _dense(self, ref: ShardRef, parameter: str, client: str | None) -> Tensor:
         layout, parts = self._read(ref, parameter, client)
         dense = codecs.decode(layout, parts)
-        self._require_finite(parameter, dense)
+        self.require_finite(parameter, dense)
         return dense
 
-    def _require_finite(self, parameter: str, *values: Tensor | LowRank) -> None:
+    def require_finite(self, parameter: str, *values: Tensor | LowRank) -> None:
+        """LedgerFormatError when one of the values of a parameter, as read, holds NaN or infinity."""
         if not all(value.finite() if isinstance(value, LowRank) else is_finite(value) for value in values):
             raise LedgerFormatError(
                 f"round {self.number}", expected=f"finite numbers in {parameter}", got="NaN or infinity"
@@ -271,7 +282,7 @@ class Round:
 
     def _read(self, ref: ShardRef, parameter: str, client: str | None) -> tuple[str, dict[str, Tensor]]:
         """The parts of one parameter, of the dtypes and shapes that its layout demands."""
-        spec = self._spec(parameter)
+        spec = self.spec(parameter)
         index = self._index(ref, client)
         layout = check_layout(index, parameter, spec)
         parts = {
@@ -318,13 +329,17 @@ def check_layout(index: ShardIndex, parameter: str, spec: ParameterSpec) -> str:
 def add_weighted(total: Tensor, layout: str, parts: dict[str, Tensor], weight: float) -> None:
     """total += weight * delta, in place and in fp32, without making a low-rank delta dense."""
     if layout in ("lora", "lowrank"):
-        found = codecs.factors(parts)
-        # A hostile shard's scale may be any double: torch takes infinity for alpha, but no number between it and fp32.
-        alpha = weight * found.scale
-        alpha = alpha if abs(alpha) <= LARGEST else math.inf
-        total.addmm_(found.b.float(), found.a.float(), alpha=alpha)
+        add_factors(total, codecs.factors(parts), weight)
     else:
         total.add_(codecs.decode(layout, parts).float(), alpha=weight)
+
+
+def add_factors(total: Tensor, factors: LowRank, weight: float) -> None:
+    """total += weight * scale * b @ a, in place and in fp32."""
+    # A hostile shard's scale may be any double: torch takes infinity for alpha, but no number between it and fp32.
+    alpha = weight * factors.scale
+    alpha = alpha if abs(alpha) <= LARGEST else math.inf
+    total.addmm_(factors.b.float(), factors.a.float(), alpha=alpha)
 
 
 def relative(part: float, whole: float) -> float:

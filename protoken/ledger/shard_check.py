@@ -1,28 +1,30 @@
 """One shard, from the first byte to the last: size, header, binding, layout, hash and finiteness of every tensor.
 
-A ledger of many small shards is bound by the interpreter, not by the disk. So shards of one folder are opened by its
-descriptor, a shard is read in one piece, and a set of names, layouts and shapes that was found good once is looked up
-the next time.
+A shard of a kind met before (templates.py) takes no parsing: one comparison of its header, one hash per tensor, and one
+look for NaN and infinity over all tensors of a dtype together.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from protoken.errors import LedgerError, LedgerFormatError
+from protoken.errors import LedgerFormatError
 from protoken.ledger import codecs
-from protoken.ledger.rounds import Round, check_binding, check_layout, folder
-from protoken.ledger.shards import ShardIndex, ShardRef, parse_header, read_index, read_open
+from protoken.ledger.round_files import RoundFiles
+from protoken.ledger.rounds import Round, check_binding, check_layout
+from protoken.ledger.shards import ShardIndex, ShardRef, check_hash, parse_header, read_open
 from protoken.ledger.tensors import is_finite
 
 # Larger shards are read tensor by tensor.
 ONE_PIECE = 64 << 20
+# Bytes of a tensor whose hash is worth remembering.
+_FEW = 32
 _NUMBERS = {"F64": np.float64, "F32": np.float32}
 # Dtype -> (integer of its size, the bits that are all set in NaN and infinity). F8_E4M3 has no infinity.
 _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
@@ -32,89 +34,62 @@ _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 }
 
 
-class ShardChecker:
+class ShardChecker(RoundFiles):
     """Checks shards of one round; a context manager that threads may share."""
 
-    def __init__(self, round_: Round) -> None:
-        self._round, self._files = round_, round_.cache.files
-        self._place = folder(round_.number)
-        self._seen: set[Any] = set()
-        self._open = contextlib.ExitStack()
-        self._folders: dict[str, int] = {}
-
     def __enter__(self) -> ShardChecker:
-        with contextlib.suppress(LedgerError):  # a missing folder is found again, and reported, at its first shard
-            for inner in ("", "clients"):
-                self._folders[inner] = self._open.enter_context(self._files.folder(f"{self._place}/{inner}".strip("/")))
+        super().__enter__()
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._folders.clear()
-        self._open.close()
 
     def check(self, ref: ShardRef, client: str | None) -> int:
         """Bytes of the shard. LedgerFormatError, LedgerError when anything is not as it was committed."""
-        quarantined = client is not None and self._round.client(client).quarantined is not None
-        whole = ref.file != "residual.safetensors"
-        placed = replace(ref, file=f"{self._place}/{ref.file}")
-        if ref.size > ONE_PIECE:
-            self._check_large(placed, client, quarantined, whole)
-            return ref.size
-        data = self._read_whole(ref, placed.file)
-        length = int.from_bytes(data[:8], "little")
-        if length > ref.size - 8:
-            raise LedgerFormatError(placed.file, expected="a header inside the file", got=f"{length} bytes of header")
-        found = hashlib.sha256(data[: 8 + length]).hexdigest()
-        if found != ref.sha256:
-            raise LedgerFormatError(placed.file, expected=f"a header with hash {ref.sha256}", got=found)
-        index = parse_header(bytes(data[8 : 8 + length]), placed)
-        self._check_index(index, client, quarantined, whole)
-        for name, entry in index.entries.items():
-            view = data[entry.begin : entry.end]
-            if hashlib.sha256(view).hexdigest() != entry.sha256:
-                raise LedgerFormatError(placed.file, expected=f"{name!a} with hash {entry.sha256}", got="other bytes")
-            if not quarantined and not bytes_finite(view, entry.dtype):
-                raise LedgerFormatError(placed.file, expected=f"finite numbers in {name}", got="NaN or infinity")
+        handle = self.open(ref)
+        try:
+            data = self.read(handle, ref, 0, ref.size if ref.size <= ONE_PIECE else 8)
+            start = 8 + self.header_length(data, ref)
+            if len(data) < start:
+                data = self.read(handle, ref, 0, start)
+            self.check_header(data[:start], ref)
+            body = bytes(data[8:start])
+            if client is None or not self._is_known(body, data, ref, client):
+                self._check_parsed(handle, body, data, ref, client)
+        finally:
+            os.close(handle)
         return ref.size
 
-    def _read_whole(self, ref: ShardRef, name: str) -> memoryview:
-        files, (inner, _, leaf) = self._files, ref.file.rpartition("/")
-        known = self._folders.get(inner)
-        handle = files.open_read(name) if known is None else files.open_leaf(known, leaf, name)
-        try:
-            size = files.size(handle)
-            if size != ref.size:
-                raise LedgerFormatError(name, expected=f"{ref.size} bytes", got=size)
-            data = memoryview(bytearray(size))
-            files.read_into(handle, data, 0, name)
-            return data
-        finally:
-            os.close(handle)
+    def _is_known(self, body: bytes, data: memoryview, ref: ShardRef, client: str) -> bool:
+        """Whether the shard is good and of a kind met before; what is wrong with it, the other way says."""
+        start = 8 + len(body)
+        if len(data) < ref.size or self.round.client(client).quarantined is not None:
+            return False
+        for kind in self.kinds(ref, start):
+            hashes = [_sha256(data[start + part.begin : start + part.end]) for part in kind.parts.values()]
+            if kind.fits(body, client, hashes):
+                runs = kind.runs
+                return all(bytes_finite(data[start + begin : start + end], dtype) for dtype, begin, end in runs)
+        return False
 
-    def _check_index(self, index: ShardIndex, client: str | None, quarantined: bool, whole: bool) -> None:
-        check_binding(index, self._round.manifest, self._round.base_hash, client)
-        if quarantined:
-            return
-        shape = (
-            whole,
-            tuple((name, entry.dtype, entry.shape) for name, entry in index.entries.items()),
-            tuple(index.info["layout"].items()),
-        )
-        if shape not in self._seen:
-            check_content(self._round, index, whole=whole)
-            self._seen.add(shape)
+    def _check_parsed(self, handle: int, body: bytes, data: memoryview, ref: ShardRef, client: str | None) -> None:
+        quarantined = client is not None and self.round.client(client).quarantined is not None
+        index = self._parsed(body, ref, client, quarantined)
+        for name, entry in index.entries.items():
+            if len(data) == ref.size:
+                view = data[entry.begin : entry.end]
+                check_hash(view, index.file, name, entry.sha256)
+                finite = quarantined or bytes_finite(view, entry.dtype)
+            else:
+                tensor = read_open(self.files, handle, index, name)
+                finite = quarantined or is_finite(tensor)
+            if not finite:
+                raise LedgerFormatError(index.file, expected=f"finite numbers in {name}", got="NaN or infinity")
 
-    def _check_large(self, ref: ShardRef, client: str | None, quarantined: bool, whole: bool) -> None:
-        index = read_index(self._files, ref)
-        self._check_index(index, client, quarantined, whole)
-        handle = self._files.open_read(ref.file)
-        try:
-            for name in index.entries:
-                tensor = read_open(self._files, handle, index, name)
-                if not quarantined and not is_finite(tensor):
-                    raise LedgerFormatError(ref.file, expected=f"finite numbers in {name}", got="NaN or infinity")
-        finally:
-            os.close(handle)
+    def _parsed(self, body: bytes, ref: ShardRef, client: str | None, quarantined: bool) -> ShardIndex:
+        index = parse_header(body, replace(ref, file=self.name(ref)))
+        check_binding(index, self.round.manifest, self.round.base_hash, client)
+        if not quarantined:
+            check_content(self.round, index, whole=ref.file != "residual.safetensors")
+            self.learn(index, body, client)
+        return index
 
 
 def check_shard(round_: Round, ref: ShardRef, client: str | None) -> int:
@@ -144,3 +119,13 @@ def bytes_finite(data: memoryview, dtype: str) -> bool:
     kind, mask = _NOT_FINITE[dtype]
     bits = np.frombuffer(data, dtype=kind)
     return not bool((np.bitwise_and(bits, kind(mask)) == kind(mask)).any())
+
+
+def _sha256(data: memoryview) -> str:
+    return _of_few(bytes(data)) if len(data) <= _FEW else hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _of_few(data: bytes) -> str:
+    """Scales of factors are the same eight bytes in shard after shard."""
+    return hashlib.sha256(data).hexdigest()

@@ -148,22 +148,32 @@ def read_tensor(files: FileLayer, index: ShardIndex, name: str, *, check: bool =
 
 def read_open(files: FileLayer, handle: int, index: ShardIndex, name: str, *, check: bool = True) -> Tensor:
     """The same from a shard that is open already."""
-    entry = index.entries[name]
+    return read_entry(files, handle, index.file, name, index.entries[name], check=check)
+
+
+def read_entry(files: FileLayer, handle: int, file: str, name: str, entry: Entry, *, check: bool = True) -> Tensor:
+    """The same of a tensor whose place is known; ``file`` and ``name`` are for messages."""
     try:
         require_memory(entry.shape, ITEM_SIZES[entry.dtype])
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     except (LedgerError, RuntimeError) as error:
-        raise LedgerFormatError(index.file, expected="a tensor that fits in memory", got=entry.shape) from error
+        raise LedgerFormatError(file, expected="a tensor that fits in memory", got=entry.shape) from error
     view = byte_view(tensor)
-    files.read_into(handle, view, entry.begin, index.file)
-    if check and hashlib.sha256(view).hexdigest() != entry.sha256:
+    files.read_into(handle, view, entry.begin, file)
+    if check:
+        check_hash(view, file, name, entry.sha256)
+    return tensor
+
+
+def check_hash(data: memoryview, file: str, name: str, sha256: str) -> None:
+    """LedgerFormatError unless the bytes of a tensor have this hash."""
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise LedgerFormatError(
-            index.file,
-            expected=f"{name!a} with hash {entry.sha256}",
+            file,
+            expected=f"{name!a} with hash {sha256}",
             got="other bytes",
             remedy="The file was changed after its commit: restore it from a copy.",
         )
-    return tensor
 
 
 def _entry(ref: ShardRef, name: str, spec: Any, start: int, sha256: Any) -> Entry:

@@ -2,15 +2,16 @@
 
 From HEAD down the chain: manifests (hash, place, content), continuity of digests from round to round, every
 shard (size, header, binding to run, round, base and client, layout, hash and finiteness of every tensor),
-signatures. Shards are read by a pool of threads: hashing and pread release the interpreter lock, so this runs
-at the speed of the disk or of SHA-256.
+signatures. Large shards are read by a pool of threads: hashing and pread release the interpreter lock, so this
+runs at the speed of the disk or of SHA-256. Small ones are checked by the calling thread: they are over before
+another thread could take the lock, and handing it to and fro would cost more than the check.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,8 +25,8 @@ from protoken.ledger.tensors import norm
 
 # Recomputed residuals differ from recorded ones by the rounding of fp32 sums in another order.
 RESIDUAL_TOLERANCE = 1e-4
-# Shards that one task of the pool checks.
-BATCH, BATCH_BYTES = 32, 16 << 20
+# Shards up to this size are checked by the calling thread.
+SMALL = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def _verify_round(
     report.signed += ledger.genesis.server_key is not None
     problems += _collect(where, lambda: _check_server(ledger, current.number))
     for record in current.clients:
+        if record.key is record.signature is known.get(record.client) is None:
+            continue  # nobody signs here, and nobody is known to
         problems += _collect(
             f"{where}, client {record.client}",
             lambda record=record: _check_key(record, known),  # type: ignore[misc]
@@ -133,13 +136,16 @@ def _verify_round(
         report.pruned += 1
         return
     with ShardChecker(current) as checker:
-        for batch in [pool.submit(_check_batch, checker, batch) for batch in _batches(current)]:
-            for label, found in batch.result():
-                report.shards += 1
-                if isinstance(found, int):
-                    report.bytes += found
-                else:
-                    problems.append(Problem(f"{where}, {label}", found))
+        shards = _shards(current)
+        ahead = {ref.file: pool.submit(_check, checker, ref, client) for ref, client in shards if ref.size > SMALL}
+        for ref, client in shards:
+            found = ahead[ref.file].result() if ref.size > SMALL else _check(checker, ref, client)
+            report.shards += 1
+            if isinstance(found, int):
+                report.bytes += found
+            else:
+                label = ref.file.partition(".")[0] if client is None else f"client {client}"
+                problems.append(Problem(f"{where}, {label}", found))
     if conservation:
         problems += _collect(where, lambda: check_conservation(current))
 
@@ -153,33 +159,19 @@ def check_conservation(round_: Round) -> None:
             raise LedgerFormatError(f"residual of {name}", expected=f"norm {spec.residual_norm} as recorded", got=found)
 
 
-def _batches(current: Round) -> Iterator[list[tuple[str, ShardRef, str | None]]]:
-    """(what it is, shard, client), in batches: a task per small shard would cost as much as the shard."""
+def _shards(current: Round) -> list[tuple[ShardRef, str | None]]:
+    """All shards of a round, and whose they are."""
     manifest = current.manifest
-    jobs: list[tuple[str, ShardRef, str | None]] = [("change", manifest.change, None)]
-    if manifest.residual is not None:
-        jobs.append(("residual", manifest.residual, None))
-    jobs += [(f"client {r.client}", r.shard, r.client) for r in current.clients]
-    batch: list[tuple[str, ShardRef, str | None]] = []
-    for job in jobs:
-        batch.append(job)
-        if len(batch) == BATCH or sum(ref.size for _, ref, _ in batch) > BATCH_BYTES:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    own = [manifest.change, *([] if manifest.residual is None else [manifest.residual])]
+    return [*((ref, None) for ref in own), *((record.shard, record.client) for record in current.clients)]
 
 
-def _check_batch(
-    checker: ShardChecker, batch: list[tuple[str, ShardRef, str | None]]
-) -> list[tuple[str, int | ProtokenError]]:
-    found: list[tuple[str, int | ProtokenError]] = []
-    for label, ref, client in batch:
-        try:
-            found.append((label, checker.check(ref, client)))
-        except ProtokenError as error:
-            found.append((label, error))
-    return found
+def _check(checker: ShardChecker, ref: ShardRef, client: str | None) -> int | ProtokenError:
+    """Bytes of a good shard, or what is wrong with it."""
+    try:
+        return checker.check(ref, client)
+    except ProtokenError as error:
+        return error
 
 
 def _check_continuity(ledger: Ledger, current: Round) -> None:
@@ -216,15 +208,13 @@ def _check_server(ledger: Ledger, number: int) -> None:
 
 
 def _check_key(record: m.ClientRecord, known: dict[str, str]) -> None:
-    """A client keeps one key through all rounds; a client whose key is known must have signed."""
+    """A client keeps one key through all rounds; one that signs, or whose key is known, must have signed."""
     from protoken.errors import SignatureError
     from protoken.ledger.signatures import verify_client
 
     expected = known.get(record.client)
     if record.key is None or record.signature is None:
-        if record.key != record.signature or expected is not None:
-            raise SignatureError("signature", expected=f"one by {expected}", got="none or half of one")
-        return
+        raise SignatureError("signature", expected=f"one by {expected}", got="none or half of one")
     if expected is not None and record.key != expected:
         raise SignatureError("key", expected=expected, got=record.key)
     known[record.client] = record.key
