@@ -124,6 +124,7 @@ def scorers(model: str) -> list[Scorer]:
         Scorer("paper's score, fast", objective="logit", rounds=whole),
         Scorer("update_norm", "update_norm", rounds=whole, limit=1),
         Scorer("cosine", "cosine", rounds=whole, limit=FEW),
+        Scorer("shapley, last round", "shapley", limit=FEW),
         Scorer("aumann_shapley, last round", "aumann_shapley"),
         Scorer("protoken, last round"),
         Scorer("protoken all blocks, last round", blocks=blocks, way="reverse"),

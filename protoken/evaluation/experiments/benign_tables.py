@@ -28,7 +28,7 @@ def benign_tables(cells: Sequence[Cell]) -> str:
     whole = [cell for cell in cells if _subset(cell) == "all"]
     parts = ["All answers:\n", _methods(whole), "Right answers, top-1 %:\n", _right(cells)]
     parts += ["By domain of the question, top-1 % of all answers, all models:\n", _domains(whole)]
-    parts += ["Correlation with exact Shapley values of the same answers, all rounds:\n", _agreement(whole)]
+    parts += ["Correlation with exact Shapley values of the same answers and rounds:\n", _agreement(whole)]
     parts += ["Exact values by how many clients act together, median share:\n", _orders(whole)]
     return "\n".join(parts)
 
@@ -97,7 +97,7 @@ def _agreement(cells: Sequence[Cell]) -> str:
     rows = []
     for (sizes, method), own in groups(cells, lambda c: (_sizes(c), c.method)).items():
         each = [value for cell in own for value in cell.extra.get("pearson_shapley_each", ()) if value is not None]
-        if each and method != "shapley":
+        if each and not method.startswith("shapley"):
             figures = [f"{quantile(each, q):.3f}" for q in (0.5, 0.1, 0.0)]
             rows.append([sizes, method, str(len(each)), *figures, mean((c.residual for c in own), 4)])
     return table(("clients", "method", "answers", "median", "p10", "lowest", "residual / change, median"), rows)
