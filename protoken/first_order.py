@@ -110,7 +110,7 @@ class FirstOrder:
     def _pushed(self, part: Bank, local: LocalRelevance, alone: Sequence[Sequence[str]]) -> list[Tensor]:
         """Per set of layers what one part's clients (and the change) score when only these layers are moved."""
         banks = {name: part.with_change(name) for name in self.deep}
-        chunk = min(self.chunks.clients, TANGENTS)
+        chunk = min(self.chunks.clients, TANGENTS) + 1  # the change rides along, not in a pass of its own
         found = []
         for moved in alone:
             some = {name: bank if name in moved else LayerBank.still(bank) for name, bank in banks.items()}
