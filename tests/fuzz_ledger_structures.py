@@ -30,7 +30,9 @@ from ledger_cases import NAMES, federation, forge_manifest, forge_shard, forge_t
 from protoken.errors import LedgerError, LedgerFormatError
 from protoken.ledger import ClientUpdate, Ledger, LowRank, parsing, strictjson
 from protoken.ledger.files import FileLayer
+from protoken.ledger.round_files import RoundReader, dense
 from protoken.ledger.shards import ShardRef, parse_header
+from protoken.ledger.templates import HeaderTemplate
 from protoken.ledger.verification import verify
 
 SECOND = 1.0
@@ -126,6 +128,14 @@ class Fuzzer:
         self.genesis, self.head = (json.loads((self.path / n).read_bytes()) for n in ("ledger.json", "HEAD"))
         self.shards = [(place / f"clients/{i:06d}.safetensors").read_bytes() for i in range(3)]
         self.headers = [json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]) for data in self.shards]
+        self.bodies = [data[8 : 8 + int.from_bytes(data[:8], "little")] for data in self.shards[:2]]
+        indices = [
+            parse_header(body, ShardRef("x", len(data), "0" * 64))
+            for body, data in zip(self.bodies, self.shards[:2], strict=True)
+        ]
+        made = [HeaderTemplate.of(index, body) for index, body in zip(indices, self.bodies, strict=True)]
+        self.kinds = [kind for kind in made if kind is not None]
+        assert len(self.kinds) == 2
         self.files = {file.relative_to(self.path): file.read_bytes() for file in self.path.rglob("*") if file.is_file()}
 
     def case(self, chance: random.Random) -> bool:
@@ -137,6 +147,7 @@ class Fuzzer:
         kinds: list[Callable[[random.Random], bool]] = [
             self.any_manifest,
             self.any_header,
+            self.any_kind,
             self.any_small,
             self.any_json,
         ]
@@ -181,6 +192,38 @@ class Fuzzer:
         ends = [8 + len(body), *(end for _, end in covered)]
         assert [begin for begin, _ in covered] == ends[:-1]
         assert ends[-1] == size
+        return True
+
+    def any_kind(self, chance: random.Random) -> bool:
+        """A header taken for one of a kind met before is one that the parser takes, and finds the same in."""
+        kind = self.kinds[chance.randrange(len(self.kinds))]
+        header = json.loads(self.bodies[chance.randrange(len(self.bodies))])
+        inner = json.loads(header["__metadata__"]["protoken"])
+        inner["client"] = client = chance.choice(["alice", "bob", "x" * chance.randint(1, 128)])
+        inner["bound"] = {name: chance.random() * 10 ** chance.randint(-30, 30) for name in inner["bound"]}
+        if chance.randrange(2):
+            inner, client = mutate(inner, chance), chance.choice(["alice", client])
+        header["__metadata__"]["protoken"] = json.dumps(inner, sort_keys=True, separators=(",", ":"))
+        if chance.randrange(4) == 0:
+            header = mutate(header, chance)
+        body = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+        body += b" " * (-len(body) % 8)
+        if chance.randrange(4) == 0:
+            body = scramble(body, chance)
+        hashes = kind.match(body, client)
+        if hashes is None:
+            return False
+        start = 8 + len(body)
+        index = parse_header(body, ShardRef("x", start + kind.size, "0" * 64))
+        own = {name: kind.entry(name, start, hashes) for name in kind.parts}
+        assert index.entries == own
+        assert index.info == {
+            **kind.index.info,
+            "client": client,
+            "bound": index.info["bound"],
+            "sha256": index.info["sha256"],
+        }
+        assert set(index.info) == set(kind.index.info)
         return True
 
     def any_small(self, chance: random.Random) -> bool:
@@ -258,6 +301,10 @@ def read_everything(path: Path) -> None:
     """Every public reading function on every round; stops at the first typed error."""
     ledger = Ledger.open(path)
     for current in ledger.select("all"):
+        with RoundReader(current) as reader:
+            for record in current.usable:
+                for stored in reader.stored(record.client, list(current.parameters)):
+                    assert bool(torch.isfinite(dense(stored)).all())
         for name, spec in current.parameters.items():
             assert bool(torch.isfinite(current.change(name)).all())
             assert bool(torch.isfinite(current.residual(name)).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from protoken.errors import (
 from protoken.ledger import ClientUpdate, Ledger, LowRank, Round, round_files, shard_check
 from protoken.ledger.round_files import RoundReader, dense
 from protoken.ledger.shards import parse_header, read_index
+from protoken.ledger.small_factors import FactorPlan
 from protoken.ledger.templates import HeaderTemplate
 from protoken.ledger.transfer import prune
 from protoken.ledger.verification import verify
@@ -271,6 +273,120 @@ def test_numbers_that_are_not_finite_and_other_bytes_are_found_in_a_known_kind(t
             reader.stored("c10000", ["v.bias", "w.weight"])
     with RoundReader(Ledger.open(path, check=False).round(1)) as reader:
         reader.stored("c10000", ["v.bias", "w.weight"])
+
+
+def adapters(path: Path, *values: LowRank) -> Round:
+    """One round in which each client gives one of these for both its matrices."""
+    ledger = small_ledger(path, 0)
+    base = {"v": torch.zeros(values[0].shape), "w": torch.zeros(values[0].shape)}
+    given = [ClientUpdate(f"c{k}", 1 / len(values), delta=dict.fromkeys(base, v)) for k, v in enumerate(values)]
+    ledger.commit_round(base, base, given, keep_residual="never")
+    return reopen(path).round(1)
+
+
+def drawn_factors(dtype: torch.dtype = torch.float32, size: float = 1.0, scale: float = 0.5, rank: int = 2) -> LowRank:
+    return LowRank((torch.randn(rank, 6) * size).to(dtype), torch.randn(4, rank).to(dtype), scale)
+
+
+UNUSUAL = {
+    "usual": drawn_factors(),
+    "bf16": drawn_factors(torch.bfloat16),
+    "large": drawn_factors(size=1e20),
+    "large scale": drawn_factors(scale=1e20),
+    "nothing": drawn_factors(rank=0),
+}
+
+
+@pytest.mark.parametrize("parameters", [["v", "w"], ["w"], ["w", "v"]])
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_factors_taken_together_are_those_taken_one_by_one(
+    tmp_path: Path, case: str, parameters: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    take = FactorPlan.take
+    monkeypatch.setattr(FactorPlan, "take", lambda *given: taken.append(take(*given)) or taken[-1])
+    read = adapters(tmp_path / "ledger", UNUSUAL[case], UNUSUAL[case], UNUSUAL[case])
+    with RoundReader(read) as reader:
+        for client in ("c0", "c1", "c2"):
+            found = reader.stored(client, parameters)
+            assert all(same(flat(f), plainly(read, client, n)) for n, f in zip(parameters, found, strict=True))
+        assert reader.stored("c0", []) == []
+    together = sum(found is not None for found in taken)
+    # The first client's header is parsed, the second's layouts are looked up, from the third on all is known.
+    assert together == (1 if case == "usual" else 0)
+    assert len(taken) == (0 if case in ("bf16", "nothing") else 1)
+
+
+def test_factors_far_apart_in_a_shard_are_read_one_by_one(tmp_path: Path) -> None:
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    base = {"a": torch.zeros(4, 6), "m": torch.zeros(20, 20), "z": torch.zeros(4, 6)}
+    delta = {"a": drawn_factors(), "m": torch.ones(20, 20), "z": drawn_factors()}
+    read = ledger.commit_round(base, base, [ClientUpdate(f"c{k}", 0.5, delta=delta) for k in range(2)])
+    with RoundReader(read) as reader:
+        for client in ("c0", "c1"):
+            found = reader.stored(client, ["a", "z"])
+            assert all(same(flat(f), plainly(read, client, n)) for n, f in zip("az", found, strict=True))
+            own = [f.a.untyped_storage().nbytes() for f in found if isinstance(f, LowRank)]
+            assert own == [48, 48]
+
+
+def test_bad_factors_among_good_ones_are_typed_errors(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    adapters(path, *[drawn_factors() for _ in range(5)])
+    forge_tensor(path, "w::a", lambda data: b"\x00\x00\xc0\x7f" + data[4:], 2)
+    forge_tensor(path, "v::scale", lambda data: b"\xff" * 8, 3)
+    for index in (2, 3):
+        forge_shard(path, canonical(lambda header, info: None), index)
+    place = path / "rounds/00000001/clients/000004.safetensors"
+    data = place.read_bytes()
+    place.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with RoundReader(reopen(path).round(1)) as reader:
+        for client in ("c0", "c1"):
+            reader.stored(client, ["v", "w"])
+        for client, message in (("c2", "numbers in w"), ("c3", "numbers in v"), ("c4", "'w::b' with hash")):
+            with pytest.raises(LedgerFormatError, match=message):
+                reader.stored(client, ["v", "w"])
+    with RoundReader(Ledger.open(path, check=False).round(1)) as reader:
+        for client in ("c0", "c1", "c4"):
+            reader.stored(client, ["v", "w"])
+
+
+def test_factors_that_lie_unaligned_are_read_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    adapters(path, *[drawn_factors() for _ in range(3)])
+    read = adapters(tmp_path / "other", *[drawn_factors() for _ in range(3)])
+    ref = read.clients[1].shard
+    with RoundReader(read) as reader:
+        index = read_index(reader.files, round_files.ShardRef(reader.name(ref), ref.size, ref.sha256))
+        data = (tmp_path / "other/rounds/00000001" / ref.file).read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        kind = HeaderTemplate.of(index, data[8:start])
+        assert kind is not None
+        reader.stored("c0", ["v"])
+        kind.layouts["v"] = ("lora", ("::a", "::b", "::scale"))
+        plan = FactorPlan.of(kind, ["v"])
+        assert plan is not None
+        hashes = kind.match(data[8:start], "c1")
+        (found,) = plan.take(memoryview(bytearray(data)), start, hashes) or []
+        assert same(flat(found), plainly(read, "c1", "v"))
+        assert plan.take(memoryview(bytearray(b"x" + data)), start + 1, hashes) is None
+
+
+@pytest.mark.parametrize("row", [0, 5])
+def test_scales_that_overflow_with_their_values_are_a_typed_error(tmp_path: Path, row: int) -> None:
+    """Finite each for itself; a scale of zeros may be as large as it likes."""
+    ledger = small_ledger(tmp_path / "ledger", 0)
+    base = {"w": torch.zeros(6, 8)}
+    delta = {"w": torch.cat([torch.randn(5, 8), torch.zeros(1, 8)])}
+    ledger.commit_round(base, base, [ClientUpdate("a", 1.0, delta=delta)], codec="int8")
+    huge = struct.pack("<f", 3e38)
+    forge_tensor(Path(ledger.path), "w::scale", lambda data: data[: 4 * row] + huge + data[4 * row + 4 :])
+    with RoundReader(reopen(Path(ledger.path)).round(1)) as reader:
+        if row == 5:
+            assert bool(torch.isfinite(dense(reader.stored("a", ["w"])[0])).all())
+        else:
+            with pytest.raises(LedgerFormatError, match="finite numbers in w"):
+                reader.stored("a", ["w"])
 
 
 def test_a_reader_raises_what_the_round_raises(tmp_path: Path) -> None:

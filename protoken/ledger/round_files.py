@@ -21,13 +21,16 @@ from protoken.errors import LedgerError, LedgerFormatError
 from protoken.ledger import codecs
 from protoken.ledger.rounds import Round, check_binding, check_layout, folder
 from protoken.ledger.shards import HEADER_LIMIT, Entry, ShardIndex, ShardRef, check_hash, parse_header, read_entry
+from protoken.ledger.small_factors import FactorPlan
 from protoken.ledger.templates import HeaderTemplate
-from protoken.ledger.tensors import DTYPES, ITEM_SIZES, LowRank
+from protoken.ledger.tensors import DTYPES, ITEM_SIZES, LARGEST, LowRank
 
 # Shards up to this size are read in one piece, whatever is wanted of them.
 SMALL = 64 << 10
 # Kinds of headers remembered per round; a round with more is read as well, only slower.
 KINDS = 64
+# Of int8 and fp8.
+_LARGEST_VALUE = 448.0
 
 Stored = Tensor | tuple[Tensor, Tensor] | LowRank
 """One update as it lies in its shard: dense, (values, scale per row), or factors."""
@@ -122,8 +125,8 @@ class RoundReader(RoundFiles):
     def stored(self, client: str, parameters: Sequence[str]) -> list[Stored]:
         """The updates of some parameters, as they lie in the client's shard.
 
-        Checked as by Round.factors, Round.quantised and Round.delta, with their errors: header, binding, and of what
-        is asked for layout, hash (unless the ledger was opened without) and finiteness.
+        Checked as by Round.factors and Round.delta, with their errors: header, binding, and of what is asked for
+        layout, hash (unless the ledger was opened without), and that the numbers and their products are finite.
         """
         ref = self.round.usable_shard(client)
         handle = self.open(ref)
@@ -133,18 +136,37 @@ class RoundReader(RoundFiles):
             if len(data) < start:
                 data = self.read(handle, ref, 0, start)
             self.check_header(data[:start], ref)
-            kind = self._kind_of(bytes(data[8:start]), ref, client)
-            open_shard = _Open(self, handle, ref, data, kind)
-            return [self._value(open_shard, parameter) for parameter in parameters]
+            body = bytes(data[8:start])
+            for template in self.kinds(ref, start):
+                hashes = template.match(body, client)
+                if hashes is not None:
+                    found = self._together(template, hashes, data, start, parameters) if len(data) == ref.size else None
+                    if found is not None:
+                        return found
+                    entry = partial(template.entry, start=start, hashes=hashes)
+                    kind = _Kind(template.index, template.layouts, entry)
+                    break
+            else:
+                kind = self._parsed(body, ref, client)
+            shard = _Open(self, handle, ref, data, kind)
+            return [self._value(shard, parameter) for parameter in parameters]
         finally:
             os.close(handle)
 
-    def _kind_of(self, body: bytes, ref: ShardRef, client: str) -> _Kind:
-        start = 8 + len(body)
-        for template in self.kinds(ref, start):
-            hashes = template.match(body, client)
-            if hashes is not None:
-                return _Kind(template.index, template.layouts, partial(template.entry, start=start, hashes=hashes))
+    def _together(
+        self, template: HeaderTemplate, hashes: list[str], data: memoryview, start: int, parameters: Sequence[str]
+    ) -> list[Stored] | None:
+        """All at once, if they are usual factors of a kind that was read before."""
+        key = tuple(parameters)
+        if key not in template.plans:
+            if not all(parameter in template.layouts for parameter in key):
+                return None
+            template.plans[key] = FactorPlan.of(template, key)
+        plan = template.plans[key]
+        found = None if plan is None else plan.take(data, start, hashes if self.round.cache.check else None)
+        return None if found is None else list(found)
+
+    def _parsed(self, body: bytes, ref: ShardRef, client: str) -> _Kind:
         index = parse_header(body, replace(ref, file=self.name(ref)))
         check_binding(index, self.round.manifest, self.round.base_hash, client)
         self.learn(index, body, client)
@@ -165,7 +187,12 @@ class RoundReader(RoundFiles):
             return factors
         parts = [shard.tensor(parameter + suffix) for suffix in suffixes]
         self.round.require_finite(parameter, *parts)
-        return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+        if len(parts) == 1:
+            return parts[0]
+        values, scale = parts
+        if not float(scale.abs().sum()) * _LARGEST_VALUE <= LARGEST:
+            self.round.require_finite(parameter, codecs.scaled(values, scale))
+        return values, scale
 
 
 @dataclass(frozen=True)

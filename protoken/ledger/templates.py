@@ -11,10 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from protoken.errors import LedgerFormatError
 from protoken.ledger import strictjson
 from protoken.ledger.shards import HEADER_LIMIT, Entry, ShardIndex
+
+if TYPE_CHECKING:
+    from protoken.ledger.small_factors import FactorPlan
 
 # Neither can stand in a run, a client, a parameter or a hash.
 _MARK, _BOUND_MARK = "#", "%"
@@ -47,6 +51,7 @@ class HeaderTemplate:
         pieces: what stands between errors and client, client and first hash, one hash and the next, and after the last.
         offsets: where each hash begins, from the end of the client's name.
         layouts: parameter -> (layout, suffixes of its parts), of those asked for so far.
+        plans: how sets of parameters are taken out together, of those asked for so far.
     """
 
     index: ShardIndex
@@ -57,6 +62,7 @@ class HeaderTemplate:
     pieces: tuple[str, ...]
     offsets: tuple[int, ...]
     layouts: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict, compare=False)
+    plans: dict[tuple[str, ...], FactorPlan | None] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def of(index: ShardIndex, body: bytes) -> HeaderTemplate | None:

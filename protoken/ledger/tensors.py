@@ -27,7 +27,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_SIZES = {name: torch.empty((), dtype=dtype).element_size() for name, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST = float(torch.finfo(torch.float32).max)
-_USUAL = 1e12
+# Far below LARGEST: sums of squares and scales up to this need no second look.
+USUAL = 1e12
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class LowRank:
         The product is bounded by |(B A)_oi| <= ||b_o|| ||a_i|| (Cauchy-Schwarz), which its partial sums keep to as
         well: nothing is multiplied out.
         """
-        if abs(self.scale) <= _USUAL and _squares(self.a) * _squares(self.b) <= _USUAL:
+        if abs(self.scale) <= USUAL and _squares(self.a) * _squares(self.b) <= USUAL:
             return True
         if not (is_finite(self.a) and is_finite(self.b) and abs(self.scale) <= LARGEST):
             return False
@@ -116,7 +117,7 @@ def _squares(tensor: Tensor) -> float:
     """Sum of squares in fp32: a quick look at usual factors. NaN for other dtypes; NaN or infinite where a number is.
 
     ||b|| ||a|| bounds every element of b @ a. Where squares vanish in fp32 a term is below 1e-3, and rounding is far
-    below the distance between _USUAL and the largest fp32 number.
+    below the distance between USUAL and the largest fp32 number.
     """
     if tensor.dtype != torch.float32:
         return math.nan
