@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +129,15 @@ def test_memory_does_not_grow_with_the_rounds(tmp_path: Path, monkeypatch: pytes
     assert 0 < once.records <= 16
     assert thrice.records <= once.records
     assert 0 < thrice.bytes <= once.bytes
+
+
+def test_the_bench_of_scale_reports_what_it_wrote(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "bench/bench_ledger_scale.py"
+    command = [sys.executable, str(script), "--clients", "3", "--rounds", "2", "--folder", str(tmp_path)]
+    for _ in range(2):  # writes, then reads what lies there
+        done = subprocess.run([*command, "--json", str(tmp_path / "found.json")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads((tmp_path / "found.json").read_text("utf-8"))
+        assert (found["clients"], found["rounds"], found["shards"]) == (3, 2, 8)
+        assert found["bytes"] == sum(file.stat().st_size for file in (tmp_path / "ledger").rglob("*.safetensors"))
+        assert all(found[step]["seconds"] >= 0 for step in ("open", "list", "trace last", "trace all", "verify"))
