@@ -88,6 +88,22 @@ def test_riding_tangents_equal_torch_func(federation: TinyFederation, monkeypatc
     close(torch.tensor(riding.token_scores), torch.tensor(whole.token_scores), torch.float32)
 
 
+def test_one_pass_pushes_all_clients_and_the_change(
+    federation: TinyFederation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, sizes = forward_mode._pushed, []
+
+    def counting(*args: Any) -> Any:
+        reached = own(*args)
+        sizes.append(reached.h[0].tangent.shape[0])
+        return reached
+
+    monkeypatch.setattr(forward_mode, "_pushed", counting)
+    trace = traced(federation, PROMPTS[0])
+    rides = federation.path.name.removesuffix("-ledger") not in IN_PLACE
+    assert sizes == ([len(trace.client_ids) + 1] if rides else [])
+
+
 def test_chunks_of_clients_change_nothing(federation: TinyFederation, monkeypatch: pytest.MonkeyPatch) -> None:
     together = traced(federation, PROMPTS[0])
     monkeypatch.setattr(forward_mode, "_AT_ONCE", 1)
