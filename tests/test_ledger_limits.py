@@ -95,7 +95,8 @@ def test_factors_that_fit_are_never_called_infinite() -> None:
         value = LowRank(torch.full((3, 4), a), torch.full((5, 3), b), scale)
         assert value.finite()
         assert bool(torch.isfinite(value.dense()).all())
-    assert LowRank(torch.zeros(0, 4), torch.zeros(5, 0)).finite()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert LowRank(torch.zeros(0, 4, dtype=dtype), torch.zeros(5, 0, dtype=dtype)).finite()
     assert LowRank(torch.zeros(2, 0), torch.zeros(5, 2)).finite()
 
 
