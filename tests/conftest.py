@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of the ops."""
+"""Fixtures shared by the tests."""
 
 from __future__ import annotations
 
@@ -30,3 +30,12 @@ def instruction_sets() -> Iterator[list[str]]:
     before = _C.instruction_set()
     yield _C.instruction_sets()
     _C.use_instruction_set(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small lose more than they gain by a second thread, much more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from character_tokenizer import character_tokenizer
 from rich.console import Console
 from tiny_models import tiny_model
@@ -24,6 +22,8 @@ from protoken.evaluation.federation import FederationConfig
 from protoken.evaluation.training import LocalSettings
 from protoken.results import Trace
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLIENTS = [f"client-{i}" for i in range(6)]
 SMALL = DemoSettings(
     rows=3,
@@ -36,15 +36,6 @@ SMALL = DemoSettings(
     max_new_tokens=6,
     repeats=2,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more than they gain by a second thread, much more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from pocket_zoo import pocket_bench
 
 from protoken.architectures import architecture_of
@@ -19,15 +18,9 @@ from protoken.evaluation.experiments.ablation_variants import GRADIENT, variants
 from protoken.evaluation.runs import Outcome, RunFolder, Unit
 from protoken.evaluation.workbench import Workbench
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLES = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

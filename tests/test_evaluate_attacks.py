@@ -39,13 +39,7 @@ from protoken.evaluation.training import LocalSettings, encode_rows
 from protoken.evaluation.workbench import Workbench
 from protoken.methods.aumann_shapley import gauss_legendre
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- moves -----------------------------------------------------------------------------------------------------

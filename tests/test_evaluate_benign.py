@@ -23,15 +23,9 @@ from protoken.methods.game import Game
 from protoken.methods.shapley import shapley_by_order
 from protoken.methods.weights import read_updates
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLES = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-import torch
 from character_tokenizer import character_tokenizer
 from tiny_federation import CLIENTS, TinyFederation, tiny_federation
 
 import protoken
 from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.scoring import Scorer, answer, forced, score, up_to
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTIONS = ["2 + 2?", "What is the square of 12?", "a", "Name a colour, please."]
 SCORERS = [
@@ -22,14 +21,6 @@ SCORERS = [
     Scorer("paper", "paper", limit=2),
     Scorer("update_norm", "update_norm"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,18 +29,11 @@ from protoken.evaluation.training import (
 )
 from protoken.ledger import Ledger
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = tuple(CONFIGS)
 SETTINGS = LocalSettings(epochs=1, batch_size=3, learning_rate=5e-3, warmup_steps=2)
 TINY = FederationConfig(rounds=2, local=SETTINGS, blocks=2, max_tokens=100, seed=7)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more than they gain by a second thread, much more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(count: int, domain: str = "math") -> list[ChatRow]:
