@@ -38,6 +38,9 @@ from .quantised import is_quantised
 from .relevance import Objective, Response, local_relevance, objective_values
 from .sites import visited
 
+# Autograd's names of what takes numbers out of a tensor and leaves them as they are.
+_PICKING = frozenset(("SelectBackward0", "SliceBackward0", "CloneBackward0", "AliasBackward0"))
+
 
 @dataclass
 class _Pass:
@@ -230,27 +233,37 @@ class LeafTap:
     def _pulled_back(self, seen: _Pass, token: Tensor) -> TokenRelevance:
         assert seen.logits is not None
         ys = [seen.y[name] for name in self.layers]
-        with torch.enable_grad():
-            value = objective_values(seen.logits, token, self.objective)
         if seen.head_output is None:
+            with torch.enable_grad():
+                value = objective_values(seen.logits, token, self.objective)
             grads = torch.autograd.grad(value, ys)
         else:
             assert seen.head_input is not None
-            (slope,) = torch.autograd.grad(value, seen.head_output)
-            upstream = self._through_head(slope.reshape(-1), token)
+            value, upstream = self._through_head(seen.logits, seen.head_output, token)
             grads = torch.autograd.grad(
                 seen.head_input, ys, upstream.to(seen.head_input.dtype).reshape(seen.head_input.shape)
             )
         found = {name: grad.reshape(1, -1) for name, grad in zip(self.layers, grads, strict=True)}
         return TokenRelevance(seen.x, found, value.detach(), seen.routes)
 
-    def _through_head(self, slope: Tensor, token: Tensor) -> Tensor:
-        """d f / d h [d] = v W from v = d f / d z [V]."""
+    def _through_head(self, logits: Tensor, z: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """f [1] and d f / d h [d] = v W from v = d f / d z [V], with z what the head returned."""
         weight: Tensor = self.architecture.head.weight.detach()  # type: ignore[operator]
-        slope = slope.to(weight.dtype)
+        if _is_last_row(logits, z):
+            # Nothing follows the head: v is known, and autograd would go over the vocabulary several times for it.
+            logits = logits.detach()
+            value = objective_values(logits, token, self.objective)
+            if self.objective == "logit":
+                return value, weight[token[0]]
+            slope = logits.to(value.dtype).softmax(-1)[0].neg_()
+            slope[token] += 1
+            return value, slope.to(weight.dtype) @ weight
+        with torch.enable_grad():
+            value = objective_values(logits, token, self.objective)
+        slope = torch.autograd.grad(value, z)[0].reshape(-1).to(weight.dtype)
         if self.objective == "logit" and int(slope.count_nonzero()) <= 1:
-            return slope[token] * weight[token[0]]
-        return slope @ weight
+            return value, slope[token] * weight[token[0]]
+        return value, slope @ weight
 
     def _replayed(self, seen: _Pass, ids: Tensor) -> TokenRelevance:
         response = Response(ids, ids.shape[1] - 1)
@@ -265,6 +278,14 @@ class LeafTap:
     def _forget(self) -> None:
         self._thread = self.replayed = None
         self._forget_pass()
+
+
+def _is_last_row(logits: Tensor, z: Tensor) -> bool:
+    """Whether logits [1, V] are z [1, 1, V] as it is: between them the graph only copies and picks the position."""
+    node = logits.grad_fn
+    while node is not None and node.name() in _PICKING:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None) is z and logits.shape[-1] == z.numel()
 
 
 def _last_row(hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStrea
 from transformers.generation.streamers import BaseStreamer
 
 import protoken
-from protoken import errors
+from protoken import errors, leaf_tap
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -623,3 +624,21 @@ def test_error_of_generate_itself_reaches_the_consumer(llama: TinyFederation) ->
     with pytest.raises(ValueError, match="not_an_argument"):
         list(streamed(llama, not_an_argument=1, **GREEDY))
     assert fingerprint(llama.model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "untouched"), [("llama", True), ("gpt2", True), ("gemma2", False), ("cohere", False)]
+)
+def test_the_slope_is_known_only_where_nothing_follows_the_head(
+    family: str, untouched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = tiny_federation(tmp_path, family)
+    own, found = leaf_tap._is_last_row, []
+
+    def noting(logits: torch.Tensor, z: torch.Tensor) -> bool:
+        found.append(own(logits, z))
+        return found[-1]
+
+    monkeypatch.setattr(leaf_tap, "_is_last_row", noting)
+    list(protoken.stream(federation.model, PROMPT, ledger=federation.path, max_new_tokens=4, do_sample=False))
+    assert found == [untouched] * 3
