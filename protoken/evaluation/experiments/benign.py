@@ -192,7 +192,7 @@ def _cell(
     """Of the chosen answers [N], against the exact values of the same rounds."""
     there = np.flatnonzero(chosen[: len(one.scores)])
     same = {
-        s.scorer.method: s.of(ids)[there]
+        s.scorer.method: s.of(ids)[there[there < len(s.scores)]]
         for s in found
         if s.scorer.method in REFERENCES and s.scorer.rounds == one.scorer.rounds
     }
