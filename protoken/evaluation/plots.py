@@ -109,10 +109,14 @@ def _boxes(axis: Any, by_model: Mapping[str, tuple[list[float], list[float]]]) -
     axis.set_xlabel("left: poisoned clients, right: the others", fontsize=8)
 
 
-def agreement(run: RunFolder) -> Path:
-    """Per method: top-1 on the left, on the right the correlation with Shapley values, median and tenth percentile."""
+def agreement(run: RunFolder, sizes: str = "ample") -> Path:
+    """Per method: top-1 on the left, on the right the correlation with Shapley values, median and tenth percentile.
+
+    Of all answers in the federations `sizes`; in all federations, where the run has none of these.
+    """
     counted = [cell for cell in run.cells() if cell.samples and cell.top1 is not None]
-    cells = [cell for cell in counted if cell.extra.get("answers", "all") == "all"]
+    whole = [cell for cell in counted if cell.extra.get("answers", "all") == "all"]
+    cells = [cell for cell in whole if cell.extra.get("sizes") == sizes] or whole
     methods = [m for m in dict.fromkeys(c.method for c in cells) if not m.startswith("shapley")]
     made, axes = figure(9.0, 0.8 + 0.3 * max(len(methods), 3), 1, 2)
     left, right = axes[0]
@@ -141,14 +145,20 @@ def agreement(run: RunFolder) -> Path:
     return save(made, run.folder / "agreement.png")
 
 
-def confusion(run: RunFolder, methods: Sequence[str] = ("protoken", "aumann_shapley", "shapley")) -> Path:
-    """Share of each domain's answers in which each client is on top, where every domain has one client: all models."""
+def confusion(
+    run: RunFolder, methods: Sequence[str] = ("protoken", "aumann_shapley", "shapley"), sizes: str = "ample"
+) -> Path:
+    """Share of each domain's answers in which each client is on top, where every domain has one client: all models.
+
+    In the federations `sizes`; in all of them, where the run has none of these.
+    """
     made, axes = figure(4.0 * len(methods), 3.6, 1, len(methods))
     for axis, method in zip(axes[0], methods, strict=True):
         counts: dict[str, dict[str, int]] = {}
         clients: list[str] = []
         records = [r for _, outcome in run.outcomes() for r in outcome.samples if r["method"] == method]
-        for record in (r for r in records if sorted(r["clients"]) == sorted(DOMAINS)):
+        single = [r for r in records if sorted(r["clients"]) == sorted(DOMAINS)]
+        for record in [r for r in single if r.get("sizes") == sizes] or single:
             clients = list(record["clients"])
             row = counts.setdefault(clients[record["responsible"].index(True)], dict.fromkeys(clients, 0))
             for scores in record["scores"]:
