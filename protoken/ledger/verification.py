@@ -4,20 +4,22 @@ From HEAD down the chain: manifests (hash, place, content), continuity of digest
 shard (size, header, binding to run, round, base and client, layout, hash and finiteness of every tensor),
 signatures. Large shards are read by a pool of threads: hashing and pread release the interpreter lock, so this
 runs at the speed of the disk or of SHA-256. Small ones are checked by the calling thread: they are over before
-another thread could take the lock, and handing it to and fro would cost more than the check.
+another thread could take the lock, and handing it to and fro would cost more than the check. Where they come from
+the disk and not from memory, other threads ask for them ahead (read_ahead.py).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from protoken.errors import LedgerError, LedgerFormatError, ProtokenError
 from protoken.ledger import manifest as m
 from protoken.ledger.ledger import Ledger
+from protoken.ledger.read_ahead import THREADS, ReadAhead
 from protoken.ledger.rounds import Round, folder, relative
 from protoken.ledger.shard_check import ShardChecker
 from protoken.ledger.shards import ShardRef
@@ -88,7 +90,7 @@ def verify(
     report.head = ledger.head
     report.leftovers = leftovers(ledger)
     known = {client: _hex(key) for client, key in (client_keys or {}).items()}
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool, ThreadPoolExecutor(THREADS) as waiting:
         for number in reversed(ledger.rounds):
             try:
                 current = ledger.round(number)
@@ -97,7 +99,7 @@ def verify(
                 report.problems.append(Problem(f"round {number} and all before", error))
                 break
             report.rounds += 1
-            _verify_round(ledger, current, report, pool, known, conservation)
+            _verify_round(ledger, current, report, (pool, waiting), known, conservation)
             if progress is not None:
                 progress(report.rounds, len(ledger.rounds))
     report.seconds = time.perf_counter() - start
@@ -115,7 +117,7 @@ def _verify_round(
     ledger: Ledger,
     current: Round,
     report: VerifyReport,
-    pool: ThreadPoolExecutor,
+    pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
     known: dict[str, str],
     conservation: bool,
 ) -> None:
@@ -135,17 +137,12 @@ def _verify_round(
     if current.pruned:
         report.pruned += 1
         return
-    with ShardChecker(current) as checker:
-        shards = _shards(current)
-        ahead = {ref.file: pool.submit(_check, checker, ref, client) for ref, client in shards if ref.size > SMALL}
-        for ref, client in shards:
-            found = ahead[ref.file].result() if ref.size > SMALL else _check(checker, ref, client)
-            report.shards += 1
-            if isinstance(found, int):
-                report.bytes += found
-            else:
-                label = ref.file.partition(".")[0] if client is None else f"client {client}"
-                problems.append(Problem(f"{where}, {label}", found))
+    for label, found in _checked_shards(current, *pools):
+        report.shards += 1
+        if isinstance(found, int):
+            report.bytes += found
+        else:
+            problems.append(Problem(f"{where}, {label}", found))
     if conservation:
         problems += _collect(where, lambda: check_conservation(current))
 
@@ -157,6 +154,23 @@ def check_conservation(round_: Round) -> None:
         scale = max(spec.change_norm, spec.residual_norm, found)
         if relative(abs(found - spec.residual_norm), scale) > RESIDUAL_TOLERANCE:
             raise LedgerFormatError(f"residual of {name}", expected=f"norm {spec.residual_norm} as recorded", got=found)
+
+
+def _checked_shards(
+    current: Round, pool: ThreadPoolExecutor, waiting: ThreadPoolExecutor
+) -> Iterator[tuple[str, int | ProtokenError]]:
+    """Whose shard, and its bytes or what is wrong with it. ``pool`` checks large ones, ``waiting`` goes ahead."""
+    shards = _shards(current)
+    small = [ref for ref, _ in shards if ref.size <= SMALL]
+    with ShardChecker(current) as checker, ReadAhead(checker.open, small, waiting) as ahead:
+        large = {ref.file: pool.submit(_check, checker, ref, client) for ref, client in shards if ref.size > SMALL}
+        seen = 0
+        for ref, client in shards:
+            if ref.size <= SMALL:
+                ahead.reached(seen)
+                seen += 1
+            found = large[ref.file].result() if ref.size > SMALL else _check(checker, ref, client)
+            yield ref.file.partition(".")[0] if client is None else f"client {client}", found
 
 
 def _shards(current: Round) -> list[tuple[ShardRef, str | None]]:
