@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from ..architectures import architecture_of
@@ -65,7 +65,8 @@ def run_overhead(
     kept = _kept_rows(json_path)
     common = {"model": model or "SmolLM2-135M-Instruct", "device": where.type}
     rows: list[dict[str, Any]] = []
-    with Progress(console=console, transient=True) as progress:
+    # Drawn between two timings only: a thread of its own would take its turns from those that are timed.
+    with Progress(console=console, transient=True, auto_refresh=False) as progress:
         bar = progress.add_task("overhead", total=len(clients) * len(prompt_tokens) * len(new_tokens) * len(timed))
         for count in clients:
             with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +75,7 @@ def run_overhead(
                 try:
                     for prompt, new in [(p, n) for p in prompt_tokens for n in new_tokens]:
                         setting = {**common, "prompt_tokens": prompt, "new_tokens": new, "clients": count}
-                        rows += _time_one(loaded, timed, setting, repeats, oracle, lambda: progress.advance(bar))
+                        rows += _time_one(loaded, timed, setting, repeats, oracle, lambda: _advanced(progress, bar))
                 finally:
                     detach(loaded)
     console.print(_table(rows))
@@ -84,6 +85,11 @@ def run_overhead(
         record = {"rows": kept + rows, "versions": versions(), "machine": machine()}
         json_path.write_text(json.dumps(record, indent=2) + "\n")
     return rows
+
+
+def _advanced(progress: Progress, bar: TaskID) -> None:
+    progress.advance(bar)
+    progress.refresh()
 
 
 def _kept_rows(path: Path | None) -> list[dict[str, Any]]:
