@@ -194,6 +194,21 @@ def test_page_without_script_still_tells_every_score() -> None:
         assert figure in table
 
 
+@pytest.mark.parametrize(
+    ("values", "said", "unsaid"),
+    [
+        ([2.0, 1.0], ("Most came from", ", then"), "No client"),
+        ([2.0, -1.0], ("Most came from", "no other client raised it as a whole"), ", then"),
+        ([-1.0, -2.0], ("No client raised this answer as a whole", ", then"), "Most came from"),
+    ],
+)
+def test_page_says_first_who_raised_the_answer(values: list[float], said: tuple[str, ...], unsaid: str) -> None:
+    page = make(["a"], [values], clients=("x", "y")).to_html()
+    summary = page[page.index('<p class="lede">') :].partition("</p>")[0]
+    assert all(words in summary for words in said)
+    assert unsaid not in summary
+
+
 def test_page_is_written_as_utf8(tmp_path: Path) -> None:
     trace = make(["é🙂"])
     source = trace.to_html(tmp_path / "trace.html")
