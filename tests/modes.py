@@ -37,6 +37,8 @@ def draft_of(model: PreTrainedModel) -> PreTrainedModel:
     blocks = draft.get_decoder().layers
     del blocks[max(1, len(blocks) // 2) :]
     draft.config.num_hidden_layers = len(blocks)
+    if getattr(draft.config, "layer_types", None):  # a cache has a layer for each
+        draft.config.layer_types = draft.config.layer_types[: len(blocks)]
     return draft
 
 
