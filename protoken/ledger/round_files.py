@@ -88,6 +88,15 @@ class RoundFiles:
         self.files.read_into(handle, data, begin, self.name(ref))
         return data
 
+    def beginning(self, handle: int, ref: ShardRef, one_piece: int) -> tuple[memoryview, int]:
+        """The shard's bytes and where its checked header ends; of one larger than ``one_piece`` the header alone."""
+        data = self.read(handle, ref, 0, ref.size if ref.size <= one_piece else 8)
+        start = 8 + self.header_length(data, ref)
+        if len(data) < start:
+            data = self.read(handle, ref, 0, start)
+        self.check_header(data[:start], ref)
+        return data, start
+
     def header_length(self, prefix: memoryview, ref: ShardRef) -> int:
         """Length of the header, from the shard's first 8 bytes. LedgerFormatError when it leaves the file."""
         length = int.from_bytes(prefix[:8], "little")
@@ -131,11 +140,7 @@ class RoundReader(RoundFiles):
         ref = self.round.usable_shard(client)
         handle = self.open(ref)
         try:
-            data = self.read(handle, ref, 0, ref.size if ref.size <= SMALL else 8)
-            start = 8 + self.header_length(data, ref)
-            if len(data) < start:
-                data = self.read(handle, ref, 0, start)
-            self.check_header(data[:start], ref)
+            data, start = self.beginning(handle, ref, SMALL)
             body = bytes(data[8:start])
             for template in self.kinds(ref, start):
                 hashes = template.match(body, client)

@@ -45,11 +45,7 @@ class ShardChecker(RoundFiles):
         """Bytes of the shard. LedgerFormatError, LedgerError when anything is not as it was committed."""
         handle = self.open(ref)
         try:
-            data = self.read(handle, ref, 0, ref.size if ref.size <= ONE_PIECE else 8)
-            start = 8 + self.header_length(data, ref)
-            if len(data) < start:
-                data = self.read(handle, ref, 0, start)
-            self.check_header(data[:start], ref)
+            data, start = self.beginning(handle, ref, ONE_PIECE)
             body = bytes(data[8:start])
             if client is None or not self._is_known(body, data, ref, client):
                 self._check_parsed(handle, body, data, ref, client)
