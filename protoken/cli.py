@@ -55,7 +55,7 @@ def trace(
     blocks: Annotated[
         int | None, typer.Option(help="Trace this many of the last blocks; the method's own choice if left out.")
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="log_prob or logit.")] = None,
+    objective: Annotated[str | None, typer.Option(help="log_prob, log_odds or logit.")] = None,
     method: Annotated[
         str, typer.Option(help="protoken, paper, aumann_shapley, shapley, ... (docs/methods.md).")
     ] = "protoken",

@@ -30,6 +30,7 @@ from .patching import evaluation_mode
 from .relevance import Response
 from .results import Trace
 from .results_checks import Array
+from .results_parts import UNITS
 from .text import as_row, tokens_of
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def counterfactual(
         tokens=tuple(token.text for token in trace.token_list),
         before=before,
         after=after,
-        unit="nats" if trace.info.objective == "log_prob" else "logit units",
+        unit=UNITS[trace.info.objective],
         reaggregate=reaggregate,
         rounds=rounds,
         response=answered[0],

@@ -255,6 +255,8 @@ class LeafTap:
             value = objective_values(logits, token, self.objective)
             if self.objective == "logit":
                 return value, weight[token[0]]
+            if self.objective == "log_odds":
+                logits = logits.scatter(-1, token[:, None], -torch.inf)
             slope = logits.to(value.dtype).softmax(-1)[0].neg_()
             slope[token] += 1
             return value, slope.to(weight.dtype) @ weight

@@ -26,7 +26,7 @@ from .layers import layer_of
 from .quantised import is_quantised
 from .replay import Replayed, Tap, replay
 
-Objective = Literal["log_prob", "logit"]
+Objective = Literal["log_prob", "log_odds", "logit"]
 
 # A replay that differs by more than this from what generation computed is another computation, not rounding. Most
 # families compute rotary angles and norms in fp32 whatever their weights are.
@@ -83,10 +83,19 @@ class ReverseRelevance:
 
 
 def objective_values(logits: Tensor, tokens: Tensor, objective: Objective) -> Tensor:
-    """f_t for logits [T, V] and tokens [T]: the token's log-probability in nats, or its raw logit; fp32 or fp64 [T]."""
+    """f_t for logits [T, V] and tokens [T], fp32 or fp64 [T].
+
+        log_prob    log p_t = z_y - logsumexp_v z_v, in nats
+        log_odds    log p_t / (1 - p_t) = z_y - logsumexp_{v != y} z_v, in nats; its gradient is that of log p_t over
+                    1 - p_t, which does not fade for tokens that are nearly certain. 1 - p_t itself is never formed
+        logit       z_y
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.gather(-1, tokens[:, None])[:, 0]
-    return chosen if objective == "logit" else chosen - logits.logsumexp(-1)
+    if objective == "logit":
+        return chosen
+    rivals = logits if objective == "log_prob" else logits.scatter(-1, tokens[:, None], -torch.inf)
+    return chosen - rivals.logsumexp(-1)
 
 
 def local_relevance(

@@ -54,7 +54,7 @@ class Trace:
     weights           [K] aggregation weights
     token_scores      [T, K], or None when only sequence totals were computed (then token_residual too)
     totals            [K] = token_scores summed over tokens
-    objective_values  [T] log-probability or logit of each generated token under the model
+    objective_values  [T] log-probability, log-odds or logit of each generated token under the model
     token_residual    [T] what no client accounts for, per token
     residual, change  sum(totals) + residual == change
     layer_totals      [L, K] totals by layer of info.layers, or None

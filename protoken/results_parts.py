@@ -10,8 +10,8 @@ from typing import Any, Literal
 from protoken.errors import ArgumentError
 from protoken.results_checks import finite, plain, utf8
 
-Objective = Literal["log_prob", "logit"]
-UNITS: dict[str, str] = {"log_prob": "nats", "logit": "logit units"}
+Objective = Literal["log_prob", "log_odds", "logit"]
+UNITS: dict[str, str] = {"log_prob": "nats", "log_odds": "nats of log-odds", "logit": "logit units"}
 
 WITHOUT_CONSERVATION: dict[str, str | None] = {
     "paper": None,
@@ -48,7 +48,7 @@ class TraceInfo:
     way                 "local", "reverse", "forward" or the oracle's own name
     granularity         "sequence", "token", "layer" (token and layer) or "position"
     reason              why this way was taken
-    objective           "log_prob" (scores in nats) or "logit" (scores in logit units)
+    objective           "log_prob" (scores in nats), "log_odds" (in nats of log-odds) or "logit" (in logit units)
     layers, rounds      traced module names; ledger rounds, 1-based
     backend             which implementation did the projection
     seconds_generate    wall seconds of plain generation

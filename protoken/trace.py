@@ -78,7 +78,8 @@ def trace(
                         and response the client's update acted; needs layers that other positions can see (blocks=2)
 
             "auto" is "sequence" if way="reverse" was asked for, else "token". Finer ones bring the coarser ones.
-        objective: "log_prob" (default) or "logit" (the paper's, and the default of method "paper").
+        objective: "log_prob" (default), "log_odds" (log p / (1 - p): tokens that are nearly certain count as well; see
+            docs/methods.md) or "logit" (the paper's, and the default of method "paper").
         method: "protoken" (first order at G); "paper" (the published algorithm as it stands, slow, for comparison);
             "aumann_shapley", "shapley", "paired_shapley", "leave_one_out" (beyond first order: the response is replayed
             at other weights), or a baseline: "chance", "aggregation_weight", "update_norm", "cosine",

@@ -42,7 +42,7 @@ def run(federation: TinyFederation, **arguments) -> protoken.Trace:
     return protoken.trace(federation.model, PROMPTS[0], **arguments)
 
 
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 @pytest.mark.parametrize("way", WAYS)
 def test_mixtures_equal_the_oracle(mixture: TinyFederation, way: str, objective: str) -> None:
     trace = run(mixture, objective=objective, **WAYS[way])
@@ -108,7 +108,7 @@ def test_blocks_without_experts_take_their_own_last_layer() -> None:
 
 
 @pytest.mark.parametrize("way", ["forward", "reverse"])
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 def test_embeddings_and_head_equal_the_oracle(whole: TinyFederation, way: str, objective: str) -> None:
     found = architecture_of(whole.model)
     for patterns in ([found.head_name], [f"{found.embeddings_name[:-1]}?"], [found.embeddings_name, found.head_name]):

@@ -34,7 +34,7 @@ def oracle(federation: TinyFederation, trace: protoken.Trace) -> torch.Tensor:
     return scores.sum(0) * torch.tensor(WEIGHTS, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 def test_all_ways_equal_the_oracle(federation: TinyFederation, objective: str) -> None:
     arguments = {"max_new_tokens": 6, "do_sample": True, "seed": 2, "objective": objective}
     for choice in ({}, {"blocks": 3}, {"blocks": 3, "way": "reverse"}):

@@ -64,7 +64,7 @@ def test_tokens_of_a_left_padded_batch_equal_the_oracle(
     assert len(calls) == (0 if rides else len(PROMPTS))
 
 
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 def test_one_token_after_a_prompt_of_one(federation: TinyFederation, objective: str) -> None:
     trace = traced(federation, [17], max_new_tokens=1, objective=objective)
     equals_oracle(federation.model, federation.ledger, trace)

@@ -59,7 +59,7 @@ def test_every_granularity_equals_the_oracle(federation: TinyFederation, asked: 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 def test_positions_equal_the_oracle(tmp_path: Path, family: str, objective: str) -> None:
     federation = tiny_federation(tmp_path, family)
     for chosen in ({"blocks": 3}, {"layers": ["self_attn.v_proj", "attn.c_attn"][family == "gpt2" :][:1]}):

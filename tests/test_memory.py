@@ -119,7 +119,7 @@ def peak(federation: TinyFederation, new: int, **asked: Any) -> int:
 
 
 @pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 def test_estimate_holds_against_counted_bytes(federation: TinyFederation, asked: str, objective: str) -> None:
     arguments = {**ASKED[asked], "objective": objective}
     told = protoken.estimate(federation.model, PROMPT, ledger=federation.path, max_new_tokens=20, **arguments)

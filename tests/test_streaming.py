@@ -79,7 +79,7 @@ def equal(stream: protoken.Stream, trace: protoken.Trace, dtype: torch.dtype = t
 # ---- the numbers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_equals_the_local_way_and_the_oracle(federation: TinyFederation, objective: str, sampled: bool) -> None:
     arguments = {"max_new_tokens": 6, "do_sample": sampled, "seed": 4, "objective": objective}
@@ -106,7 +106,7 @@ def test_equals_the_local_way_and_the_oracle(federation: TinyFederation, objecti
     ],
     ids=lambda mode: "-".join(f"{k}={v}" for k, v in mode.items())[:30],
 )
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 def test_every_mode_that_streams_equals_the_local_way(
     tmp_path_factory: pytest.TempPathFactory, mode: dict[str, Any], objective: str
 ) -> None:
@@ -134,7 +134,7 @@ def test_one_token_and_a_stop_at_once(llama: TinyFederation) -> None:
 
 def test_double_precision(tmp_path) -> None:
     federation = tiny_federation(tmp_path, "gpt2", dtype=torch.float64)
-    for objective in ("log_prob", "logit"):
+    for objective in ("log_prob", "log_odds", "logit"):
         stream = streamed(federation, objective=objective, **GREEDY)
         list(stream)
         # transformers hands fp32 logits to its processors, not to us: these are the model's own.
@@ -186,7 +186,7 @@ def test_unmerged_adapter(llama: TinyFederation, tmp_path) -> None:
 
 
 def test_hook_of_the_users_on_the_head_is_part_of_the_objective(llama: TinyFederation) -> None:
-    for objective in ("log_prob", "logit"):
+    for objective in ("log_prob", "log_odds", "logit"):
         handle = llama.model.lm_head.register_forward_hook(lambda _m, _a, logits: torch.tanh(logits / 3) * 3)
         try:
             stream = streamed(llama, objective=objective, **GREEDY)

@@ -39,7 +39,7 @@ def oracle(federation: TinyFederation, trace: protoken.Trace) -> torch.Tensor:
     return scores * torch.tensor(WEIGHTS, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_local_way_equals_the_oracle(federation: TinyFederation, objective: str, sampled: bool, backend: str) -> None:
@@ -51,7 +51,7 @@ def test_local_way_equals_the_oracle(federation: TinyFederation, objective: str,
     close(torch.tensor(trace.layer_totals), expected.sum(1), torch.float32)
 
 
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_reverse_way_equals_the_oracle(federation: TinyFederation, objective: str, blocks: int) -> None:
     trace = run(federation, objective=objective, blocks=blocks, way="reverse", do_sample=True, seed=5)
@@ -59,7 +59,7 @@ def test_reverse_way_equals_the_oracle(federation: TinyFederation, objective: st
     close(torch.tensor(trace.layer_totals), oracle(federation, trace).sum(1), torch.float32)
 
 
-@pytest.mark.parametrize("objective", ["log_prob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_forward_way_equals_the_oracle_per_token(federation: TinyFederation, objective: str, blocks: int) -> None:
     trace = run(federation, objective=objective, blocks=blocks, do_sample=True, seed=6)

@@ -32,6 +32,7 @@ from ..errors import GenerationError
 from ..layers import layer_of
 from ..patching import hooks, replaced_method
 from ..quantised import straight_through
+from ..relevance import Objective
 
 
 def paper_scores(
@@ -39,7 +40,7 @@ def paper_scores(
     ids: Tensor,
     prompt_length: int,
     weights: Mapping[str, Sequence[Tensor]],
-    objective: str = "logit",
+    objective: Objective = "logit",
 ) -> tuple[Tensor, Tensor]:
     """Scores of every generated token, layer and client.
 
@@ -48,7 +49,7 @@ def paper_scores(
         ids: prompt and generated tokens, [1, P + T].
         prompt_length: P.
         weights: per layer name, K matrices [O, I] (experts: [E, O, I]): full client weights (the paper) or deltas.
-        objective: "logit" or "log_prob".
+        objective: "logit", "log_prob" or "log_odds".
 
     Returns:
         Scores [L, T, K] and objective values [T], both fp64.
@@ -73,7 +74,7 @@ def client_weights(model: PreTrainedModel, layer: str, change: Tensor, deltas: S
 
 
 def _objective_and_taps(
-    model: PreTrainedModel, context: Tensor, token: int, layers: list[str], objective: str
+    model: PreTrainedModel, context: Tensor, token: int, layers: list[str], objective: Objective
 ) -> tuple[Tensor, dict[str, tuple[Tensor | None, Tensor]]]:
     """f_t, and per layer (x, y) of the module, or (None, [O, I] weight) where the weight itself is the leaf."""
     taps: dict[str, tuple[Tensor | None, Tensor]] = {}
@@ -112,7 +113,13 @@ def _objective_and_taps(
         output: Any = functional_call(model, leaves, (), arguments, tie_weights=False)
         logits = output.logits[0, -1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        value = logits[token] if objective == "logit" else logits.log_softmax(-1)[token]
+        value = logits[token]
+        if objective == "log_prob":
+            value = logits.log_softmax(-1)[token]
+        elif objective == "log_odds":
+            # log p - log(1 - p), with 1 - p as the sum of all other tokens' probabilities.
+            others = torch.cat([logits[:token], logits[token + 1 :]])
+            value = logits[token] - others.logsumexp(0)
     return value, taps
 
 

@@ -12,7 +12,7 @@ from protoken.report.visible import pieces, visible
 from protoken.results import Trace
 from protoken.results_checks import Array
 
-OBJECTIVES = {"log_prob": "log-probability", "logit": "logit"}
+OBJECTIVES = {"log_prob": "log-probability", "log_odds": "log-odds", "logit": "logit"}
 _MAX_CELLS = 20_000  # a page stays a page: larger tables are in the JSON
 
 
