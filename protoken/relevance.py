@@ -85,10 +85,10 @@ class ReverseRelevance:
 def objective_values(logits: Tensor, tokens: Tensor, objective: Objective) -> Tensor:
     """f_t for logits [T, V] and tokens [T], fp32 or fp64 [T].
 
-        log_prob    log p_t = z_y - logsumexp_v z_v, in nats
-        log_odds    log p_t / (1 - p_t) = z_y - logsumexp_{v != y} z_v, in nats; its gradient is that of log p_t over
-                    1 - p_t, which does not fade for tokens that are nearly certain. 1 - p_t itself is never formed
-        logit       z_y
+    log_prob    log p_t = z_y - logsumexp_v z_v, in nats
+    log_odds    log p_t / (1 - p_t) = z_y - logsumexp_{v != y} z_v, in nats; its gradient is that of log p_t over
+                1 - p_t, which does not fade for tokens that are nearly certain. 1 - p_t itself is never formed
+    logit       z_y
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.gather(-1, tokens[:, None])[:, 0]
