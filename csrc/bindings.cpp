@@ -8,6 +8,7 @@
 #include "client_scores_lowrank.h"
 #include "client_totals.h"
 #include "cpu_features.h"
+#include "gated_tail.h"
 #include "parallel.h"
 #include "relevance_head.h"
 
@@ -61,4 +62,13 @@ PYBIND11_MODULE(_C, m) {
                        at<float>(mean), at<float>(mass), threads);
       },
       py::arg("head"), py::arg("scale"), py::arg("softcap"), py::arg("mean"), py::arg("mass"), py::arg("threads"));
+  m.def(
+      "gated_tail",
+      [](int64_t tail, double epsilon, double final_epsilon, int64_t at_leaving, int64_t at_entering, int64_t threads) {
+        py::gil_scoped_release release;
+        gated_tail(*at<const GatedTail>(tail), static_cast<float>(epsilon), static_cast<float>(final_epsilon),
+                   at<float>(at_leaving), at<float>(at_entering), threads);
+      },
+      py::arg("tail"), py::arg("epsilon"), py::arg("final_epsilon"), py::arg("at_leaving"), py::arg("at_entering"),
+      py::arg("threads"));
 }

@@ -11,3 +11,6 @@ def client_totals(layers: int, layer_count: int, clients: int, out: int, threads
 head_tokens: int
 
 def relevance_head(head: int, scale: float, softcap: float, mean: int, mass: int, threads: int) -> None: ...
+def gated_tail(
+    tail: int, epsilon: float, final_epsilon: float, at_leaving: int, at_entering: int, threads: int
+) -> None: ...

@@ -142,6 +142,12 @@ def launcher(op: str, backend: str, device: torch.device, *operands: Any) -> Cal
     return chosen.launch
 
 
+def native(name: str) -> Callable[..., None] | None:
+    """A function of the cpp backend that is no op, or None where the native module is not."""
+    module = _module("client_scores", "cpp")
+    return None if isinstance(module, str) else getattr(module, name)
+
+
 def _remember(op: str, device: torch.device, name: str) -> None:
     preferred = next(found.name for found in backends_for(op, device) if found.available)
     # On the CPU triton may be there by request alone, and what serves only because of the operands is not preferred.

@@ -12,6 +12,8 @@ The graph is cut before and after the head's matmul, which autograd would go thr
     d f / d h = v W        one row v[t] W[t] for the logit, since what follows the head is elementwise
                            one vector-matrix product for the log-probability
 
+Where the graph in between is that of a gated MLP and two norms it is not recorded at all: see gated_tail.py.
+
 A pass over several positions (the prompt, or decoding without a cache) keeps one row of activations instead of the
 whole block's, and its token is replayed alone, the local way.
 """
@@ -31,6 +33,7 @@ from transformers import GenerationMixin
 from .architectures import Architecture
 from .capture import Capture
 from .errors import GenerationError
+from .gated_tail import GatedTail
 from .generation import Generated
 from .layers import Layer, layer_of
 from .patching import hooks
@@ -44,7 +47,10 @@ _PICKING = frozenset(("SelectBackward0", "SliceBackward0", "CloneBackward0", "Al
 
 @dataclass
 class _Pass:
-    """What one forward pass has shown so far; x and y by layer, rows in `capture` when it was of many positions."""
+    """What one forward pass has shown so far; x and y by layer, rows in `capture` when it was of many positions.
+
+    `graph`: gradients are recorded, as the pull-back goes through autograd.
+    """
 
     length: int = 0
     x: dict[str, Tensor] = field(default_factory=dict)
@@ -54,6 +60,7 @@ class _Pass:
     head_output: Tensor | None = None
     logits: Tensor | None = None
     capture: Capture = field(default_factory=lambda: Capture(every=False))
+    graph: bool = True
 
 
 @dataclass
@@ -73,7 +80,12 @@ class LeafTap:
     """
 
     def __init__(
-        self, model: nn.Module, architecture: Architecture, layers: Sequence[str], objective: Objective
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        layers: Sequence[str],
+        objective: Objective,
+        backend: str = "auto",
     ) -> None:
         self.model, self.architecture = model, architecture
         self.layers, self.objective = tuple(layers), objective
@@ -82,6 +94,8 @@ class LeafTap:
         self._lengths: list[int] = []
         self._chosen = 0
         self._thread: int | None = None
+        self._backend = backend
+        self._tail: GatedTail | None = None
         self.replayed: Generated | None = None
         """The last token that was replayed alone, with what was captured for it."""
 
@@ -93,6 +107,8 @@ class LeafTap:
             check: called before every block; raises where generation shall be abandoned.
         """
         last, grad_mode = self.architecture.blocks[-1], torch.is_grad_enabled()
+        if self._cuts_head:
+            self._tail = GatedTail.of(self.model, self.architecture, self.layers, self._backend)
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.callback(torch.set_grad_enabled, grad_mode)
@@ -111,6 +127,8 @@ class LeafTap:
                 handles.append(self.architecture.head.register_forward_hook(self._leave_head, prepend=True))
             stack.enter_context(hooks(*handles))
             stack.enter_context(visited(self._found, self._tap))
+            if self._tail is not None:
+                stack.enter_context(self._tail.watched(lambda: self._own_thread and self._pass.length == 1))
             self._thread = threading.get_ident()
             yield
 
@@ -184,6 +202,7 @@ class LeafTap:
             )
         self._lengths.append(length)
         self._pass = _Pass(length)
+        self._pass.graph = length > 1 or self._tail is None or not self._tail.ready()
         if length > 1:
             self._pass.capture.hidden.append(_last_row(hidden))
 
@@ -202,9 +221,12 @@ class LeafTap:
     def _tap(self, layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
         if not self._own_thread or self._pass.length != 1:
             return y
+        self._pass.x[layer.name] = x.detach().reshape(1, -1).clone()
+        if not self._pass.graph:
+            self._pass.y[layer.name] = y
+            return y
         torch.set_grad_enabled(True)
         tapped = y if y.requires_grad else y.detach().requires_grad_()
-        self._pass.x[layer.name] = x.detach().reshape(1, -1).clone()
         self._pass.y[layer.name] = tapped
         if route is not None:
             self._pass.routes[layer.name] = route.reshape(1, -1)
@@ -218,6 +240,9 @@ class LeafTap:
 
     def _leave_head(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not (self._own_thread and self._pass.y):
+            return None
+        if not self._pass.graph:
+            self._pass.head_output = output
             return None
         torch.set_grad_enabled(True)
         self._pass.head_output = output.detach().requires_grad_()
@@ -233,33 +258,57 @@ class LeafTap:
     def _pulled_back(self, seen: _Pass, token: Tensor) -> TokenRelevance:
         assert seen.logits is not None
         ys = [seen.y[name] for name in self.layers]
+        grads: Sequence[Tensor]
         if seen.head_output is None:
             with torch.enable_grad():
                 value = objective_values(seen.logits, token, self.objective)
             grads = torch.autograd.grad(value, ys)
         else:
-            assert seen.head_input is not None
-            value, upstream = self._through_head(seen.logits, seen.head_output, token)
-            grads = torch.autograd.grad(
-                seen.head_input, ys, upstream.to(seen.head_input.dtype).reshape(seen.head_input.shape)
-            )
+            value, grads = self._around_head(seen, seen.logits, seen.head_output, ys, token)
         found = {name: grad.reshape(1, -1) for name, grad in zip(self.layers, grads, strict=True)}
         return TokenRelevance(seen.x, found, value.detach(), seen.routes)
+
+    def _around_head(
+        self, seen: _Pass, logits: Tensor, z: Tensor, ys: list[Tensor], token: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """f [1] and d f / d y of each layer."""
+        if not seen.graph:
+            assert self._tail is not None
+            if logits.data_ptr() != z.data_ptr():
+                raise GenerationError(
+                    "model",
+                    expected="logits that the head computed, as for the tokens before",
+                    got="others",
+                    remedy='Stream with backend="torch", or use protoken.trace',
+                )
+            value, upstream = self._from_head(logits, token)
+            return value, self._tail.pull(upstream)
+        assert seen.head_input is not None
+        # Where nothing follows the head v is known, and autograd would go over the vocabulary several times for it.
+        plain = _is_last_row(logits, z)
+        value, upstream = self._from_head(logits, token) if plain else self._through_head(logits, z, token)
+        shaped = upstream.to(seen.head_input.dtype).reshape(seen.head_input.shape)
+        grads = torch.autograd.grad(seen.head_input, ys, shaped)
+        if plain and self._tail is not None:
+            self._tail.compare(upstream, grads)
+        return value, grads
+
+    def _from_head(self, logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """f [1] and d f / d h [d] where the logits [1, V] are what the head returned."""
+        weight: Tensor = self.architecture.head.weight.detach()  # type: ignore[operator]
+        logits = logits.detach()
+        value = objective_values(logits, token, self.objective)
+        if self.objective == "logit":
+            return value, weight[token[0]]
+        if self.objective == "log_odds":
+            logits = logits.scatter(-1, token[:, None], -torch.inf)
+        slope = logits.to(value.dtype).softmax(-1)[0].neg_()
+        slope[token] += 1
+        return value, slope.to(weight.dtype) @ weight
 
     def _through_head(self, logits: Tensor, z: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """f [1] and d f / d h [d] = v W from v = d f / d z [V], with z what the head returned."""
         weight: Tensor = self.architecture.head.weight.detach()  # type: ignore[operator]
-        if _is_last_row(logits, z):
-            # Nothing follows the head: v is known, and autograd would go over the vocabulary several times for it.
-            logits = logits.detach()
-            value = objective_values(logits, token, self.objective)
-            if self.objective == "logit":
-                return value, weight[token[0]]
-            if self.objective == "log_odds":
-                logits = logits.scatter(-1, token[:, None], -torch.inf)
-            slope = logits.to(value.dtype).softmax(-1)[0].neg_()
-            slope[token] += 1
-            return value, slope.to(weight.dtype) @ weight
         with torch.enable_grad():
             value = objective_values(logits, token, self.objective)
         slope = torch.autograd.grad(value, z)[0].reshape(-1).to(weight.dtype)

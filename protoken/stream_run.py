@@ -79,7 +79,7 @@ class StreamRun:
     def __call__(self, push: Callable[[StreamedToken], object], check: Callable[[], None]) -> None:
         """Generate; `push` takes each token, `check` raises where the generation shall end early."""
         architecture = self.own.architecture
-        tap = LeafTap(self.model, architecture, self.plan.layers, self.plan.objective)
+        tap = LeafTap(self.model, architecture, self.plan.layers, self.plan.objective, self.plan.backend)
         with (
             evaluation_mode(self.model),
             OwnSeed(self.seed, self.row.device) as seed,

@@ -16,6 +16,7 @@ from torch import Tensor
 from protoken import _C
 from protoken.errors import ArgumentError
 from protoken.ops.banks import DenseBank, LowRankBank
+from protoken.ops.gated_tail import GatedBlock, GatedValues
 from protoken.ops.relevance_head import Head, normalise, own_rows, pull_through_norm
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
@@ -81,6 +82,20 @@ def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: 
         value.sub_(mass)
         upstream = upstream - mean
     pull_through_norm(grad, upstream, direction, inverse, head)
+
+
+def launch_gated_tail(out: Tensor, block: GatedBlock, values: GatedValues, upstream: Tensor) -> None:
+    """out fp32 [2, d]: d f / d b and d f / d a. Weights are fp32 with contiguous rows."""
+    inner, width = block.gate.shape
+    held = [_plain(x) for x in (upstream, values.entering, values.leaving, values.gate, values.up)]
+    weights = (block.norm, block.final_norm, block.gate, block.up, block.down)
+    strides = [block.gate.stride(0), block.up.stride(0), block.down.stride(0)]
+    table = array("q", [width, inner, *strides, *(x.data_ptr() for x in (*held, *weights))])
+    outputs = out.data_ptr(), out.data_ptr() + out.stride(0) * 4
+    try:
+        _C.gated_tail(table.buffer_info()[0], block.epsilon, block.final_epsilon, *outputs, torch.get_num_threads())
+    except ValueError as error:
+        raise ArgumentError("gated_tail", got=str(error)) from error
 
 
 def _plain(value: Tensor) -> Tensor:
