@@ -37,7 +37,7 @@ from protoken.evaluation.federation import Client, FederationConfig
 from protoken.evaluation.runs import Outcome, RunFolder, Unit
 from protoken.evaluation.training import LocalSettings, encode_rows
 from protoken.evaluation.workbench import Workbench
-from protoken.methods.aumann_shapley import gauss_legendre
+from protoken.methods.placement import gauss_legendre
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

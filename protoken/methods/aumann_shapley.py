@@ -1,7 +1,8 @@
 """Aumann-Shapley values: the clients' updates integrated along the straight path from start to G.
 
     phi_k = rho_k * integral_0^1 < delta_k, df/dW at start + a (G - start) > da
-          ~ rho_k * < delta_k, sum_i w_i grad_i >        m Gauss-Legendre nodes a_i with weights w_i
+          ~ rho_k * < delta_k, sum_i w_i grad_i >        m nodes a_i with weights w_i: Gauss-Legendre, on pieces of the
+                                                         path where f moves unevenly (placement.py)
 
 All clients are projected onto the same averaged gradient, read once. By construction and up to quadrature:
 completeness (sum_k phi_k + the residual's share = f(G) - f(start)), an absent client is 0, equal updates score
@@ -9,7 +10,8 @@ equally, layers add up, and a client split in two scores as the sum of its parts
 
 What it answers: how the change of the response's log-probability divides among updates that all grow together.
 Cost: m forward and backward passes over the response (per token: m * K forward-mode passes), two forward passes for
-the completeness residual, one pass over the clients' bytes, and one gradient of the moving parameters in memory.
+the completeness residual and 3 to 31 to place the nodes (none for m = 1), one pass over the clients' bytes, and one
+gradient of the moving parameters in memory.
 Limits: an interaction that needs one client complete and another absent is not on the diagonal; a large residual says
 that m is too small or that the server did more than a weighted mean.
 
@@ -18,14 +20,13 @@ Source: Aumann and Shapley, Values of Non-Atomic Games (1974); as integrated gra
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
 from ..ops import client_totals, client_totals_reference
 from ..projection import Scores
 from .game import Game
+from .placement import placed
 
 DEFAULT_NODES = 4
 LINEAGE_NODES = 8
@@ -45,13 +46,13 @@ def aumann_shapley_scores(
         Scores whose `change` is f(G) - f(start) and whose `residual` is what the clients leave of it: the server's
         own residual and the quadrature's error.
     """
-    positions, weights = gauss_legendre(nodes)
-    end = game.value_at_end()
-    change = end - game.value_at_start()
+    start, end = game.value_at_start(), game.value_at_end()
+    change = end - start
+    rule = placed(lambda along: game.value_at(game.on_path(along)), start, end, nodes)
     if per_token:
-        tokens, totals = _tokens(game, positions, weights), None
+        tokens, totals = _tokens(game, rule.positions, rule.weights), None
     else:
-        tokens, totals = None, _totals(game, positions, weights, backend)
+        tokens, totals = None, _totals(game, rule.positions, rule.weights, backend)
     scores = Scores.of_weighted_deltas(
         tokens=tokens,
         layer_totals=totals,
@@ -59,19 +60,7 @@ def aumann_shapley_scores(
         change=float(change.sum()),
         objective=end,
     )
-    return scores.noting(nodes=nodes, evaluations=2, gradients=nodes)
-
-
-def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
-    """Positions and weights of the m-point rule on [0, 1]; exact for polynomials up to degree 2m - 1.
-
-    Raises:
-        ArgumentError: not a whole number of 1 or more.
-    """
-    if isinstance(nodes, bool) or not isinstance(nodes, int) or not 1 <= nodes <= 256:
-        raise ArgumentError("nodes", expected="a whole number from 1 to 256", got=nodes)
-    x, w = np.polynomial.legendre.leggauss(nodes)
-    return ((x + 1) / 2).tolist(), (w / 2).tolist()
+    return scores.noting(nodes=nodes, evaluations=2 + rule.evaluations, gradients=nodes, pieces=rule.pieces)
 
 
 def averaged_gradient(game: Game, positions: list[float], weights: list[float]) -> dict[str, Tensor]:

@@ -15,10 +15,11 @@ from ..layers import layer_of
 from ..ledger import Ledger
 from ..projection import Scores
 from ..relevance import Objective, Response
-from .aumann_shapley import DEFAULT_NODES, aumann_shapley_scores, gauss_legendre
+from .aumann_shapley import DEFAULT_NODES, aumann_shapley_scores
 from .baselines import BASELINES, baseline_scores
 from .game import Game
 from .leave_one_out import leave_one_out_scores
+from .placement import gauss_legendre
 from .shapley import paired_shapley_scores, shapley_scores
 from .weights import Updates, parameter_of
 

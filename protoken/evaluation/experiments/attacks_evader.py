@@ -27,7 +27,7 @@ from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.corpora import ChatRow
 from protoken.evaluation.experiments.attacks_moves import Delta, sent_model
 from protoken.evaluation.training import Example, encode_rows
-from protoken.methods.aumann_shapley import gauss_legendre
+from protoken.methods.placement import gauss_legendre
 
 Weights = Mapping[str, Tensor]
 
