@@ -23,7 +23,7 @@ from protoken.evaluation.scoring import Scored, Scorer, answer, score, up_to
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, QUICK, QUICK_MODEL, SHAPES, SMOLLM2
 
-DEFAULTS = Settings(models=MODELS, domains=DOMAINS, samples=24)
+DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
 CLIENTS, POISONED = 6, 2
 REFERENCES = ("shapley", "leave_one_out")
 
@@ -58,8 +58,17 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
     found = [
         Scorer("protoken all blocks, all rounds", blocks=blocks, way="reverse", rounds="all"),
         Scorer("protoken, all rounds", rounds="all"),
-        Scorer("aumann_shapley, all rounds", "aumann_shapley", rounds="all", limit=8),
+        Scorer("aumann_shapley, all rounds", "aumann_shapley", nodes=8, rounds="all"),
         Scorer("protoken"),
+        Scorer("protoken, log-odds", objective="log_odds"),
+        Scorer("protoken all blocks, log-odds", blocks=blocks, way="reverse", objective="log_odds"),
+        Scorer(
+            "protoken all blocks, log-odds, all rounds",
+            blocks=blocks,
+            way="reverse",
+            objective="log_odds",
+            rounds="all",
+        ),
         Scorer("paper's score, fast", objective="logit"),
         Scorer("chance", "chance", limit=4),
         Scorer("update_norm", "update_norm", limit=4),
@@ -69,7 +78,7 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
     found += [
         Scorer("shapley, all rounds", "shapley", rounds="all", limit=few),
         Scorer("leave_one_out, all rounds", "leave_one_out", rounds="all", limit=few),
-        Scorer("aumann_shapley m=8, all rounds", "aumann_shapley", nodes=8, rounds="all", limit=few),
+        Scorer("aumann_shapley m=4, all rounds", "aumann_shapley", nodes=4, rounds="all", limit=few),
         Scorer("aumann_shapley", "aumann_shapley", limit=few),
         Scorer("paper", "paper", limit=few // 2),
         Scorer("cosine", "cosine", limit=few),
