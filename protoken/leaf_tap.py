@@ -41,6 +41,12 @@ from .quantised import is_quantised
 from .relevance import Objective, Response, local_relevance, objective_values
 from .sites import visited
 
+# The softmax is at hand for the slope, and its logarithm is the objective, until it nears fp32's smallest numbers.
+_LEAST = -80.0
+
+# How often a pass looks whether the generation shall be abandoned.
+_CHECKS = 6
+
 # Autograd's names of what takes numbers out of a tensor and leaves them as they are.
 _PICKING = frozenset(("SelectBackward0", "SliceBackward0", "CloneBackward0", "AliasBackward0"))
 
@@ -104,7 +110,7 @@ class LeafTap:
         """Hooks on the last block, the traced layers, the head and the model; grad mode is put back on leaving.
 
         Args:
-            check: called before every block; raises where generation shall be abandoned.
+            check: called before some of the blocks; raises where generation shall be abandoned.
         """
         last, grad_mode = self.architecture.blocks[-1], torch.is_grad_enabled()
         if self._cuts_head:
@@ -186,7 +192,9 @@ class LeafTap:
             if self._own_thread:
                 check()
 
-        return [block.register_forward_pre_hook(before) for block in self.architecture.blocks]
+        # A hook costs every token a little, and leaving some blocks later does no harm.
+        blocks = self.architecture.blocks
+        return [block.register_forward_pre_hook(before) for block in blocks[:: max(1, len(blocks) // _CHECKS)]]
 
     def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._own_thread:
@@ -297,12 +305,18 @@ class LeafTap:
         """f [1] and d f / d h [d] where the logits [1, V] are what the head returned."""
         weight: Tensor = self.architecture.head.weight.detach()  # type: ignore[operator]
         logits = logits.detach()
-        value = objective_values(logits, token, self.objective)
         if self.objective == "logit":
-            return value, weight[token[0]]
-        if self.objective == "log_odds":
-            logits = logits.scatter(-1, token[:, None], -torch.inf)
-        slope = logits.to(value.dtype).softmax(-1)[0].neg_()
+            return objective_values(logits, token, "logit"), weight[token[0]]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        if self.objective == "log_prob":
+            masses = wide.softmax(-1)
+            value = masses[:, token[0]].log()
+            if float(value) < _LEAST:
+                value = objective_values(wide, token, "log_prob")
+        else:
+            masses = wide.scatter(-1, token[:, None], -torch.inf).softmax(-1)
+            value = objective_values(wide, token, "log_odds")
+        slope = masses[0].neg_()
         slope[token] += 1
         return value, slope.to(weight.dtype) @ weight
 
