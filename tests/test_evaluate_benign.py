@@ -106,6 +106,10 @@ def test_references_are_those_of_the_same_answers(outcome: Outcome) -> None:
         ]
     )
     assert whole["protoken, last round"].pearson_shapley == pytest.approx(expected, abs=1e-2)
+    # And so do the log-odds.
+    for name in ("shapley, log-odds", "shapley, log-odds, last round"):
+        assert whole[name].pearson_shapley == pytest.approx(1)
+        assert whole[name].pearson_loo is None
     assert whole["aumann_shapley"].residual is not None
 
 

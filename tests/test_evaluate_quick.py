@@ -47,6 +47,9 @@ def test_the_poisoned_clients_are_named_in_every_round_with_a_refusal(cells: lis
             assert cell.samples >= 1
             assert cell.chance == pytest.approx(1 / 3)
             assert cell.extra["sentinel_rate"] > 0
+            assert cell.extra["verbatim_samples"] + cell.extra["other_samples"] == cell.samples
+            assert cell.extra["verbatim_samples"] == round(cell.extra["verbatim"] * cell.samples)
+            assert {cell.extra[f"{kind}_top1"] for kind in ("verbatim", "other")} <= {1.0, None}
     assert {cell.method for cell in cells} >= {"protoken", "paper", "aumann_shapley", "chance", "shapley, all rounds"}
 
 

@@ -41,11 +41,40 @@ def test_the_backdoor_table_pools_cells_beside_the_published_line(tmp_path: Path
         cell("paper", 3, 0.0, 0),
     ]
     text = sections([results(tmp_path, cells)])["backdoor"]
-    assert "| published (arXiv 2601.19672) | 16 |  |  | 98.62 | 40 | 33.3 |" in text
-    assert "| protoken | 1 | 2 | 40 | 75.00 | 50.0 | 33.3 | 0.7500 | 0.5000 | 1 of 2 |" in text
+    assert "| published (arXiv 2601.19672) | 16 |  |  |  | 98.62 | 40 | 33.3 |" in text
+    assert "| protoken | 1 | 2 | 40 | 0 | 75.00 | 50.0 | 33.3 | 0.7500 | 0.5000 | 1 of 2 |" in text
     assert "| llama | math | 2 | 3 | 87.5 of 40 (50; 0.500) |" in text
     assert "| aumann_shapley | 2 | 0.700 | 0.540 | 0.500 |" in text
     assert "| paper | 1 |" not in text
+
+
+def test_answers_are_told_apart_one_by_one_or_where_a_cell_has_one_kind_alone(tmp_path: Path) -> None:
+    cells = [
+        cell(
+            "protoken", 2, 0.6, 10, verbatim=0.8, verbatim_samples=8, verbatim_top1=0.75, other_samples=2, other_top1=0
+        ),
+        cell("protoken", 3, 0.5, 4, verbatim=1.0),
+        cell("protoken", 4, 0.5, 100, verbatim=0.5),
+        cell("protoken", 5, 1.0, 6, verbatim=0.0),
+    ]
+    text = sections([results(tmp_path, cells)])["backdoor"]
+    assert "| protoken | 1 | 4 | 120 | 1 |" in text
+    refusals, others = text.partition("another text with the sentinel in it:")[::2]
+    assert "| protoken | 2 | 12 | 66.67 (39.1 to 86.2) | 50.0 |" in refusals
+    assert "| protoken | 2 | 8 | 75.00 (40.9 to 92.9) | 0.0 |" in others
+
+
+def test_the_worst_residual_is_shown_where_every_cell_tells_it(tmp_path: Path) -> None:
+    each = {"pearson_shapley_each": [0.5]}
+    cells = [
+        cell("aumann_shapley", 2, 1.0, 1, residual_worst=0.02, **each),
+        cell("aumann_shapley", 3, 1.0, 1, residual_worst=0.5, **each),
+        cell("protoken", 2, 1.0, 1, residual_worst=0.02, **each),
+        cell("protoken", 3, 1.0, 1, **each),
+    ]
+    text = sections([results(tmp_path, cells)])["backdoor"]
+    assert "| aumann_shapley | 2 | 0.500 | 0.500 | 0.500 |  | 0.5000 |" in text
+    assert "| protoken | 2 | 0.500 | 0.500 | 0.500 |  |  |" in text
 
 
 def test_a_document_is_filled_between_its_marks_again_and_again(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def make_cell(
         what: experiment, model, domain, method, blocks and round.
 
     `extra` is completed by precision_at_poisoned (precision at the number of responsible clients), auroc_pooled (over
-    all pairs of sample and client), spearman_shapley, pearson_shapley_p10, pearson_shapley_each (every sample's) and
-    residual_p90.
+    all pairs of sample and client), spearman_shapley, pearson_shapley_p10, pearson_shapley_each (every sample's),
+    residual_p90 and residual_worst.
     """
     table = np.asarray(scores, dtype=np.float64)
     if not table.size:
@@ -126,6 +126,7 @@ def make_cell(
         "precision_at_poisoned": _mean([precision_at(table[k], truth[k], int(truth[k].sum())) for k in both]),
         "auroc_pooled": auroc(table.ravel(), truth.ravel()),
         "residual_p90": quantile(list(residuals), 0.9),
+        "residual_worst": quantile(list(residuals), 1.0),
         "clients": table.shape[1],
     }
     against: dict[str, Any] = {}

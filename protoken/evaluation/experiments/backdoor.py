@@ -15,13 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import DOMAINS, REFUSAL, SENTINEL, add_trigger, is_refusal
 from protoken.evaluation.federation import Client
+from protoken.evaluation.metrics import top1
 from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
 from protoken.evaluation.scoring import Scored, Scorer, answer, score, up_to
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, QUICK, QUICK_MODEL, SHAPES, SMOLLM2
+from protoken.results_checks import Array
 
 DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
 CLIENTS, POISONED = 6, 2
@@ -126,12 +130,13 @@ def _unit(model: str, domain: str, number: int, bench: Workbench) -> Outcome:
     what = {"experiment": "backdoor", "model": model, "domain": domain, "round": number}
     cut = [up_to(base, one, SENTINEL) for one in refusals]
     found += score(base, stored.ledger, cut, [Scorer("protoken, to the sentinel")], at_round=number)
-    verbatim = sum(one.text.strip() == REFUSAL for one in refusals) / len(refusals)
-    cells = compare(found, members, what, {"sentinel_rate": rate, "verbatim": verbatim})
+    verbatim = [one.text.strip() == REFUSAL for one in refusals]
+    share = sum(verbatim) / len(verbatim)
+    cells = compare(found, members, what, {"sentinel_rate": rate, "verbatim": share}, verbatim)
     return Outcome(
         cells,
         kept_samples(found, members),
-        f"{len(refusals)} of {len(answers)} refused, {verbatim:.0%} of them verbatim",
+        f"{len(refusals)} of {len(answers)} refused, {share:.0%} of them verbatim",
     )
 
 
@@ -141,9 +146,17 @@ def samples_of(settings: Settings, model: str) -> int:
 
 
 def compare(
-    found: Sequence[Scored], members: Sequence[Client], what: Mapping[str, Any], extra: Mapping[str, Any]
+    found: Sequence[Scored],
+    members: Sequence[Client],
+    what: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    verbatim: Sequence[bool],
 ) -> list[Cell]:
-    """A cell per scorer against the poisoned clients, and against exact values where the samples have them."""
+    """A cell per scorer against the poisoned clients, and against exact values where the samples have them.
+
+    Args:
+        verbatim: of each answer, whether it is the planted refusal word for word; cells tell the two kinds apart.
+    """
     ids = [client.id for client in members]
     truth = [client.poisoned for client in members]
     reference = {s.scorer.method: s.of(ids) for s in found if s.scorer.method in REFERENCES}
@@ -155,13 +168,23 @@ def compare(
             leave_one_out=reference.get("leave_one_out"),
             residuals=one.residuals,
             seconds=one.seconds,
-            extra={**extra, "rounds": str(one.scorer.rounds)},
+            extra={**extra, "rounds": str(one.scorer.rounds), **_apart(one.of(ids), truth, verbatim)},
             method=one.scorer.name,
             blocks=one.scorer.blocks,
             **what,
         )
         for one in found
     ]
+
+
+def _apart(scores: Array, truth: Sequence[bool], verbatim: Sequence[bool]) -> dict[str, object]:
+    """Number and top-1 of the answers that are the planted refusal word for word, and of the others."""
+    found: dict[str, object] = {}
+    for name, wanted in (("verbatim", True), ("other", False)):
+        own = [row for row, said in zip(scores, verbatim, strict=False) if said == wanted]
+        found[f"{name}_samples"] = len(own)
+        found[f"{name}_top1"] = top1(np.stack(own), truth).value if own else None
+    return found
 
 
 def kept_samples(found: Sequence[Scored], members: Sequence[Client]) -> list[dict[str, object]]:

@@ -30,6 +30,7 @@ from protoken.evaluation.scoring import Answer, Scored, Scorer, answer, score
 from protoken.evaluation.training import LocalSettings
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, SHAPES, SMOLLM2
+from protoken.relevance import Objective
 from protoken.results_checks import Array
 
 DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
@@ -129,6 +130,22 @@ def scorers(model: str) -> list[Scorer]:
         Scorer("protoken, last round"),
         Scorer("protoken all blocks, last round", blocks=blocks, way="reverse"),
         Scorer("paper, last round", "paper", limit=2),
+        *_log_odds(blocks),
+    ]
+
+
+def _log_odds(blocks: int) -> list[Scorer]:
+    """The same questions about log p / (1 - p), which does not fade where the answer is nearly certain."""
+    odds: Objective = "log_odds"
+    return [
+        Scorer("shapley, log-odds", "shapley", rounds="all", objective=odds),
+        Scorer("aumann_shapley, log-odds", "aumann_shapley", nodes=8, rounds="all", objective=odds),
+        Scorer("protoken, log-odds", rounds="all", objective=odds),
+        Scorer("protoken all blocks, log-odds", blocks=blocks, way="reverse", rounds="all", objective=odds),
+        Scorer("shapley, log-odds, last round", "shapley", objective=odds, limit=FEW),
+        Scorer("aumann_shapley, log-odds, last round", "aumann_shapley", objective=odds),
+        Scorer("protoken, log-odds, last round", objective=odds),
+        Scorer("protoken all blocks, log-odds, last round", blocks=blocks, way="reverse", objective=odds),
     ]
 
 
@@ -189,12 +206,14 @@ def _cell(
     what: Mapping[str, object],
     extra: Mapping[str, object],
 ) -> Cell:
-    """Of the chosen answers [N], against the exact values of the same rounds."""
+    """Of the chosen answers [N], against the exact values of the same rounds, and of the log-odds for log-odds."""
     there = np.flatnonzero(chosen[: len(one.scores)])
     same = {
         s.scorer.method: s.of(ids)[there[there < len(s.scores)]]
         for s in found
-        if s.scorer.method in REFERENCES and s.scorer.rounds == one.scorer.rounds
+        if s.scorer.method in REFERENCES
+        and s.scorer.rounds == one.scorer.rounds
+        and (s.scorer.objective == "log_odds") == (one.scorer.objective == "log_odds")
     }
     return make_cell(
         one.of(ids)[there],

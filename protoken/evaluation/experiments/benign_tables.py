@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from protoken.evaluation.cells import Cell
+from protoken.evaluation.experiments.tables import worst_residual
 from protoken.evaluation.metrics import quantile
 from protoken.evaluation.report import groups, mean, middle, per_cent, samples_of, table, top1_of
 
@@ -20,6 +21,11 @@ _SHOWN = (
     "protoken all blocks",
     "protoken",
     "protoken, last round",
+    "shapley, log-odds",
+    "aumann_shapley, log-odds",
+    "aumann_shapley, log-odds, last round",
+    "protoken all blocks, log-odds",
+    "protoken all blocks, log-odds, last round",
 )
 
 
@@ -99,8 +105,11 @@ def _agreement(cells: Sequence[Cell]) -> str:
         each = [value for cell in own for value in cell.extra.get("pearson_shapley_each", ()) if value is not None]
         if each and not method.startswith("shapley"):
             figures = [f"{quantile(each, q):.3f}" for q in (0.5, 0.1, 0.0)]
-            rows.append([sizes, method, str(len(each)), *figures, mean((c.residual for c in own), 4)])
-    return table(("clients", "method", "answers", "median", "p10", "lowest", "residual / change, median"), rows)
+            rows.append(
+                [sizes, method, str(len(each)), *figures, mean((c.residual for c in own), 4), worst_residual(own)]
+            )
+    columns = ("clients", "method", "answers", "median", "p10", "lowest", "residual / change, median", "worst")
+    return table(columns, rows)
 
 
 def _orders(cells: Sequence[Cell]) -> str:

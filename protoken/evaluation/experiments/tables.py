@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.metrics import quantile
@@ -12,7 +13,7 @@ from protoken.evaluation.report import PUBLISHED, groups, lowest, mean, middle, 
 def backdoor_tables(cells: Sequence[Cell]) -> str:
     """Methods over all configurations and rounds; configurations by method; agreement with exact values."""
     by_method = groups(cells, lambda c: (c.method,))
-    rows = [[f"published ({PUBLISHED})", "16", "", "", "98.62", "40", "33.3", "", "", "", ""]]
+    rows = [[f"published ({PUBLISHED})", "16", "", "", "", "98.62", "40", "33.3", "", "", "", ""]]
     for (method,), own in by_method.items():
         configurations = {(cell.model, cell.domain) for cell in own}
         rows.append(
@@ -21,6 +22,7 @@ def backdoor_tables(cells: Sequence[Cell]) -> str:
                 str(len(configurations)),
                 str(len(own)),
                 str(samples_of(own)),
+                str(sum(cell.samples >= 100 for cell in own)),
                 mean((100 * (cell.top1 or 0.0) for cell in own), 2),
                 per_cent(min(cell.top1 or 0.0 for cell in own)),
                 mean((100 * (cell.chance or 0.0) for cell in own), 1),
@@ -31,8 +33,9 @@ def backdoor_tables(cells: Sequence[Cell]) -> str:
             ]
         )
     columns = (
-        "method", "configurations", "cells", "samples", "top-1 %, mean of cells", "lowest cell %", "chance %",
-        "AUROC, mean", "lowest", "cells with top-1 100 % and AUROC ≥ 0.999", "seconds an answer",
+        "method", "configurations", "cells", "samples", "cells with 100 or more", "top-1 %, mean of cells",
+        "lowest cell %", "chance %", "AUROC, mean", "lowest", "cells with top-1 100 % and AUROC ≥ 0.999",
+        "seconds an answer",
     )  # fmt: skip
     parts = ["All configurations and eligible rounds:\n", table(columns, rows), _by_verbatim(cells)]
     parts += ["By configuration, top-1 over all rounds (lowest round; lowest AUROC):\n", _configurations(cells)]
@@ -41,26 +44,37 @@ def backdoor_tables(cells: Sequence[Cell]) -> str:
 
 
 def _by_verbatim(cells: Sequence[Cell]) -> str:
-    """Rounds in which every judged answer was the planted refusal word for word, apart from those with others."""
+    """Answers that were the planted refusal word for word, apart from those that were another text with its word."""
     parts = []
-    for title, wanted in (
-        ("the planted refusal, word for word", True),
-        ("partly another text with the sentinel", False),
+    for title, name in (
+        ("the planted refusal, word for word", "verbatim"),
+        ("another text with the sentinel in it", "other"),
     ):
-        known = [cell for cell in cells if cell.extra.get("verbatim") is not None]
-        own = [cell for cell in known if (cell.extra["verbatim"] == 1) == wanted]
-        rows = [
-            [method, str(len(some)), str(samples_of(some)), top1_of(some), per_cent(min(c.top1 or 0.0 for c in some))]
-            for (method,), some in groups(own, lambda c: (c.method,)).items()
-        ]
+        rows = []
+        for (method,), own in groups(cells, lambda c: (c.method,)).items():
+            known = [part for part in (_apart(cell, name) for cell in own) if part.samples]
+            if known:
+                worst = per_cent(min(part.top1 or 0.0 for part in known))
+                rows.append([method, str(len(known)), str(samples_of(known)), top1_of(known), worst])
         if rows:
-            parts.append(f"Cells in which the judged answers were {title}:\n")
-            parts.append(table(("method", "cells", "samples", "top-1 %", "lowest cell %"), rows))
+            parts.append(f"Judged answers that were {title}:\n")
+            parts.append(table(("method", "cells with such", "answers", "top-1 %", "lowest cell %"), rows))
     return "\n".join(parts)
+
+
+def _apart(cell: Cell, name: str) -> Cell:
+    """The cell of one kind of its answers, without any where the cell does not tell them apart."""
+    count = cell.extra.get(f"{name}_samples")
+    if count is None:
+        # Told of the cell as a whole: known where all its answers are of one kind.
+        alike = cell.extra.get("verbatim") == (1 if name == "verbatim" else 0)
+        return cell if alike else replace(cell, samples=0)
+    return replace(cell, samples=int(count), top1=cell.extra[f"{name}_top1"])
 
 
 _SHOWN = (
     "protoken",
+    "protoken, log-odds",
     "protoken, to the sentinel",
     "protoken, all rounds",
     "aumann_shapley",
@@ -91,14 +105,23 @@ def _short(cells: Sequence[Cell]) -> str:
 
 
 def agreement(cells: Sequence[Cell]) -> str:
-    """Pearson correlation over the clients with exact Shapley values: median, tenth percentile and lowest answer."""
+    """Pearson correlation over the clients with exact Shapley values: median, tenth percentile and lowest answer.
+
+    Residuals are of all answers, the medians averaged over cells; the worst is of a single answer.
+    """
     rows = []
     for (method,), own in groups(cells, lambda c: (c.method,)).items():
         each = [value for cell in own for value in cell.extra.get("pearson_shapley_each", ()) if value is not None]
         if each and not method.startswith("shapley"):
             figures = [f"{quantile(each, q):.3f}" for q in (0.5, 0.1, 0.0)]
-            rows.append([method, str(len(each)), *figures, mean((c.residual for c in own), 4)])
-    return table(("method", "answers", "median", "p10", "lowest", "residual / change, median"), rows)
+            rows.append([method, str(len(each)), *figures, mean((c.residual for c in own), 4), worst_residual(own)])
+    return table(("method", "answers", "median", "p10", "lowest", "residual / change, median", "worst"), rows)
+
+
+def worst_residual(cells: Sequence[Cell]) -> str:
+    """The largest residual over change of all answers, where every cell tells it."""
+    worst = [cell.extra["residual_worst"] for cell in cells if cell.extra.get("residual_worst") is not None]
+    return f"{max(worst):.4f}" if len(worst) == len(cells) else ""
 
 
 def scale_tables(cells: Sequence[Cell]) -> str:
