@@ -107,7 +107,15 @@ class GatedTail:
         now = _hook_counts(self.modules.values())
         if now != self.hooked:
             self.hooked, self.trusted, self.refuted = now, False, False
+        if self.trusted and any(weight.data_ptr() != address for weight, address in self._weights()):
+            # Other parameters were put in place; what is known here is of the old ones.
+            self.trusted, self.refuted = False, True
         return self.trusted
+
+    def _weights(self) -> Iterator[tuple[Tensor, int]]:
+        """The modules' weights as they are now, and where those were that this knows."""
+        for role in ("gate", "up", "down", "norm", "final_norm"):
+            yield self.modules[role].weight, getattr(self.block, role).data_ptr()  # type: ignore[misc]
 
     def pull(self, upstream: Tensor) -> list[Tensor]:
         """d f / d y [1, O] of the traced layers from d f / d h [d], for the token whose pass was just seen."""

@@ -226,6 +226,24 @@ def test_a_hook_put_on_between_two_tokens_is_part_of_the_gradient(
 
 
 @needs_native
+def test_weights_put_in_place_between_two_tokens_are_those_of_the_gradient(
+    tmp_path: Path, tails: list[GatedTail | None]
+) -> None:
+    found = []
+    for backend in ("torch", "auto"):
+        federation = tiny_federation(tmp_path / backend)
+        down, trusted = federation.model.model.layers[-1].mlp.down_proj, []
+        with streamed(federation, backend=backend) as stream:
+            for answer in trust(stream, tails):
+                trusted.append(answer)
+                if len(trusted) == 3:
+                    down.weight = nn.Parameter(2 * down.weight.detach())
+        found.append(scores(stream))
+    assert trusted == [False, True, True, False, False, False]
+    close(found[1], found[0], torch.float32)
+
+
+@needs_native
 def test_overlapping_streams(tmp_path: Path) -> None:
     federation = tiny_federation(tmp_path)
     alone = streamed(federation)
