@@ -16,7 +16,13 @@ from protoken.evaluation.runs import RunFolder
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
-ACCURACY = ("protoken", "protoken, all rounds", "aumann_shapley, all rounds", "paper's score, fast")
+ACCURACY = (
+    "protoken",
+    "protoken, log-odds",
+    "protoken, all rounds",
+    "aumann_shapley, all rounds",
+    "paper's score, fast",
+)
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

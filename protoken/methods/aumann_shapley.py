@@ -10,7 +10,7 @@ equally, layers add up, and a client split in two scores as the sum of its parts
 
 What it answers: how the change of the response's log-probability divides among updates that all grow together.
 Cost: m forward and backward passes over the response (per token: m * K forward-mode passes), two forward passes for
-the completeness residual and 3 to 31 to place the nodes (none for m = 1), one pass over the clients' bytes, and one
+the completeness residual and 7 to 31 to place the nodes (none for m = 1), one pass over the clients' bytes, and one
 gradient of the moving parameters in memory.
 Limits: an interaction that needs one client complete and another absent is not on the diagonal; a large residual says
 that m is too small or that the server did more than a weighted mean.

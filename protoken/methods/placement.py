@@ -2,7 +2,7 @@
 
     integral_0^1 f'(a) da ~ sum over pieces [p, q] of (q - p) sum_i w_i f'(p + a_i (q - p))
 
-f_t itself is cheap along the path, a forward pass and no gradient. So it is looked at in 4, 8, 16 or 32 equal steps, as
+f_t itself is cheap along the path, a forward pass and no gradient. So it is looked at in 8, 16 or 32 equal steps, as
 many as its cubic spline s_t needs to follow it, and of all ways to cut the path at these positions and to share out m
 nodes among the pieces the one is taken that would integrate s' best:
 
