@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,44 +203,33 @@ def test_what_is_changed_is_not_watched(change: str, tmp_path: Path, tails: list
     assert tails == [None]
 
 
+def hooked(mlp: nn.Module) -> None:
+    mlp.register_forward_hook(lambda _module, _args, output: 2 * output)
+
+
+def replaced(mlp: Any) -> None:
+    mlp.down_proj.weight = nn.Parameter(2 * mlp.down_proj.weight.detach())
+
+
 @needs_native
-def test_a_hook_put_on_between_two_tokens_is_part_of_the_gradient(
-    tmp_path: Path, tails: list[GatedTail | None]
+@pytest.mark.parametrize("change", [hooked, replaced])
+def test_what_is_changed_between_two_tokens_is_part_of_the_gradient(
+    change: Callable[[nn.Module], None], tmp_path: Path, tails: list[GatedTail | None]
 ) -> None:
-    found = []
-    for backend in ("torch", "auto"):
-        federation = tiny_federation(tmp_path / backend)
-        mlp, trusted = federation.model.model.layers[-1].mlp, []
-        with streamed(federation, backend=backend) as stream:
-            for answer in trust(stream, tails):
-                trusted.append(answer)
-                if len(trusted) == 3:
-                    handle = mlp.register_forward_hook(lambda _module, _args, output: 2 * output)
-        handle.remove()
-        found.append(scores(stream))
-    assert trusted == [False, True, True, False, False, False]
-    close(found[1], found[0], torch.float32)
-    plain = streamed(federation)
+    plain = streamed(tiny_federation(tmp_path / "plain"))
     list(plain)
-    assert not torch.allclose(scores(plain)[3:], found[1][3:])
-
-
-@needs_native
-def test_weights_put_in_place_between_two_tokens_are_those_of_the_gradient(
-    tmp_path: Path, tails: list[GatedTail | None]
-) -> None:
     found = []
     for backend in ("torch", "auto"):
-        federation = tiny_federation(tmp_path / backend)
-        down, trusted = federation.model.model.layers[-1].mlp.down_proj, []
+        federation, trusted = tiny_federation(tmp_path / backend), []
         with streamed(federation, backend=backend) as stream:
             for answer in trust(stream, tails):
                 trusted.append(answer)
                 if len(trusted) == 3:
-                    down.weight = nn.Parameter(2 * down.weight.detach())
+                    change(federation.model.model.layers[-1].mlp)
         found.append(scores(stream))
     assert trusted == [False, True, True, False, False, False]
     close(found[1], found[0], torch.float32)
+    assert not torch.allclose(scores(plain)[3:], found[1][3:])
 
 
 @needs_native
