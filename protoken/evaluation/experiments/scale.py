@@ -62,11 +62,13 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
         found += [
             Scorer("protoken all blocks", blocks=blocks, way="reverse", rounds=rounds, limit=few),
             Scorer("protoken", rounds=rounds, limit=few),
+            Scorer("protoken, log-odds", objective="log_odds", rounds=rounds, limit=few),
             Scorer("paper's score, fast", objective="logit", rounds=rounds, limit=few),
         ]
         if last:
             found += [
                 Scorer("aumann_shapley", "aumann_shapley", rounds=rounds),
+                Scorer("aumann_shapley, log-odds", "aumann_shapley", objective="log_odds", rounds=rounds),
                 Scorer("update_norm", "update_norm", rounds=rounds, limit=1),
             ]
     return found
