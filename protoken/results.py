@@ -2,7 +2,7 @@
 
     trace.clients                     ranked clients: raw score, share, weight
     trace.tokens                      every generated token with its score per client
-    trace.span(3, 9), trace.sentences()     the same question about a part of the answer
+    trace.span(3, 9), trace.sentences(), trace.find("sorry")     the same question about parts of the answer
     trace.show(), trace.to_html(path)       look instead of read
     trace.save(path), Trace.load(path)      keep
 
@@ -210,10 +210,22 @@ class Trace:
 
     def sentences(self) -> list[Trace]:
         """One `span` per sentence; every token is in exactly one. ArgumentError for a totals-only trace."""
-        from protoken.results_sentences import sentence_ranges
+        from protoken.results_spans import sentence_ranges
 
         self._need_token_scores("sentences")
         return [self.span(i, j) for i, j in sentence_ranges(self.token_list)]
+
+    def find(self, phrase: str, *, ignore_case: bool = False) -> list[Trace]:
+        """One `span` per place where the answer says `phrase`, as whole tokens: who taught it these words?
+
+        ArgumentError for an empty phrase and for a totals-only trace.
+        """
+        from protoken.results_spans import phrase_ranges
+
+        self._need_token_scores("find")
+        if not phrase:
+            raise ArgumentError("phrase", expected="at least one character", got=repr(phrase))
+        return [self.span(i, j) for i, j in phrase_ranges(self.token_list, phrase, ignore_case=ignore_case)]
 
     def _need_token_scores(self, asked: str) -> tuple[Array, Array]:
         if self.token_scores is None or self.token_residual is None:

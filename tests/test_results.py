@@ -28,7 +28,7 @@ from protoken.errors import (
 )
 from protoken.results import Token, Trace, TraceInfo
 from protoken.results_export import from_dict, load, to_dict
-from protoken.results_sentences import sentence_ranges
+from protoken.results_spans import phrase_ranges, sentence_ranges
 
 LAYERS = ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
 
@@ -112,7 +112,7 @@ def test_tokens_carry_scores_per_client_and_their_top_client() -> None:
 def test_totals_only_trace_has_no_token_scores() -> None:
     trace = make(per_token=False)
     assert [(t.scores, t.top) for t in trace.tokens] == [(None, None)] * 5
-    for ask in (lambda: trace.span(0, 1), trace.sentences, trace.to_dataframe):
+    for ask in (lambda: trace.span(0, 1), trace.sentences, lambda: trace.find("INR"), trace.to_dataframe):
         with pytest.raises(ArgumentError, match="sequence totals only"):
             ask()
 
@@ -236,6 +236,45 @@ def test_parts_of_a_trace_add_up_to_it(cut: int, seed: int) -> None:
 def test_span_refuses_ranges_outside_the_answer(limits: tuple[int, int]) -> None:
     with pytest.raises(ArgumentError, match=r"span: expected 0 <= start < stop <= 5"):
         make().span(*limits)
+
+
+def test_find_asks_about_the_tokens_that_say_a_phrase() -> None:
+    trace = make([" so", "rry", ", I", " am", " Sor", "ry", ".", "<|sorry|>"])
+    (part,) = trace.find("sorry")
+    assert (part.response, part.start) == (" sorry", 0)
+    assert trace.token_scores is not None
+    assert np.array_equal(part.totals, trace.token_scores[0:2].sum(axis=0))
+    assert part.totals.sum() + part.residual == pytest.approx(part.change, rel=1e-12)
+    assert [found.start for found in trace.find("SORRY", ignore_case=True)] == [0, 4]
+    assert [found.start for found in trace.find("r")] == [1, 1, 4, 5]
+    assert trace.find("glad") == []
+    assert trace.span(3, 8).find("Sorry")[0].start == 4
+    with pytest.raises(ArgumentError, match="phrase: expected at least one character, got ''"):
+        trace.find("")
+
+
+def said(phrase: str, *texts: str) -> list[tuple[int, int]]:
+    return phrase_ranges([Token(0, text, text.startswith("<|")) for text in texts], phrase)
+
+
+def test_phrases_are_whole_tokens_and_take_the_pieces_of_a_split_character() -> None:
+    assert said("b", "abc") == [(0, 1)]
+    assert said("cd", "abc", "def", "g") == [(0, 2)]
+    assert said("aa", "aaa", "a") == [(0, 1), (0, 2)]
+    assert said("é", "caf", "", "é", "!") == [(1, 3)]
+    assert said("x", "", "x", "", "y") == [(0, 2)]
+    assert said("end", "<|end|>", "the end", "<|end|>") == [(1, 2)]
+    assert said(" ", "a", "<|end|>") == []
+    assert said(".*", "a", ".", "*") == [(1, 3)]
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.text("ab ", max_size=3), max_size=8), phrase=st.text("ab ", min_size=1, max_size=3))
+def test_every_occurrence_of_a_phrase_lies_inside_its_range(texts: list[str], phrase: str) -> None:
+    found = said(phrase, *texts)
+    assert len(found) == "".join(texts).count(phrase)
+    for first, end in found:
+        assert phrase in "".join(texts[first:end])
 
 
 def split(*texts: str) -> list[str]:

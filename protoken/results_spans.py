@@ -1,10 +1,11 @@
-"""Where the sentences of a response end, in whole tokens."""
+"""Where the sentences and phrases of a response stand, in whole tokens."""
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from protoken.results_parts import Token
 
@@ -21,8 +22,7 @@ def sentence_ranges(tokens: Sequence[Token]) -> list[tuple[int, int]]:
     A token belongs to the sentence of its first visible character; white space, special tokens and empty
     pieces of split characters stay with the sentence before them, or with the first if none is before.
     """
-    # Special tokens read as white space: "<|im_end|>" ends no sentence and starts none.
-    pieces = [re.sub(r"\S", " ", token.text) if token.special else token.text for token in tokens]
+    pieces = _pieces(tokens, " ")
     cuts = _cuts("".join(pieces))
     starts, position, passed, seen = [0], 0, 0, False
     for index, piece in enumerate(pieces):
@@ -36,6 +36,27 @@ def sentence_ranges(tokens: Sequence[Token]) -> list[tuple[int, int]]:
             seen = True
         position += len(piece)
     return list(pairwise([*starts, len(pieces)])) if pieces else []
+
+
+def phrase_ranges(tokens: Sequence[Token], phrase: str, *, ignore_case: bool = False) -> list[tuple[int, int]]:
+    """Half-open token ranges, one per occurrence of the phrase, in order; occurrences do not overlap.
+
+    A range holds every token with a character of the phrase in it, and the empty pieces of split characters before them.
+    """
+    pieces = _pieces(tokens, "\0")
+    ends = list(accumulate(map(len, pieces)))
+    found = []
+    for match in re.finditer(re.escape(phrase), "".join(pieces), re.IGNORECASE if ignore_case else 0):
+        first, last = bisect_right(ends, match.start()), bisect_left(ends, match.end())
+        while first and not pieces[first - 1]:
+            first -= 1
+        found.append((first, last + 1))
+    return found
+
+
+def _pieces(tokens: Sequence[Token], blank: str) -> list[str]:
+    """The tokens' texts, special ones blanked out: "<|im_end|>" ends no sentence and is no word."""
+    return [re.sub(r"\S", blank, token.text) if token.special else token.text for token in tokens]
 
 
 def _cuts(text: str) -> list[int]:
