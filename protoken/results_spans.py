@@ -41,7 +41,7 @@ def sentence_ranges(tokens: Sequence[Token]) -> list[tuple[int, int]]:
 def phrase_ranges(tokens: Sequence[Token], phrase: str, *, ignore_case: bool = False) -> list[tuple[int, int]]:
     """Half-open token ranges, one per occurrence of the phrase, in order; occurrences do not overlap.
 
-    A range holds every token with a character of the phrase in it, and the empty pieces of split characters before them.
+    A range holds every token with a character of the phrase in it, and the empty pieces of split characters before it.
     """
     pieces = _pieces(tokens, "\0")
     ends = list(accumulate(map(len, pieces)))
