@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,14 @@ def instruction_sets() -> Iterator[list[str]]:
     before = _C.instruction_set()
     yield _C.instruction_sets()
     _C.use_instruction_set(before)
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """As many threads afterwards as before."""
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
 
 
 @pytest.fixture(scope="module")
