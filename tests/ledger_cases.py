@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from protoken.ledger import ClientUpdate, Ledger, Round
+from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
+from protoken.ledger.verification import verify
 
 NAMES = ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.bias")
 SHAPES = ((6, 5), (4,))
@@ -154,3 +156,19 @@ def forge_tensor(path: Path, name: str, edit: Callable[[bytes], bytes], index: i
     hashes: dict[str, str] = {}
     forge_shard(path, rewrite, index)
     forge_header(path, lambda header, info: info["sha256"].update(hashes), index)
+
+
+def read_all(path: Path) -> None:
+    ledger = Ledger.open(path)
+    for number in ledger.rounds:
+        check_round(ledger.round(number))
+
+
+def assert_first_round_is_untouched(path: Path) -> None:
+    """Under the head of a moment before, the ledger is sound: what came after harmed nothing that was there."""
+    data = (path / "rounds/00000001/manifest.json").read_bytes()
+    (path / "HEAD").write_bytes(m.Head("run-1", 1, m.sha256(data)).dump())
+    report = verify(path)
+    assert report.problems == []
+    assert report.leftovers == ["rounds/00000002"]
+    check_round(Ledger.open(path).round(1))
