@@ -135,11 +135,12 @@ ATTACKS: Sequence[Attack] = (
     Attack("early-layers", "blame", "leaves the last block as it was sent", _plain(True, _early)),
     Attack("sleeper", "blame", "uploads nothing in the last round", _plain(True, _sleeper)),
     Attack("evade-first-order", "blame", "trains its first-order score below zero", _plain(True, _evader(0))),
+    Attack("evade-midpoint", "blame", "trains its score at the path's midpoint below zero", _plain(True, _evader(1))),
     Attack("evade-path", "blame", "trains its path integral below zero, knowing the method", _plain(True, _evader(2))),
     Attack(
         "evade-path-softly",
         "blame",
-        "the same with a penalty below the backdoor's own worth",
+        "the path's with a penalty below the backdoor's own worth",
         _plain(True, _evader(2, 0.5)),
     ),
 )

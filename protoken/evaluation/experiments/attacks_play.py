@@ -74,8 +74,20 @@ def scorers(blocks: int, path: int | None = SLOW) -> list[Scorer]:
         Scorer("protoken"),
         Scorer("protoken all blocks", blocks=blocks, way="reverse"),
         Scorer("protoken all blocks, lineage", blocks=blocks, way="reverse", rounds="all"),
+        Scorer(
+            "protoken all blocks, log-odds, lineage", blocks=blocks, way="reverse", objective="log_odds", rounds="all"
+        ),
+        Scorer(
+            "aumann_shapley m=1, log-odds, lineage",
+            "aumann_shapley",
+            nodes=1,
+            objective="log_odds",
+            rounds="all",
+            limit=path,
+        ),
         Scorer("aumann_shapley", "aumann_shapley", limit=path),
         Scorer("aumann_shapley, lineage", "aumann_shapley", rounds="all", limit=path),
+        Scorer("aumann_shapley, log-odds, lineage", "aumann_shapley", objective="log_odds", rounds="all", limit=path),
         Scorer("paired_shapley", "paired_shapley", limit=SLOW),
         Scorer("leave_one_out", "leave_one_out", limit=SLOW),
     ]

@@ -73,6 +73,9 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
             objective="log_odds",
             rounds="all",
         ),
+        Scorer(
+            "aumann_shapley m=1, log-odds, all rounds", "aumann_shapley", nodes=1, objective="log_odds", rounds="all"
+        ),
         Scorer("paper's score, fast", objective="logit"),
         Scorer("chance", "chance", limit=4),
         Scorer("update_norm", "update_norm", limit=4),
@@ -91,6 +94,16 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
     ]
     # The ledger of SmolLM2 does not hold the head.
     return found if large else [*found, Scorer("head_only", "head_only", limit=few)]
+
+
+def word_scorers(model: str) -> list[Scorer]:
+    """Who is compared on the answer up to the judged word."""
+    blocks = recorded_blocks(model)
+    return [
+        Scorer("protoken, to the sentinel"),
+        Scorer("protoken, log-odds, to the sentinel", objective="log_odds"),
+        Scorer("protoken all blocks, log-odds, to the sentinel", blocks=blocks, way="reverse", objective="log_odds"),
+    ]
 
 
 def recorded_blocks(model: str) -> int:
@@ -129,7 +142,7 @@ def _unit(model: str, domain: str, number: int, bench: Workbench) -> Outcome:
     )
     what = {"experiment": "backdoor", "model": model, "domain": domain, "round": number}
     cut = [up_to(base, one, SENTINEL) for one in refusals]
-    found += score(base, stored.ledger, cut, [Scorer("protoken, to the sentinel")], at_round=number)
+    found += score(base, stored.ledger, cut, word_scorers(model), at_round=number)
     verbatim = [one.text.strip() == REFUSAL for one in refusals]
     share = sum(verbatim) / len(verbatim)
     cells = compare(found, members, what, {"sentinel_rate": rate, "verbatim": share}, verbatim)

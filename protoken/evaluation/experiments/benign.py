@@ -140,6 +140,7 @@ def _log_odds(blocks: int) -> list[Scorer]:
     return [
         Scorer("shapley, log-odds", "shapley", rounds="all", objective=odds),
         Scorer("aumann_shapley, log-odds", "aumann_shapley", nodes=8, rounds="all", objective=odds),
+        Scorer("aumann_shapley m=1, log-odds", "aumann_shapley", nodes=1, rounds="all", objective=odds),
         Scorer("protoken, log-odds", rounds="all", objective=odds),
         Scorer("protoken all blocks, log-odds", blocks=blocks, way="reverse", rounds="all", objective=odds),
         Scorer("shapley, log-odds, last round", "shapley", objective=odds, limit=FEW),

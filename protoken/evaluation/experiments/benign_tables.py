@@ -23,6 +23,7 @@ _SHOWN = (
     "protoken, last round",
     "shapley, log-odds",
     "aumann_shapley, log-odds",
+    "aumann_shapley m=1, log-odds",
     "aumann_shapley, log-odds, last round",
     "protoken all blocks, log-odds",
     "protoken all blocks, log-odds, last round",

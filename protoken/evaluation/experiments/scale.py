@@ -53,7 +53,7 @@ def plan(settings: Settings) -> list[Unit]:
 
 
 def scorers(model: str, *, last: bool) -> list[Scorer]:
-    """First order of the round and of the lineage; after the last round the path integral, too, and every answer."""
+    """First order and the midpoint, of round and lineage; after the last round the whole path and every answer."""
     blocks = recorded_blocks(model)
     few = None if last else 25
     found = []
@@ -64,6 +64,15 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
             Scorer("protoken", rounds=rounds, limit=few),
             Scorer("protoken, log-odds", objective="log_odds", rounds=rounds, limit=few),
             Scorer("paper's score, fast", objective="logit", rounds=rounds, limit=few),
+            Scorer("aumann_shapley m=1", "aumann_shapley", nodes=1, rounds=rounds, limit=few),
+            Scorer(
+                "aumann_shapley m=1, log-odds",
+                "aumann_shapley",
+                nodes=1,
+                objective="log_odds",
+                rounds=rounds,
+                limit=few,
+            ),
         ]
         if last:
             found += [

@@ -75,9 +75,9 @@ def _apart(cell: Cell, name: str) -> Cell:
 _SHOWN = (
     "protoken",
     "protoken, log-odds",
-    "protoken, to the sentinel",
+    "protoken all blocks, log-odds, to the sentinel",
     "protoken, all rounds",
-    "aumann_shapley",
+    "aumann_shapley m=1, log-odds, all rounds",
     "aumann_shapley, all rounds",
     "paper",
 )
