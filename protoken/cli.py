@@ -59,6 +59,10 @@ def trace(
     method: Annotated[
         str, typer.Option(help="protoken, paper, aumann_shapley, shapley, ... (docs/methods.md).")
     ] = "protoken",
+    nodes: Annotated[
+        int | None, typer.Option(help="Gradients along the path of aumann_shapley; 1 is its midpoint.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="Sampled pairs of shapley and paired_shapley.")] = None,
     backend: Annotated[str, typer.Option(help="auto, cuda, triton, cpp or torch.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
@@ -84,6 +88,8 @@ def trace(
         objective=objective,  # type: ignore[arg-type]
         method=method,  # type: ignore[arg-type]
         backend=backend,
+        nodes=nodes,
+        pairs=pairs,
         chat=False if raw else None,
         seed=seed,
         max_new_tokens=max_new_tokens,

@@ -65,6 +65,17 @@ def test_trace_prints_a_ranking_and_writes_page_and_json(folder: Path, tmp_path:
     assert "<html" in (tmp_path / "t.html").read_text()
 
 
+def test_trace_takes_the_settings_of_the_method(folder: Path, tmp_path: Path) -> None:
+    arguments = ["trace", "hello", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    file = tmp_path / "t.json"
+    for method, option, value in (("aumann_shapley", "nodes", 1), ("paired_shapley", "pairs", 0)):
+        asked = ["--method", method, f"--{option}", str(value), "--objective", "log_odds", "--rounds", "all"]
+        result = run(app, [*arguments, *asked, "--json", str(file), "--max-new-tokens", "3"])
+        assert result.exit_code == 0, result.output
+        info = protoken.Trace.load(file).info
+        assert (info.method, info.objective, info.settings[option]) == (method, "log_odds", value)
+
+
 def test_error_is_one_line_with_exit_status_2(folder: Path) -> None:
     done = protoken_command("trace", "x", "--model", str(folder / "model"), "--ledger", str(folder / "nothing"))
     assert done.returncode == 2
