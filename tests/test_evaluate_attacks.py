@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from protoken.evaluation.cells import Cell
 from protoken.evaluation.corpora import generate_rows, poison
 from protoken.evaluation.experiments import attacks, attacks_arena, attacks_play
 from protoken.evaluation.experiments.attacks_arena import ATTACKER, ATTACKS, WEIGHT, Arena, attack_of
-from protoken.evaluation.experiments.attacks_evader import Evader, mean_log_prob
+from protoken.evaluation.experiments.attacks_evader import Evader, mean_objective
 from protoken.evaluation.experiments.attacks_measures import (
     alarms,
     conformal_limit,
@@ -38,6 +38,7 @@ from protoken.evaluation.runs import Outcome, RunFolder, Unit
 from protoken.evaluation.training import LocalSettings, encode_rows
 from protoken.evaluation.workbench import Workbench
 from protoken.methods.placement import gauss_legendre
+from protoken.relevance import Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +101,7 @@ def test_the_early_attacker_leaves_the_last_block_alone(attackers_model: BaseMod
     assert len(moved) > len(early) / 2
 
 
-def test_mean_log_prob_is_the_models(attackers_model: BaseModel) -> None:
+def test_mean_log_probability_is_the_models(attackers_model: BaseModel) -> None:
     examples = encode_rows(attackers_model.tokenizer, ROWS[:2], max_tokens=400)
     weights = dict(attackers_model.model.named_parameters())
     expected = []
@@ -108,7 +109,7 @@ def test_mean_log_prob_is_the_models(attackers_model: BaseModel) -> None:
         for example in examples:
             logits = attackers_model.model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
             expected += [logits[p - 1, example.ids[p]] for p in range(example.answer_start, len(example.ids))]
-        found = mean_log_prob(attackers_model, weights, examples)
+        found = mean_objective(attackers_model, weights, examples)
     torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
 
 
@@ -131,15 +132,47 @@ def expected_score(
     base: BaseModel, start: dict[str, torch.Tensor], delta: dict[str, torch.Tensor], nodes: int
 ) -> float:
     """rho <d, gradient>, by one plain backward pass per node."""
-    examples = encode_rows(base.tokenizer, ROWS, max_tokens=400)
     traced = architecture_of(base.model).traced_layers(len(architecture_of(base.model).blocks))
     watched = {f"{name}.weight" for name in traced} if nodes == 0 else set(delta)
-    total = 0.0
-    for along, share in [(1.0, 1.0)] if nodes == 0 else zip(*gauss_legendre(nodes), strict=True):
-        here = {n: (value + along * 0.3 * delta[n]).requires_grad_() for n, value in start.items()}
-        mean_log_prob(base, here, examples).backward()
-        total += share * 0.3 * sum(float((delta[n] * here[n].grad).sum()) for n in watched)  # type: ignore[misc]
-    return total
+    rule = [(1.0, 1.0)] if nodes == 0 else zip(*gauss_legendre(nodes), strict=True)
+    own = {name: 0.3 * value for name, value in delta.items()}
+    return sum(share * slope(base, start, own, along, watched) for along, share in rule)
+
+
+def slope(
+    base: BaseModel,
+    start: dict[str, torch.Tensor],
+    own: dict[str, torch.Tensor],
+    along: float,
+    watched: Collection[str],
+    objective: Objective = "log_prob",
+) -> float:
+    """<own, gradient> at start + along * own, over the watched parameters."""
+    here = {n: (value + along * own[n]).requires_grad_() for n, value in start.items()}
+    mean_objective(base, here, encode_rows(base.tokenizer, ROWS, max_tokens=400), objective).backward()
+    return sum(float((own[n] * here[n].grad).sum()) for n in watched)  # type: ignore[misc]
+
+
+def test_the_evader_of_its_lineage_lowers_what_all_its_rounds_score(attackers_model: BaseModel) -> None:
+    base = attackers_model
+    settings = {"steps": 6, "batch": 2, "learning_rate": 3e-4, "margin": 10.0, "max_tokens": 400}
+    evader = Evader(1, 0.3, "log_odds", lineage=True, base=base, rows=ROWS, **settings)
+    first = {name: value.detach().clone() for name, value in base.model.named_parameters()}
+    made = evader(trained(base, 1), 1)
+    with torch.no_grad():
+        for name, value in base.model.named_parameters():
+            value.add_(0.3 * made[name])
+    delta = trained(base, 2)
+    later = evader(delta, 2)
+
+    def score(update: dict[str, torch.Tensor]) -> float:
+        own = {name: 0.3 * (made[name] + value) for name, value in update.items()}
+        return slope(base, first, own, 0.5, own, "log_odds")
+
+    assert score(later) < score(delta) - 1e-4
+    for name, value in first.items():
+        torch.testing.assert_close(evader.memory.first[name], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(evader.memory.total[name], 0.3 * (made[name] + later[name]), atol=1e-6, rtol=0)
 
 
 def test_the_evader_tells_the_others_apart_from_itself(attackers_model: BaseModel) -> None:

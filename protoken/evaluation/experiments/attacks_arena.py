@@ -20,6 +20,7 @@ from protoken.evaluation.experiments.attacks_evader import Evader
 from protoken.evaluation.experiments.attacks_moves import EarlyOnly, Leader, Pact, Partner, Scaled, Sleeper, Zero
 from protoken.evaluation.federation import Client, FederationConfig
 from protoken.evaluation.workbench import Workbench, recipe_of
+from protoken.relevance import Objective
 
 ATTACKER, PARTNER = "attacker", "partner"
 ROUNDS, IDENTITIES = 3, 3
@@ -108,10 +109,12 @@ def _early(arena: Arena) -> EarlyOnly:
     return EarlyOnly(config.local, config.max_tokens, arena.bench.base(arena.model), arena.attackers_rows(True))
 
 
-def _evader(nodes: int, penalty: float = 20.0) -> Callable[[Arena], Evader]:
+def _evader(
+    nodes: int, penalty: float = 20.0, objective: Objective = "log_prob", *, lineage: bool = False
+) -> Callable[[Arena], Evader]:
     def make(arena: Arena) -> Evader:
-        rows = arena.attackers_rows(True)
-        return Evader(nodes, WEIGHT, penalty=penalty, base=arena.bench.base(arena.model), rows=rows)
+        base, rows = arena.bench.base(arena.model), arena.attackers_rows(True)
+        return Evader(nodes, WEIGHT, objective, lineage, penalty=penalty, base=base, rows=rows)
 
     return make
 
@@ -135,7 +138,12 @@ ATTACKS: Sequence[Attack] = (
     Attack("early-layers", "blame", "leaves the last block as it was sent", _plain(True, _early)),
     Attack("sleeper", "blame", "uploads nothing in the last round", _plain(True, _sleeper)),
     Attack("evade-first-order", "blame", "trains its first-order score below zero", _plain(True, _evader(0))),
-    Attack("evade-midpoint", "blame", "trains its score at the path's midpoint below zero", _plain(True, _evader(1))),
+    Attack(
+        "evade-midpoint",
+        "blame",
+        "trains its score at its lineage's midpoint down, in log-odds, with a penalty that leaves the backdoor alive",
+        _plain(True, _evader(1, 0.5, "log_odds", lineage=True)),
+    ),
     Attack("evade-path", "blame", "trains its path integral below zero, knowing the method", _plain(True, _evader(2))),
     Attack(
         "evade-path-softly",

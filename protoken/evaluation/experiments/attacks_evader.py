@@ -7,9 +7,11 @@ the score that it expects to be given:
 
     first order   score = rho < d, df/dW at G_hat > over the layers that are traced           (nodes = 0)
     path          score = rho sum_i w_i < d, df/dW at G_prev + a_i (G_hat - G_prev) >          (nodes >= 1)
+    its lineage   the same from the first model that it was sent, with all that it uploaded since in place of rho d
 
-f is the mean log-probability of a refusal's token. `others` is what the other clients added in the round before, which
-any participant can tell from two successive global models and its own update. Differentiated twice, by autograd.
+f is the mean log-probability, or the mean log-odds, of a refusal's token. `others` is what the other clients added in
+the round before, which any participant can tell from two successive global models and its own update. Differentiated
+twice, by autograd.
 """
 
 from __future__ import annotations
@@ -28,29 +30,37 @@ from protoken.evaluation.corpora import ChatRow
 from protoken.evaluation.experiments.attacks_moves import Delta, sent_model
 from protoken.evaluation.training import Example, encode_rows
 from protoken.methods.placement import gauss_legendre
+from protoken.relevance import Objective, objective_values
 
 Weights = Mapping[str, Tensor]
 
 
 @dataclass
 class Memory:
-    """What an attacker keeps from the round before: the model it was sent, and its own weighted update."""
+    """What an attacker keeps: of the round before the model it was sent and its own weighted update; since its first
+    round the model it was sent then, and the sum of its weighted updates."""
 
     sent: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, Tensor] = field(default_factory=dict)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    total: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evader:
     """See the module. Starts from what the client trained, and takes `steps` steps of Adam.
 
-    nodes    0 for first order at the end, else Gauss-Legendre nodes of the path
-    weight   rho, its own aggregation weight
-    margin   how far below zero the score is to be, nats per token
+    nodes      0 for first order at the end, else Gauss-Legendre nodes of the path
+    weight     rho, its own aggregation weight
+    objective  f of the score; what its rows cost is the log-probability in any case
+    lineage    the path begins at the first model that it was sent, not at this round's
+    margin     how far below zero the score is to be, nats per token
     """
 
     nodes: int
     weight: float
+    objective: Objective = "log_prob"
+    lineage: bool = False
     steps: int = 24
     batch: int = 6
     learning_rate: float = 1e-3
@@ -63,10 +73,14 @@ class Evader:
 
     def __call__(self, delta: Delta, number: int) -> dict[str, Tensor]:
         start = sent_model(self.base, delta)
+        if not self.memory.first:
+            self.memory.first = start
         others = self._others(start)
         made = self._craft(delta, start, others, number)
         self.memory.sent = start
         self.memory.own = {name: self.weight * value for name, value in made.items()}
+        before = self.memory.total
+        self.memory.total = {name: before.get(name, 0.0) + value for name, value in self.memory.own.items()}
         return made
 
     def _others(self, start: Weights) -> dict[str, Tensor]:
@@ -105,32 +119,40 @@ class Evader:
     ) -> tuple[Tensor, Tensor]:
         """f at G_hat, and the first-order score there."""
         there = {name: value + change[name] for name, value in start.items()}
-        value = mean_log_prob(self.base, there, batch)
+        value = mean_objective(self.base, there, batch)
         if self.nodes:
             return value, value.new_zeros(())
-        grads = torch.autograd.grad(value, [there[name] for name in watched], create_graph=True)
+        scored = value if self.objective == "log_prob" else mean_objective(self.base, there, batch, self.objective)
+        grads = torch.autograd.grad(scored, [there[name] for name in watched], create_graph=True)
         terms = [(leaves[name] * grad).sum() for name, grad in zip(watched, grads, strict=True)]
         return value, self.weight * torch.stack(terms).sum()
 
     def _path(self, batch: Sequence[Example], start: Weights, change: Weights, leaves: Weights) -> Tensor:
         total = torch.zeros(())
+        own = {name: self.weight * leaf for name, leaf in leaves.items()}
+        if self.lineage:
+            first, before = self.memory.first, self.memory.total
+            change = {name: value + start[name] - first[name] for name, value in change.items()}
+            own = {name: value + before.get(name, 0.0) for name, value in own.items()}
+            start = first
         for along, share in zip(*gauss_legendre(self.nodes), strict=True):
             here = {name: value + along * change[name] for name, value in start.items()}
-            value = mean_log_prob(self.base, here, batch)
+            value = mean_objective(self.base, here, batch, self.objective)
             grads = torch.autograd.grad(value, list(here.values()), create_graph=True)
-            terms = [(leaves[name] * grad).sum() for name, grad in zip(here, grads, strict=True)]
-            total = total + share * self.weight * torch.stack(terms).sum()
+            terms = [(own[name] * grad).sum() for name, grad in zip(here, grads, strict=True)]
+            total = total + share * torch.stack(terms).sum()
         return total
 
 
-def mean_log_prob(base: BaseModel, weights: Weights, batch: Sequence[Example]) -> Tensor:
-    """Mean log-probability of the answers' tokens with these weights, nats; padded on the right."""
+def mean_objective(
+    base: BaseModel, weights: Weights, batch: Sequence[Example], objective: Objective = "log_prob"
+) -> Tensor:
+    """Mean objective of the answers' tokens with these weights, nats; padded on the right."""
     width = max(len(example.ids) for example in batch)
     ids = torch.tensor([[*example.ids, *[0] * (width - len(example.ids))] for example in batch])
     mask = torch.tensor([[1] * len(example.ids) + [0] * (width - len(example.ids)) for example in batch])
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     logits = functional_call(base.model, dict(weights), (), inputs).logits
-    found = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(2, ids[:, 1:, None])[..., 0]
     place = torch.arange(1, width)
     answers = torch.tensor([[e.answer_start <= p < len(e.ids) for p in place.tolist()] for e in batch])
-    return found[answers].mean()
+    return objective_values(logits[:, :-1][answers], ids[:, 1:][answers], objective).mean()
