@@ -101,14 +101,14 @@ def bench(rows: Rows) -> None:
     work += [(dense, ("Llama-3.1-8B", "fp8", 55, tokens, 1)) for tokens in (16, 128)]
     work += [(dense, ("SmolLM2-135M", "bf16", 6, tokens, 30)) for tokens in (16, 128)]
     work += [(totals, ("Llama-3.1-8B", "bf16", 55)), (dense, ("Llama-3.1-8B", "bf16", 55, 512, 1))]
-    work += [(head, ("Llama-3.1-8B", "bf16", tokens)) for tokens in (1, 16, 128)]
+    work += [(head, ("Llama-3.1-8B", "bf16", tokens)) for tokens in (1, 4, 16, 128)]
     work += [(append, ("Llama-3.1-8B", tokens)) for tokens in (1, 512)]
     for model in ("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B", "Gemma-3-27B"):
         work += [(dense, (model, "bf16", clients, tokens, 1)) for tokens in (1, 16, 128, 512) for clients in (6, 55)]
         work += [(lowrank, (model, clients, 8, tokens)) for tokens in (16, 128) for clients in (1000, 10_000)]
     work += [(dense, ("Llama-3.1-8B", name, 55, 16, 1)) for name in ("int8", "fp16", "fp32")]
     work += [(totals, ("Llama-3.1-8B", name, 55)) for name in ("fp8", "fp32")]
-    work += [(head, ("SmolLM2-135M", "bf16", 16)), (append, ("SmolLM2-135M", 1))]
+    work += [(head, ("SmolLM2-135M", "bf16", 1)), (head, ("SmolLM2-135M", "bf16", 16)), (append, ("SmolLM2-135M", 1))]
     if DRY_RUN:  # one row per op
         work = [next(row for row in work if row[0] is op) for op in (dense, lowrank, totals, head, append)]
     for op, arguments in dict.fromkeys(work):

@@ -60,7 +60,11 @@ def paths_of(backend: str, op: str) -> list[dict[str, int]]:
         return [{}]
     from protoken.ops import cuda
 
-    names = {"client_scores": (cuda.AUTO, cuda.MMA), "client_scores_lowrank": (cuda.WHOLE, cuda.SPLIT)}
+    names = {
+        "client_scores": (cuda.AUTO, cuda.MMA),
+        "client_scores_lowrank": (cuda.WHOLE, cuda.SPLIT),
+        "relevance_head": (cuda.AUTO, cuda.TWICE),
+    }
     return [{"path": path} for path in names[op]] if op in names else [{}]
 
 
@@ -135,10 +139,14 @@ def _totals(_: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
             )
 
 
-def _head(_: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
-    shapes = [(7, 64, 300), (1, 33, 5003), (16, 576, 2048)]
+def _head(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
+    # In cuda: read once (one token, up to four, wide rows), twice (narrow and wide tiles, rows that cannot be read
+    # 16 bytes at a time, more tokens than one group).
+    shapes = [(7, 64, 300), (1, 33, 500), (1, 64, 300), (3, 136, 700), (20, 64, 300)]
+    if not small:
+        shapes += [(1, 33, 5003), (16, 576, 2048), (1, 4104, 900), (4, 4096, 5003), (130, 264, 1003)]
     for name in FLOATS[:1] if small else FLOATS:
-        for tokens, width, vocabulary in shapes[: 1 if DRY_RUN else 2] if small else shapes:
+        for tokens, width, vocabulary in shapes[:1] if DRY_RUN else shapes:
             for norm, objective, softcap in (
                 ("rms", "logprob", None),
                 ("layer", "logprob", 2.0),
@@ -156,19 +164,26 @@ def _head(_: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
                     softcap=softcap,
                     objective=objective,
                 )
+                both = objective == "logprob" and tokens <= 4
+                for options in paths_of(backend, "relevance_head") if both else [{}]:
 
-                def run(hidden: Tensor = hidden, targets: Tensor = targets, head: Head = head) -> list[Tensor]:
-                    outs = [poisoned(*hidden.shape), poisoned(hidden.shape[0])]
-                    launch(*outs, hidden, targets, head)
-                    return outs
+                    def run(
+                        hidden: Tensor = hidden,
+                        targets: Tensor = targets,
+                        head: Head = head,
+                        options: dict[str, int] = options,
+                    ) -> list[Tensor]:
+                        outs = [poisoned(*hidden.shape), poisoned(hidden.shape[0])]
+                        launch(*outs, hidden, targets, head, **options)
+                        return outs
 
-                yield Case(
-                    f"relevance_head {name} {(tokens, width, vocabulary)} {norm} {objective} {softcap}",
-                    run,
-                    lambda hidden=hidden, targets=targets, head=head: list(
-                        relevance_head_reference(hidden, targets, head)
-                    ),
-                )
+                    yield Case(
+                        f"relevance_head {name} {(tokens, width, vocabulary)} {norm} {objective} {softcap} {options}",
+                        run,
+                        lambda hidden=hidden, targets=targets, head=head: list(
+                            relevance_head_reference(hidden, targets, head)
+                        ),
+                    )
 
 
 def _append(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:

@@ -26,6 +26,7 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 pybind11_add_module(_C_cuda NO_EXTRAS
   csrc/cuda_bindings.cpp
   csrc/cuda_device.cpp
+  csrc/capture_append.cu
   csrc/client_scores.cu
   csrc/client_scores_bf16.cu
   csrc/client_scores_e4m3.cu
@@ -34,7 +35,8 @@ pybind11_add_module(_C_cuda NO_EXTRAS
   csrc/client_scores_half.cu
   csrc/client_scores_i8.cu
   csrc/client_scores_lowrank.cu
-  csrc/client_totals.cu)
+  csrc/client_totals.cu
+  csrc/relevance_head.cu)
 target_include_directories(_C_cuda PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_options(_C_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra>

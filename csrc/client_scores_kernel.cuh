@@ -20,29 +20,6 @@ struct Stage {  // what a lane holds of rows g and g + 8 for one stage of column
   uint4 low[kGroups], high[kGroups];
 };
 
-// E values of a row from `at` on, of which `left` (counted from the first) exist.
-template <int kFormat, bool kVectors>
-__device__ __forceinline__ uint4 load_values(const char* at, int left, int64_t step) {
-  constexpr int kBytes = format_bytes(kFormat), kE = per_load(kFormat);
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if constexpr (kVectors) {
-    if (left > 0) v = load_stream16(at);
-  } else {
-    uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < kE; ++i) {
-      if (i >= left) continue;
-      uint32_t bits;
-      if constexpr (kBytes == 4) bits = *reinterpret_cast<const uint32_t*>(at + i * step);
-      if constexpr (kBytes == 2) bits = *reinterpret_cast<const uint16_t*>(at + i * step);
-      if constexpr (kBytes == 1) bits = *reinterpret_cast<const uint8_t*>(at + i * step);
-      words[i * kBytes / 4] |= bits << (i * kBytes % 4 * 8);
-    }
-    v = make_uint4(words[0], words[1], words[2], words[3]);
-  }
-  return v;
-}
-
 // Where a lane's two rows (g and g + 8 of its warp's 16) begin in this chunk, and how many rows are left from g on.
 struct LaneRows {
   const char* at;

@@ -204,14 +204,6 @@ __device__ __forceinline__ void multiply_words(float (&acc)[kTokens / 8][4], con
   }
 }
 
-// The image of one stage, on its way to shared memory.
-__device__ __forceinline__ void fetch_image(unsigned char* shared, const uint16_t* image, int bytes) {
-  const char* from = reinterpret_cast<const char*>(image);
-#pragma unroll 1
-  for (int done = threadIdx.x * 16; done < bytes; done += blockDim.x * 16) copy16_async(shared + done, from + done);
-  copy_commit();
-}
-
 // Inner products of the block's 128 rows over stages [begin, end); `flush` is called with acc after each segment.
 template <int kFormat, int kMode, int kPlanesX, int kTokens, class Flush>
 __device__ __forceinline__ void inner_products(const LowRankJob& job, const Factor& factor, int block, int tile,

@@ -28,19 +28,6 @@ struct TotalsParams {
 
 PT_BOTH constexpr int64_t piece_values(int format) { return kThreads * kLoads * per_load(format); }
 
-template <int kFormat>
-__device__ __forceinline__ float value_of(const uint4& v, int i) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  if constexpr (kFormat == kF32) return bits_float(words[i]);
-  if constexpr (kFormat == kBF16) return bits_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
-  if constexpr (kFormat == kF16) return half_to_float(static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2))));
-  if constexpr (kFormat == kI8 || kFormat == kE4M3) {
-    const uint32_t pair = byte_pair<kFormat>(words[i / 4], i % 4 >= 2);
-    return bits_float(i % 2 ? pair & 0xffff0000u : pair << 16);
-  }
-  return 0.0f;
-}
-
 // Value number i of the matrix, rows one after another.
 struct Place {
   int64_t row, column;

@@ -61,4 +61,24 @@ PYBIND11_MODULE(PT_MODULE, m) {
     run<TotalsCall>(device, workspace, bytes, stream, {table_at(table), layers, clients, format, vectors},
                     &client_totals);
   });
+
+  m.def("relevance_head_workspace", [](uintptr_t table, int format, bool vectors, int norm, bool logprob, int path,
+                                       float eps, float scale, float softcap, int device) {
+    return relevance_head_workspace({table_at(table), format, vectors, norm, logprob, path, eps, scale, softcap},
+                                    device_of(device));
+  });
+  m.def("relevance_head",
+        [](uintptr_t table, int format, bool vectors, int norm, bool logprob, int path, float eps, float scale,
+           float softcap, uintptr_t workspace, int64_t bytes, int device, uintptr_t stream) {
+          run<HeadCall>(device, workspace, bytes, stream,
+                        {table_at(table), format, vectors, norm, logprob, path, eps, scale, softcap}, &relevance_head);
+        });
+
+  m.def("capture_append", [](uintptr_t table, int64_t buffers, int64_t capacity, int64_t tokens, uintptr_t cursor,
+                             int device, uintptr_t stream) {
+    const py::gil_scoped_release unlocked;
+    const Current current(device);
+    capture_append({table_at(table), buffers, capacity, tokens, static_cast<int64_t>(cursor)},
+                   reinterpret_cast<cudaStream_t>(stream));
+  });
 }

@@ -198,7 +198,17 @@ inline uint16_t float_to_bf16(float value) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = float_bits(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7fffu);
+  if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (size < 0x38800000u) {                                               // subnormal: a multiple of 2^-24
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(__builtin_nearbyintf(bits_float(size) * 0x1p24f)));
+  }
+  return static_cast<uint16_t>(sign | ((size - 0x38000000u + 0xfff + ((size >> 13) & 1)) >> 13));
+}
 inline void walk(const char*& address, int64_t bytes) { address += bytes; }
+inline void forget(uint4&) {}
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = (static_cast<uint64_t>(b) << 32) | a;
   uint32_t result = 0;
@@ -264,6 +274,13 @@ inline float shuffle_xor(float v, int mask) {
   *emu::lane_slot(emu::lane()) = float_bits(v);
   emu::meet_warp();
   const float result = bits_float(*emu::lane_slot(emu::lane() ^ mask));
+  emu::meet_warp();
+  return result;
+}
+inline float shuffle_from(float v, int lane) {
+  *emu::lane_slot(emu::lane()) = float_bits(v);
+  emu::meet_warp();
+  const float result = bits_float(*emu::lane_slot(lane));
   emu::meet_warp();
   return result;
 }

@@ -76,4 +76,28 @@ struct TotalsCall {
 int64_t client_totals_workspace(const TotalsCall& call);
 void client_totals(const TotalsCall& call, const Device&, void* workspace, int64_t bytes, cudaStream_t stream);
 
+// One row: hidden [T, d], stride_t, stride_d, dtype; targets, stride; weight [V, d], stride_v, stride_d; bias, stride,
+// dtype; norm weight, stride, dtype; norm bias, stride, dtype (address 0: none); grad [T, d], value [T]; T, d, V.
+constexpr int64_t kHeadColumns = 23;
+enum HeadPath : int { kHeadAuto = 0, kHeadOnce = 1, kHeadTwice = 2 };
+struct HeadCall {
+  const int64_t* table;
+  int format;    // of the weight: kF32, kBF16 or kF16
+  bool vectors;  // as in ScoresCall
+  int norm;      // HeadNorm of relevance_head.cuh
+  bool logprob;  // else the raw logit
+  int path;
+  float eps, scale, softcap;  // softcap 0: none
+};
+int64_t relevance_head_workspace(const HeadCall& call, const Device& device);
+void relevance_head(const HeadCall& call, const Device& device, void* workspace, int64_t bytes, cudaStream_t stream);
+
+// Per buffer: buffer [C, n], stride between rows, dtype; step [T, n], stride_t, stride_n, dtype; n. dtype 6: fp64.
+constexpr int64_t kAppendTableColumns = 8;
+struct AppendCall {
+  const int64_t* table;
+  int64_t buffers, capacity, tokens, cursor;  // cursor: address of int64 [1]
+};
+void capture_append(const AppendCall& call, cudaStream_t stream);
+
 }  // namespace protoken::cuda

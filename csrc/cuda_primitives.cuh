@@ -57,11 +57,24 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
 }
+// To nearest, ties to even; NaN stays NaN.
+__device__ __forceinline__ uint16_t float_to_bf16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+__device__ __forceinline__ uint16_t float_to_half(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
 // address += bytes, where it stands: the compiler cannot make the sums of many steps in advance.
 __device__ __forceinline__ void walk(const char*& address, int64_t bytes) {
   address += bytes;
   asm volatile("" : "+l"(address));
 }
+// The value as the compiler cannot know it: what was made of it before is made again instead of being kept.
+__device__ __forceinline__ void forget(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 // bytes of a (0..3) and b (4..7), four selectors
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
@@ -117,6 +130,7 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return t;
 }
 __device__ __forceinline__ float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+__device__ __forceinline__ float shuffle_from(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 __device__ __forceinline__ int shuffle_first(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 
 // ---- shared memory, copies, barriers ---------------------------------------------------------------------

@@ -103,6 +103,45 @@ __device__ __forceinline__ uint32_t byte_pair(uint32_t word, bool upper) {
   }
 }
 
+// ---- rows ------------------------------------------------------------------------------------------------
+
+// E values of a row from `at` on, of which `left` (counted from the first) exist.
+template <int kFormat, bool kVectors>
+__device__ __forceinline__ uint4 load_values(const char* at, int left, int64_t step) {
+  constexpr int kBytes = format_bytes(kFormat), kE = per_load(kFormat);
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if constexpr (kVectors) {
+    if (left > 0) v = load_stream16(at);
+  } else {
+    uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kE; ++i) {
+      if (i >= left) continue;
+      uint32_t bits;
+      if constexpr (kBytes == 4) bits = *reinterpret_cast<const uint32_t*>(at + i * step);
+      if constexpr (kBytes == 2) bits = *reinterpret_cast<const uint16_t*>(at + i * step);
+      if constexpr (kBytes == 1) bits = *reinterpret_cast<const uint8_t*>(at + i * step);
+      words[i * kBytes / 4] |= bits << (i * kBytes % 4 * 8);
+    }
+    v = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  return v;
+}
+
+// Value number i of the 16 bytes that were loaded.
+template <int kFormat>
+__device__ __forceinline__ float value_of(const uint4& v, int i) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  if constexpr (kFormat == kF32) return bits_float(words[i]);
+  if constexpr (kFormat == kBF16) return bits_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  if constexpr (kFormat == kF16) return half_to_float(static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2))));
+  if constexpr (kFormat == kI8 || kFormat == kE4M3) {
+    const uint32_t pair = byte_pair<kFormat>(words[i / 4], i % 4 >= 2);
+    return bits_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+  }
+  return 0.0f;
+}
+
 // ---- fragments -------------------------------------------------------------------------------------------
 
 // A of m16n8k16 for matrix product j of a group: low and high are the 16 bytes of rows g and g + 8.
@@ -163,6 +202,14 @@ __device__ __forceinline__ void multiply_group(float (&acc)[kTokens / 8][4],
         for (int pw = 0; pw < format_planes(kFormat); ++pw)
           if (pw + px <= 2) mma_16x8x16<kFormat == kHalf>(acc[n], a[j][pw], b[2 * j], b[2 * j + 1]);
     }
+}
+
+// The image of one stage, on its way to shared memory.
+__device__ __forceinline__ void fetch_image(unsigned char* shared, const uint16_t* image, int bytes) {
+  const char* from = reinterpret_cast<const char*>(image);
+#pragma unroll 1
+  for (int done = threadIdx.x * 16; done < bytes; done += blockDim.x * 16) copy16_async(shared + done, from + done);
+  copy_commit();
 }
 
 // ---- packing ---------------------------------------------------------------------------------------------

@@ -53,3 +53,33 @@ def client_totals(
     device: int,
     stream: int,
 ) -> None: ...
+def relevance_head_workspace(
+    table: int,
+    format: int,
+    vectors: bool,
+    norm: int,
+    logprob: bool,
+    path: int,
+    eps: float,
+    scale: float,
+    softcap: float,
+    device: int,
+) -> int: ...
+def relevance_head(
+    table: int,
+    format: int,
+    vectors: bool,
+    norm: int,
+    logprob: bool,
+    path: int,
+    eps: float,
+    scale: float,
+    softcap: float,
+    workspace: int,
+    bytes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def capture_append(
+    table: int, buffers: int, capacity: int, tokens: int, cursor: int, device: int, stream: int
+) -> None: ...

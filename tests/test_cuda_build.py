@@ -88,6 +88,18 @@ def test_totals_stream_16_bytes_at_a_time(architecture: str) -> None:
         assert "STL" not in code
 
 
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_the_head_is_streamed_16_bytes_at_a_time_and_spills_next_to_nothing(architecture: str) -> None:
+    report, sass = compiled("relevance_head.cu", architecture)
+    assert not spilled(report, allowed=64)  # 48 bytes with four tokens and in fp16's mean
+    for code in kernels_named(sass, r"head_once_kernelILi\dELi1E"):
+        assert re.search(WIDE_LOAD, code)
+        assert "STL" not in code
+    for code in kernels_named(sass, r"head_(logits|mean)_kernelILi1ELb1E"):
+        assert re.search(WIDE_LOAD, code)
+        assert "HMMA.16816.F32.BF16" in code
+
+
 @pytest.mark.slow
 def test_lowrank_kernels_turn_factors_in_registers_and_spill_next_to_nothing() -> None:
     report, sass = compiled("client_scores_lowrank.cu", "90a")
@@ -106,7 +118,8 @@ def test_kernels_compile_for_blackwell() -> None:
 
 
 def test_no_kernel_adds_floats_atomically() -> None:
-    for source in ("client_scores.cu", "client_totals.cu", "client_scores_bf16.cu"):
+    sources = "client_scores.cu", "client_totals.cu", "client_scores_bf16.cu", "relevance_head.cu", "capture_append.cu"
+    for source in sources:
         _, sass = compiled(source, "90a")
         for name, code in sass.items():
             assert not re.search(r"\b(RED|ATOM|ATOMG)\.", code), name

@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 import protoken._C_cuda as native
+from protoken.errors import ArgumentError
 from protoken.ops.banks import DenseBank, LowRankBank
+from protoken.ops.checks import narrow
+from protoken.ops.relevance_head import NORMS, Head
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+FLOAT64 = 6  # capture_append alone
 HALF = 5  # fp16 bank and fp16 tokens: multiplied as they are; any other fp16 bank is split into two bf16 planes
 ALONG_INNER, ALONG_RANK, ANYWHERE = 0, 1, 2  # LoadMode of csrc/client_scores_lowrank.cu
 MAX_RANK = 128
 AUTO, MMA, WGMMA = 0, 1, 2  # path of client_scores: WGMMA is what AUTO takes on compute capability 9.0
 WHOLE, SPLIT = 1, 2  # path of client_scores_lowrank; AUTO decides by the amount of work
+ONCE, TWICE = 1, 2  # path of relevance_head: how often the head is read; AUTO: once for up to 4 tokens
+NORM_CODES = {"none": 0, "rms": 1, "layer": 2}  # HeadNorm of csrc/relevance_head.cuh
+assert set(NORM_CODES) == set(NORMS)
 
 
 def _stream(device: torch.device) -> int:
@@ -162,6 +169,50 @@ def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) 
         _run("client_totals", (table.data_ptr(), len(members), out.shape[1], code, vectors), out.device)
 
 
+def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str | None:
+    if head.weight.dtype == torch.float64:
+        return "takes fp32, bf16 and fp16 heads, not float64"
+    return None if head.weight.numel() else "takes heads of at least one row and one column"
+
+
+def launch_relevance_head(
+    grad: Tensor, value: Tensor, hidden: Tensor, targets: Tensor, head: Head, *, path: int = AUTO
+) -> None:
+    """grad[t] = d f_t / d h[t] and value[t] = f_t. A target outside the vocabulary makes its token's results NaN."""
+    weight = head.weight.detach()
+    size = weight.element_size()
+    vectors = (
+        weight.stride(1) == 1
+        and weight.shape[1] * size % 16 == 0
+        and (weight.shape[0] == 1 or weight.stride(0) * size % 16 == 0)
+        and weight.data_ptr() % 16 == 0
+    )
+    # Kept here until the launch is on its way: torch's allocator then keeps the order.
+    held = [None if vector is None else narrow(vector) for vector in (head.bias, head.norm_weight, head.norm_bias)]
+    row = [*_matrix(hidden), targets.data_ptr(), targets.stride(0), weight.data_ptr(), *weight.stride()]
+    for vector in held:
+        row += [0, 0, 0] if vector is None else _matrix(vector)
+    table = _rows([[*row, grad.data_ptr(), value.data_ptr(), *hidden.shape, weight.shape[0]]])
+    kinds = CODES[weight.dtype], vectors, NORM_CODES[head.norm], head.objective == "logprob", path
+    numbers = head.eps, head.scale, head.softcap or 0.0
+    _run("relevance_head", (table.data_ptr(), *kinds, *numbers), hidden.device)
+
+
+def launch_capture_append(buffers: list[Tensor], steps: list[Tensor], cursor: Tensor) -> None:
+    """One launch for up to 64 buffers, then one for the cursor."""
+    codes = CODES | {torch.float64: FLOAT64}
+    table = _rows(
+        [
+            *(buffer.data_ptr(), buffer.stride(0), codes[buffer.dtype]),
+            *(step.data_ptr(), *step.stride(), codes[step.dtype], buffer.shape[1]),
+        ]
+        for buffer, step in zip(buffers, steps, strict=True)
+        if buffer.shape[1]
+    )
+    sizes = table.shape[0], buffers[0].shape[0], steps[0].shape[0]
+    native.capture_append(table.data_ptr(), *sizes, cursor.data_ptr(), cursor.device.index or 0, _stream(cursor.device))
+
+
 def _by_key(rows: list[tuple[Any, list[int]]]) -> list[tuple[Any, list[list[int]]]]:
     ordered = sorted(rows, key=lambda row: row[0])
     return [(key, [row for _, row in members]) for key, members in groupby(ordered, key=lambda row: row[0])]
@@ -171,8 +222,11 @@ def _run(op: str, call: tuple[Any, ...], device: torch.device) -> None:
     """Ask for the size of the workspace, allocate it, launch. Only client_totals plans without the device."""
     index = device.index or 0
     planned = call if op == "client_totals" else (*call, index)
-    scratch = _workspace(getattr(native, f"{op}_workspace")(*planned), device)
-    getattr(native, op)(*call, scratch.data_ptr(), scratch.numel(), index, _stream(device))
+    try:
+        scratch = _workspace(getattr(native, f"{op}_workspace")(*planned), device)
+        getattr(native, op)(*call, scratch.data_ptr(), scratch.numel(), index, _stream(device))
+    except ValueError as error:
+        raise ArgumentError(op, got=str(error)) from error
 
 
 def _jobs(bank: LowRankBank) -> tuple[list[tuple[list[int], list[int], Tensor | None]], bool]:
