@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "client_scores.h"
 #include "client_scores_lowrank.h"
@@ -20,6 +21,17 @@ namespace {
 template <typename T>
 T* at(int64_t address) {
   return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+// A layer whose inputs come apart from `fields`, what stays the same as long as the bank.
+template <typename Layer, size_t Inputs>
+Layer layer_of(const int64_t (&inputs)[Inputs], int64_t fields) {
+  static_assert(sizeof(Layer) > sizeof(inputs), "the inputs' addresses come first in a layer");
+  Layer layer;
+  char* to = reinterpret_cast<char*>(&layer);
+  std::memcpy(to, inputs, sizeof(inputs));
+  std::memcpy(to + sizeof(inputs), at<const char>(fields), sizeof(Layer) - sizeof(inputs));
+  return layer;
 }
 
 }  // namespace
@@ -53,6 +65,32 @@ PYBIND11_MODULE(_C, m) {
         client_totals(at<const TotalsLayer>(layers), layer_count, clients, at<float>(out), threads);
       },
       py::arg("layers"), py::arg("layer_count"), py::arg("clients"), py::arg("out"), py::arg("threads"));
+  m.def(
+      "client_scores_one",
+      [](int64_t fields, int64_t x, int64_t grad, int64_t clients, int64_t tokens, int64_t out, int64_t threads) {
+        py::gil_scoped_release release;
+        const auto layer = layer_of<ScoresLayer>({x, grad}, fields);
+        client_scores(&layer, 1, clients, tokens, at<float>(out), threads);
+      },
+      py::arg("fields"), py::arg("x"), py::arg("grad"), py::arg("clients"), py::arg("tokens"), py::arg("out"),
+      py::arg("threads"));
+  m.def(
+      "client_scores_lowrank_one",
+      [](int64_t fields, int64_t x, int64_t grad, int64_t clients, int64_t tokens, int64_t out, int64_t threads) {
+        py::gil_scoped_release release;
+        const auto layer = layer_of<LowRankLayer>({x, grad}, fields);
+        client_scores_lowrank(&layer, 1, clients, tokens, at<float>(out), threads);
+      },
+      py::arg("fields"), py::arg("x"), py::arg("grad"), py::arg("clients"), py::arg("tokens"), py::arg("out"),
+      py::arg("threads"));
+  m.def(
+      "client_totals_one",
+      [](int64_t fields, int64_t m, int64_t clients, int64_t out, int64_t threads) {
+        py::gil_scoped_release release;
+        const auto layer = layer_of<TotalsLayer>({m}, fields);
+        client_totals(&layer, 1, clients, at<float>(out), threads);
+      },
+      py::arg("fields"), py::arg("m"), py::arg("clients"), py::arg("out"), py::arg("threads"));
   m.attr("head_tokens") = kHeadTokens;
   m.def(
       "relevance_head",

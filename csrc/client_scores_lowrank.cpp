@@ -108,20 +108,31 @@ class Job {
                    scratch_.copies, copied);
   }
 
+  // All factors A of the clients, then all factors B: each is memory in one piece where the clients lie in one tensor.
   void run_dots(int64_t first, int64_t last, float* scores) const {
-    for (int64_t client = first; client < last; ++client) {
-      const LowRankClient& c = layer_.given->clients[client];
-      for (int64_t rank = 0; rank < c.rank; rank += kRankMax) {
+    for (int64_t rank = 0; rank < layer_.max_rank; rank += kRankMax) {
+      float* left = scratch_.left;
+      for (int64_t client = first; client < last; ++client) {
+        const LowRankClient& c = layer_.given->clients[client];
         const int64_t count = std::min(kRankMax, c.rank - rank);
+        if (count <= 0) continue;
         bool copied = false;
         const Factor a = a_part(c, rank, count, &copied);
         kernels_.project_dot[copied ? kFloat32 : layer_.given->dtype](a, layer_.x->data(), layer_.x->stride, tokens_,
-                                                                      scratch_.left);
-        copied = false;
+                                                                      left);
+        left += tokens_ * count;
+      }
+      left = scratch_.left;
+      for (int64_t client = first; client < last; ++client) {
+        const LowRankClient& c = layer_.given->clients[client];
+        const int64_t count = std::min(kRankMax, c.rank - rank);
+        if (count <= 0) continue;
+        bool copied = false;
         const Factor b = b_part(c, rank, count, &copied);
         kernels_.project_dot[copied ? kFloat32 : layer_.given->dtype](b, layer_.grad->data(), layer_.grad->stride,
                                                                       tokens_, scratch_.right);
-        combine(scratch_.left, scratch_.right, count, 1, count, tokens_, scores + (client - first) * tokens_);
+        combine(left, scratch_.right, count, 1, count, tokens_, scores + (client - first) * tokens_);
+        left += tokens_ * count;
       }
     }
   }

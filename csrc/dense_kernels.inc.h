@@ -40,18 +40,18 @@ inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], cons
   constexpr int U = W * size >= 64 ? 1 : 64 / (W * size);
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
     V values[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < R; ++j) values[j] = Simd::load_as<Dtype>(rows + j * row_stride + i * size);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < TB; ++t) {
       const V xs = Simd::load(x + t * x_stride + i);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < R; ++j) acc[j][t] = Simd::fma(values[j], xs, acc[j][t]);
     }
   };
   int64_t i = 0;
   for (; i + U * W <= n; i += U * W) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
       prefetch(rows + j * row_stride + i * size + ahead);
       if constexpr (Dtype == kFloat8E4M3) nan.line(rows + j * row_stride + i * size);
@@ -64,10 +64,10 @@ inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], cons
   }
   for (; i + W <= n; i += W) add(i);
   if (i < n) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
       const V values = load_tail<Dtype>(rows + j * row_stride + i * size, n - i);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int t = 0; t < TB; ++t) acc[j][t] = Simd::fma(values, Simd::load(x + t * x_stride + i), acc[j][t]);
     }
   }
@@ -83,15 +83,15 @@ void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t step, int64_t colu
     for (int t = 0; t < TB; ++t) acc[j][t] = Simd::zero();
   }
   const char* rows = c.rows + row * c.row_stride + column * item_size(Dtype);
-  constexpr int64_t ahead = item_size(Dtype) == 1 ? 512 : 1024;
+  constexpr int64_t ahead = item_size(Dtype) == 1 || R > 8 ? 512 : 1024;
   accumulate_dots<Dtype, R, TB>(acc, rows, step * c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n, ahead,
                                 nan);
   // A token's sum stays in a register while its rows join: this is a good part of the work where rows are short.
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int t = 0; t < TB; ++t) {
     const float* grad = c.grad + (token + t) * c.grad_stride + row;
     V sum = sums[token + t];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
       const float weight = c.scale ? grad[j * step] * c.scale[row + j * step] : grad[j * step];
       sum = Simd::fma(acc[j][t], Simd::set1(weight), sum);
@@ -100,22 +100,24 @@ void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t step, int64_t colu
   }
 }
 
-// Rows of an accumulator tile for TB tokens: as many as the registers hold, at most 8.
+// Rows of an accumulator tile for TB tokens: as many as the registers hold, at most `most`.
 template <int TB>
-constexpr int dot_rows() {
-  return Simd::kDotRegisters / TB > 8 ? 8 : Simd::kDotRegisters / TB < 1 ? 1 : Simd::kDotRegisters / TB;
+constexpr int dot_rows(int most = 8) {
+  return Simd::kDotRegisters / TB > most ? most : Simd::kDotRegisters / TB < 1 ? 1 : Simd::kDotRegisters / TB;
 }
 
-template <int Dtype, int TB>
+// One token in fp32 waits for memory alone, of which more streams keep more under way.
+template <int Dtype, int TB, int R = dot_rows<TB>(Dtype == kFloat32 && TB == 1 ? Simd::kMostStreams : 8)>
 void dense_dot_block(const DenseChunk& c, int64_t row, int64_t row_end, int64_t column, int64_t n, int64_t token,
                      V* sums, Simd::NanFlag& nan) {
-  constexpr int R = dot_rows<TB>();
   const int64_t step = (row_end - row) / R;
   const int64_t last = row + step * R;
   for (int64_t end = row + step; row < end; ++row) {
     dense_dot_tile<Dtype, R, TB>(c, row, step, column, n, token, sums, nan);
   }
-  for (row = last; row < row_end; ++row) dense_dot_tile<Dtype, 1, TB>(c, row, 1, column, n, token, sums, nan);
+  if constexpr (R > 1) {
+    if (last < row_end) dense_dot_block<Dtype, TB, (R > 8 ? 4 : 1)>(c, last, row_end, column, n, token, sums, nan);
+  }
 }
 
 constexpr int kDotBlock = W == 16 ? 6 : 4;  // tokens that one pass of the dot form takes
@@ -309,8 +311,34 @@ void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
   }
 }
 
-// out[c] = < d[c], m > for R clients at once: R streams of memory for one of m. Each client has U running sums of its
-// own, which doubles join at the end: who stands beside it changes no bit.
+// acc[c][u] += < piece u of d[c], piece u of m >, for U pieces side by side: R * U streams of memory keep more of it
+// under way than R. Returns how far they reach; n must be the same for every group of clients, so that their bits are.
+template <int Dtype, int R, int U>
+int64_t dot_pieces(V (&acc)[R][U], const char* const* d, const float* m, int64_t n) {
+  constexpr int64_t size = item_size(Dtype);
+  constexpr int64_t line = W * size >= 64 ? W : 64 / size;
+  const int64_t piece = n / U / line * line;
+  for (int64_t i = 0; i < piece; i += line) {
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) prefetch(d[c] + (i + u * piece) * size + 512);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 4
+      for (int64_t v = i + u * piece; v < i + u * piece + line; v += W) {
+        const V values = Simd::load(m + v);
+#pragma GCC unroll 4
+        for (int c = 0; c < R; ++c) acc[c][u] = Simd::fma(Simd::load_as<Dtype>(d[c] + v * size), values, acc[c][u]);
+      }
+    }
+  }
+  return piece * U;
+}
+
+// out[c] = < d[c], m > for R clients at once: one read of m for all. Each client has U running sums of its own, which
+// doubles join at the end: who stands beside it changes no bit.
 template <int Dtype, int R>
 void dot_clients(const char* const* d, const float* m, int64_t n, double* out) {
   constexpr int U = 4;
@@ -323,6 +351,9 @@ void dot_clients(const char* const* d, const float* m, int64_t n, double* out) {
     for (int u = 0; u < U; ++u) acc[c][u] = Simd::zero();
   }
   int64_t i = 0;
+  if constexpr (size > 1) {
+    if (n * size >= 8192) i = dot_pieces<Dtype, R, U>(acc, d, m, n);
+  }
   for (; i + U * W <= n; i += U * W) {
 #pragma GCC unroll 4
     for (int c = 0; c < R; ++c) {

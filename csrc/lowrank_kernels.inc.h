@@ -1,6 +1,7 @@
 // Projections onto the factors of a low-rank update, written once over Simd.
 #pragma once
 
+#include "checks.h"
 #include "dense_kernels.inc.h"
 
 namespace protoken {
@@ -91,8 +92,74 @@ void project_lanes_tile(const Factor& f, int64_t rank0, int64_t first, int64_t l
   }
 }
 
+// The same where the ranks fill a part of a vector and the next i follows at once: the factor is one run of memory, of
+// which a vector holds W / Rank neighbouring i. It is read as up to 8 streams side by side.
+template <int Dtype, int TB, int Rank>
+void project_run(const Factor& f, int64_t first, int64_t last, const float* values, int64_t stride, float* out) {
+  constexpr int P = TB == 1 ? 8 : TB == 2 ? 4 : 2;
+  constexpr int64_t size = item_size(Dtype);
+  const char* base = f.base + first * Rank * size;
+  values += first;
+  V acc[TB][P];
+#pragma GCC unroll 4
+  for (int t = 0; t < TB; ++t) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) acc[t][p] = Simd::zero();
+  }
+  // W numbers i of each of `count` pieces from `at` on, `piece` apart.
+  const auto add = [&](auto count, int64_t at, int64_t piece, const char* data) __attribute__((always_inline)) {
+    const char* ahead = base + at * Rank * size + 512;
+    constexpr int pieces = decltype(count)::value;
+    V xs[TB][pieces];
+#pragma GCC unroll 4
+    for (int t = 0; t < TB; ++t) {
+#pragma GCC unroll 8
+      for (int p = 0; p < pieces; ++p) xs[t][p] = Simd::load(values + t * stride + at + p * piece);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Rank; ++q) {
+#pragma GCC unroll 8
+      for (int p = 0; p < pieces; ++p) {
+        const int64_t offset = (p * piece * Rank + q * W) * size;
+        if (q * W * size % 64 == 0) prefetch(ahead + offset);
+        const V ranks = Simd::load_as<Dtype>(data + offset);
+#pragma GCC unroll 4
+        for (int t = 0; t < TB; ++t) {
+          acc[t][p] = Simd::fma(Simd::spread<Rank>(xs[t][p], q * (W / Rank)), ranks, acc[t][p]);
+        }
+      }
+    }
+  };
+  const int64_t n = last - first;
+  const int64_t piece = n / P / W * W;
+  for (int64_t i = 0; i < piece; i += W) add(Count<P>{}, i, piece, base + i * Rank * size);
+  int64_t i = piece * P;
+  const int64_t half = (n - i) / 2 / W * W;
+  for (const int64_t end = i + half; i < end; i += W) add(Count<2>{}, i, half, base + i * Rank * size);
+  for (i += half; i + W <= n; i += W) add(Count<1>{}, i, 0, base + i * Rank * size);
+  if (i < n) {
+    alignas(64) char padded[Rank * W * 4] = {};
+    std::memcpy(padded, base + i * Rank * size, static_cast<size_t>((n - i) * Rank * size));
+    add(Count<1>{}, i, 0, padded);
+  }
+  for (int t = 0; t < TB; ++t) {
+    alignas(64) float lanes[W];
+    V sum = acc[t][0];
+    for (int p = 1; p < P; ++p) sum = Simd::add(sum, acc[t][p]);
+    Simd::store(lanes, sum);
+    for (int j = 0; j < W; ++j) out[t * Rank + j % Rank] += lanes[j];
+  }
+}
+
 template <int Dtype, int TB>
 void project_lanes(const Factor& f, int64_t first, int64_t last, const float* values, int64_t stride, float* out) {
+  const bool run = f.stride == f.rank * item_size(Dtype);
+  if constexpr (W > 8) {
+    if (run && f.rank == 8) return project_run<Dtype, TB, 8>(f, first, last, values, stride, out);
+  }
+  if constexpr (W > 4) {
+    if (run && f.rank == 4) return project_run<Dtype, TB, 4>(f, first, last, values, stride, out);
+  }
   constexpr int RV = W == 16 ? 4 : 2;
   int64_t rank0 = 0;
   for (; f.rank - rank0 > W; rank0 += RV * W) {
@@ -110,7 +177,7 @@ void project_dot(const Factor& f, const float* values, int64_t stride, int64_t t
   for (int64_t e = 0; e < tokens * f.rank; ++e) out[e] = 0.0f;
   const bool rows = f.stride == item_size(Dtype);
   // A block of n stays in cache while all tokens pass.
-  const int64_t block = rows ? f.n : (64 << 10) / (f.stride > 0 ? f.stride : 1) + 1;
+  const int64_t block = rows ? f.n : round_up((64 << 10) / (f.stride > 0 ? f.stride : 1) + 1, 16);
   for (int64_t first = 0; first < f.n; first += block) {
     const int64_t last = first + block < f.n ? first + block : f.n;
     for (int64_t token = 0; token < tokens; token += 4) {

@@ -63,7 +63,9 @@ void join_rows(const Kernels& kernels, const HeadArguments& head, const TokenVec
 }  // namespace
 
 void relevance_head(const HeadArguments& head, float scale, float softcap, float* mean, float* mass, int64_t threads) {
-  require(head.tokens > 0 && head.tokens <= kHeadTokens, "from 1 to 16 tokens, got " + std::to_string(head.tokens));
+  if (head.tokens <= 0 || head.tokens > kHeadTokens) {
+    throw std::invalid_argument("from 1 to 16 tokens, got " + std::to_string(head.tokens));
+  }
   require(head.width > 1 && head.vocabulary > 0 && head.row_stride >= head.width, "the head's rows must be contiguous");
   require(head.dtype == kFloat32 || head.dtype == kBfloat16 || head.dtype == kFloat16,
           "the head must be fp32, bf16 or fp16");

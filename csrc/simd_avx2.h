@@ -17,6 +17,7 @@ struct Simd {
   static constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 tokens' vectors, 1 broadcast: 15 of 16 registers
   static constexpr int kPanelRows = 6;
   static constexpr int kDotRegisters = 12;
+  static constexpr int kMostStreams = 12;  // of memory at once
   static constexpr const char* kName = "avx2";
 
   static V zero() { return _mm256_setzero_ps(); }
@@ -26,6 +27,13 @@ struct Simd {
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  // Lane l holds x[first + l / Repeat].
+  template <int Repeat>
+  static V spread(V x, int first) {
+    static_assert(Repeat == 4, "a part of a vector");
+    const __m256i source = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm256_permutevar8x32_ps(x, _mm256_add_epi32(source, _mm256_set1_epi32(first)));
+  }
   static float sum(V v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -17,6 +17,7 @@ struct Simd {
   static constexpr int kPanelVectors = 3;  // 8 x 3 accumulators, 3 tokens' vectors, 1 broadcast: 28 of 32 registers
   static constexpr int kPanelRows = 8;
   static constexpr int kDotRegisters = 24;
+  static constexpr int kMostStreams = 16;  // of memory at once
   static constexpr const char* kName = "avx512";
 
   static V zero() { return _mm512_setzero_ps(); }
@@ -26,6 +27,14 @@ struct Simd {
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  // Lane l holds x[first + l / Repeat].
+  template <int Repeat>
+  static V spread(V x, int first) {
+    static_assert(Repeat == 4 || Repeat == 8, "parts of a vector");
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i source = _mm512_srli_epi32(lane, Repeat == 8 ? 3 : 2);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(source, _mm512_set1_epi32(first)), x);
+  }
   static float sum(V v) { return _mm512_reduce_add_ps(v); }
 
   // 16 elements as fp32; float8 comes out times 2^-8 (see load_factor), and its NaN as a number (see NanFlag).

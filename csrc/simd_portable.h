@@ -15,6 +15,7 @@ struct Simd {
   static constexpr int kPanelVectors = 2;
   static constexpr int kPanelRows = 4;
   static constexpr int kDotRegisters = 8;
+  static constexpr int kMostStreams = 8;  // of memory at once
   static constexpr const char* kName = "portable";
 
   static V zero() { return V{}; }
@@ -28,6 +29,13 @@ struct Simd {
   static V fma(V a, V b, V c) { return a * b + c; }
   static V mul(V a, V b) { return a * b; }
   static V add(V a, V b) { return a + b; }
+  // Lane l holds x[first + l / Repeat].
+  template <int Repeat>
+  static V spread(V x, int first) {
+    V v;
+    for (int l = 0; l < W; ++l) v[l] = x[first + l / Repeat];
+    return v;
+  }
   static float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
   // 4 elements as fp32; float8 comes out times 2^-8 (see load_factor).

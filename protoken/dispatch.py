@@ -42,7 +42,9 @@ as the bank).
         device. Of T > C rows only the last C are written.
 
 A module may also have ``why_not_<op>(*operands) -> str | None``: the reason it cannot serve these operands,
-or None. It must be cheap, since auto asks it on every call.
+or None. It must be cheap, since auto asks it on every call. And it may have ``serve_<op>(*operands) -> Tensor |
+None`` for a call of one layer with a bank object: the whole answer where the operands are plain (it checks
+that), or None where they need the checks and the launcher.
 
 Where backends live (each is imported at its first use, never earlier):
 
@@ -78,6 +80,7 @@ _log = logging.getLogger("protoken")
 _told: set[tuple[str, str, str]] = set()
 _modules: dict[tuple[str, str], ModuleType | str] = {}
 _served: dict[tuple[str, str], tuple[ModuleType, str, str | None]] = {}
+_shortcuts: dict[str, Callable[..., torch.Tensor | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,11 @@ def launcher(op: str, backend: str, device: torch.device, *operands: Any) -> Cal
     return chosen.launch
 
 
+def shortcut(op: str) -> Callable[..., torch.Tensor | None] | None:
+    """``serve_<op>`` of the backend that auto prefers on the CPU, once that has served there; None before."""
+    return _shortcuts.get(op)
+
+
 def native(name: str) -> Callable[..., None] | None:
     """A function of the cpp backend that is no op, or None where the native module is not."""
     module = _module("client_scores", "cpp")
@@ -156,6 +164,8 @@ def _remember(op: str, device: torch.device, name: str) -> None:
         assert not isinstance(module, str)
         why_not = f"why_not_{op}"
         _served[op, device.type] = module, f"launch_{op}", why_not if hasattr(module, why_not) else None
+        if device.type == "cpu" and (serve := getattr(module, f"serve_{op}", None)) is not None:
+            _shortcuts[op] = serve
 
 
 def _known(op: str) -> None:

@@ -17,7 +17,7 @@ from protoken.ops import (
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "instruction_sets")
-RANKS = (1, 2, 3, 8, 17, 64, 70)
+RANKS = (1, 2, 3, 4, 8, 17, 64, 70)
 
 
 @pytest.mark.parametrize("way", cpu_ways())

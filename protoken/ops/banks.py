@@ -71,10 +71,10 @@ class DenseBank:
             check_tensor(name, bank)
             if bank.dim() != 3:
                 raise ShapeError(name, expected="[K, O, I]", got=tuple(bank.shape))
-            return _dense_tensor(bank.detach(), scale, name)
+            return _dense_tensor(_stored(bank), scale, name)
         if not isinstance(bank, Sequence):
             raise ArgumentError(name, expected="a tensor [K, O, I] or K tensors [O, I]", got=type(bank).__name__)
-        return _dense_parts([part.detach() for part in _tensors(bank, name)], scale, shape, name)
+        return _dense_parts([_stored(part) for part in _tensors(bank, name)], scale, shape, name)
 
     def device_pointers(self) -> Tensor:
         """`pointers` on the bank's device; copied at the first call."""
@@ -126,7 +126,7 @@ class LowRankBank:
                 raise ArgumentError("b and scale", expected="None, since the LowRankBank holds its own", got="tensors")
             return a
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return _lowrank_tensor(a.detach(), b.detach(), scale)
+            return _lowrank_tensor(_stored(a), _stored(b), scale)
         if isinstance(a, Sequence) and isinstance(b, Sequence):
             return _lowrank_parts(_tensors(a, "a"), _tensors(b, "b"), scale, shape)
         raise ArgumentError(
@@ -146,6 +146,11 @@ class LowRankBank:
         if self.a is not None and self.b is not None:
             return self.a[client], self.b[client]
         return self.parts[client]
+
+
+def _stored(value: Tensor) -> Tensor:
+    """The values alone, as they stand in memory: no autograd graph, no sign that torch only remembers."""
+    return value.detach().resolve_neg()
 
 
 def _tensors(values: Sequence[object], name: str) -> list[Tensor]:
@@ -228,7 +233,7 @@ def _row_scale(scale: Tensor | None, dtype: torch.dtype, shape: tuple[int, int],
         raise ShapeError("scale", expected=f"[K, O] = {shape}", got=tuple(scale.shape))
     check_dtype("scale", scale.dtype, FLOATS)
     check_device("scale", scale.device, device, "the bank")
-    return scale.detach().float().contiguous()
+    return _stored(scale).float().contiguous()
 
 
 def _lowrank_tensor(a: Tensor, b: Tensor, scale: Tensor | None) -> LowRankBank:
@@ -269,7 +274,7 @@ def _lowrank_parts(a: list[Tensor], b: list[Tensor], scale: Tensor | None, shape
         return _lowrank_tensor(torch.empty(0, 1, columns), torch.empty(0, rows, 1), scale)
     pairs, table = [], []
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
-        left, right = left.detach(), right.detach()
+        left, right = _stored(left), _stored(right)
         if left.dim() != 2 or left.shape[1] != a[0].shape[-1]:
             raise ShapeError(f"a[{index}]", expected=f"[r, {a[0].shape[-1]}]", got=tuple(left.shape))
         if right.dim() != 2 or right.shape[1] != left.shape[0] or right.shape[0] != b[0].shape[0]:
@@ -310,4 +315,4 @@ def _client_scale(scale: Tensor | None, clients: int, device: torch.device) -> T
         raise ShapeError("scale", expected=f"[K] = ({clients},)", got=tuple(scale.shape))
     check_dtype("scale", scale.dtype, FLOATS)
     check_device("scale", scale.device, device, "the bank")
-    return scale.detach().float().contiguous()
+    return _stored(scale).float().contiguous()

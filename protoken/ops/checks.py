@@ -114,9 +114,10 @@ def check_inputs(
 
 
 def narrow(value: Tensor) -> Tensor:
-    """float64 becomes fp32, in which every op computes; all else stays as it is. No autograd graph is
-    kept."""
+    """float64 becomes fp32, in which every op computes; all else stays as it is. No autograd graph is kept, and no
+    sign that torch only remembers (the imaginary part of a conjugate), since kernels read what is stored."""
     value = value.detach() if value.requires_grad else value
+    value = value.resolve_neg() if value.is_neg() else value
     return value.float() if value.dtype == torch.float64 else value
 
 

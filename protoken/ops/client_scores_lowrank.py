@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protoken.dispatch import launcher
+from protoken.dispatch import launcher, shortcut
 from protoken.errors import ShapeError
 from protoken.ops.banks import LowRankBank
 from protoken.ops.checks import check_inputs, check_size, check_tensor, narrow, spread
@@ -57,10 +57,19 @@ def client_scores_lowrank(
 
     Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError`, `BackendError`.
     """
-    if torch.compiler.is_compiling() and not isinstance(a, LowRankBank):
-        return client_scores_lowrank_grouped([x], [grad], [(a, b, scale)], backend=backend)[0]  # type: ignore[list-item]
-    shape = (grad.shape[-1] if grad.dim() else 0, x.shape[-1] if x.dim() else 0)
+    if torch.compiler.is_compiling():
+        if not isinstance(a, LowRankBank):
+            return client_scores_lowrank_grouped([x], [grad], [(a, b, scale)], backend=backend)[0]  # type: ignore[list-item]
+    elif backend == "auto" and b is None and scale is None and type(a) is LowRankBank:
+        serve = shortcut("client_scores_lowrank")
+        if serve is not None and (scores := serve(x, grad, a)) is not None:
+            return scores
+    shape = _last(grad), _last(x)
     return client_scores_lowrank_grouped([x], [grad], [LowRankBank.of(a, b, scale, shape=shape)], backend=backend)[0]
+
+
+def _last(value: object) -> int:
+    return value.shape[-1] if isinstance(value, Tensor) and value.dim() else 0
 
 
 def client_scores_lowrank_grouped(

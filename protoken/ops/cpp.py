@@ -19,6 +19,8 @@ from protoken.ops.banks import DenseBank, LowRankBank
 from protoken.ops.gated_tail import GatedBlock, GatedValues
 from protoken.ops.relevance_head import Head, normalise, own_rows, pull_through_norm
 
+FLOAT32, STRIDED = torch.float32, torch.strided
+MOST_SCORES = 1 << 40  # that a call answers at once: where sizes could overflow they are looked at one by one
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 
 
@@ -36,8 +38,7 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
     rows = []
     for layer, bank in enumerate(banks):
         inputs = [held[layer].data_ptr(), held[len(banks) + layer].data_ptr()]
-        factors = [CODES[bank.dtype], bank.table.data_ptr(), bank.scale.data_ptr()]
-        rows.append([*inputs, bank.rows, bank.columns, *factors])
+        rows.append([*inputs, *_factors(bank)])
     _call(_C.client_scores_lowrank, rows, *out.shape[1:], out.data_ptr())
 
 
@@ -49,10 +50,60 @@ def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) 
             # < m, D > = < m^T, D^T >: a transposed bank is read along its contiguous side.
             m = m.t()
             rows_, columns, code, pointers, stride_o, stride_i, scale = fields
-            fields = [columns, rows_, code, pointers, stride_i, stride_o, scale]
+            fields = array("q", [columns, rows_, code, pointers, stride_i, stride_o, scale])
         held.append(_plain(m))
         rows.append([held[-1].data_ptr(), *fields])
     _call(_C.client_totals, rows, out.shape[1], out.data_ptr())
+
+
+def serve_client_scores(x: Tensor, grad: Tensor, bank: DenseBank) -> Tensor | None:
+    """fp32 [K, T] of one layer, whole, where x and grad lie as the native module reads them and it read this bank
+    before; None where anything needs a closer look, be it for an error.
+
+    A small model's call is over in 150 us. The checks one by one, the ways of a group and of other backends take as
+    long again where other work has put their code out of the caches.
+    """
+    return _serve_scores(_C.client_scores_one, x, grad, bank)
+
+
+def serve_client_scores_lowrank(x: Tensor, grad: Tensor, bank: LowRankBank) -> Tensor | None:
+    """fp32 [K, T] of one layer on the terms of `serve_client_scores`."""
+    return _serve_scores(_C.client_scores_lowrank_one, x, grad, bank)
+
+
+def serve_client_totals(m: Tensor, bank: DenseBank) -> Tensor | None:
+    """fp32 [K] of one layer on the terms of `serve_client_scores`."""
+    fields = bank.cache.get("cpp")
+    if fields is None or bank.stride_i != 1 or not _ready(m, bank.rows, bank.columns):
+        return None
+    out = torch.empty(bank.clients, dtype=FLOAT32, device=bank.device)
+    _call_one(_C.client_totals_one, fields, m.data_ptr(), bank.clients, out.data_ptr())
+    return out
+
+
+def _serve_scores(native: Callable[..., None], x: Tensor, grad: Tensor, bank: DenseBank | LowRankBank) -> Tensor | None:
+    fields = bank.cache.get("cpp")
+    tokens = x.shape[0] if type(x) is Tensor and x.dim() == 2 else 0
+    if fields is None or not (_ready(x, tokens, bank.columns) and _ready(grad, tokens, bank.rows)):
+        return None
+    if not 0 < bank.clients * tokens < MOST_SCORES:
+        return None
+    out = torch.empty(bank.clients, tokens, dtype=FLOAT32, device=bank.device)
+    _call_one(native, fields, x.data_ptr(), grad.data_ptr(), bank.clients, tokens, out.data_ptr())
+    return out
+
+
+def _ready(value: object, rows: int, columns: int) -> bool:
+    """Whether this is an fp32 matrix [rows, columns] that the native module can read where it lies."""
+    return (
+        type(value) is Tensor
+        and value.dtype is FLOAT32
+        and value.shape == (rows, columns)
+        and value.is_cpu
+        and value.layout is STRIDED
+        and value.is_contiguous()
+        and not value.is_neg()
+    )
 
 
 def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str | None:
@@ -104,13 +155,21 @@ def _plain(value: Tensor) -> Tensor:
     return value.to(torch.float32).contiguous()
 
 
-def _matrices(bank: DenseBank) -> list[int]:
+def _matrices(bank: DenseBank) -> array[int]:
     """Rows, columns and what else the native module wants to know of a bank; it stays the same as long as the bank."""
-    fields: list[int] | None = bank.cache.get("cpp")
+    fields: array[int] | None = bank.cache.get("cpp")
     if fields is None:
         scale = 0 if bank.scale is None else bank.scale.data_ptr()
         layout = [CODES[bank.dtype], bank.pointers.data_ptr(), bank.stride_o, bank.stride_i, scale]
-        fields = bank.cache["cpp"] = [bank.rows, bank.columns, *layout]
+        fields = bank.cache["cpp"] = array("q", [bank.rows, bank.columns, *layout])
+    return fields
+
+
+def _factors(bank: LowRankBank) -> array[int]:
+    fields: array[int] | None = bank.cache.get("cpp")
+    if fields is None:
+        layout = [CODES[bank.dtype], bank.table.data_ptr(), bank.scale.data_ptr()]
+        fields = bank.cache["cpp"] = array("q", [bank.rows, bank.columns, *layout])
     return fields
 
 
@@ -120,3 +179,10 @@ def _call(function: Callable[..., None], rows: list[list[int]], *sizes: int) -> 
         function(table.buffer_info()[0], len(rows), *sizes, torch.get_num_threads())
     except ValueError as error:
         raise ArgumentError(function.__name__, got=str(error)) from error
+
+
+def _call_one(function: Callable[..., None], fields: array[int], *rest: int) -> None:
+    try:
+        function(fields.buffer_info()[0], *rest, torch.get_num_threads())
+    except ValueError as error:
+        raise ArgumentError(function.__name__.removesuffix("_one"), got=str(error)) from error
