@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import statistics
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from protoken.benchmarks.kernels import run_kernels
+from protoken.benchmarks.turns import paired_ratio
 from protoken.cli import app
 from protoken.errors import ArgumentError
 
 SMALL = ["--models", "SmolLM2-135M", "--clients", "6", "--tokens", "1", "--seconds", "0"]
 KEYS = {"op", "backend", "format", "shape", "T", "K", "median_s", "bytes", "bandwidth_share", "best_torch"}
-KEYS |= {"ratio_to_best_torch", "max_error"}
+KEYS |= {"ratio_to_best_torch", "paired_ratio", "paired_interval", "pairs", "max_error"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,31 @@ def test_the_figures_of_a_row_fit_together(report: dict[str, Any]) -> None:
         outputs, inputs = row["shape"]
         assert row["bytes"] > 6 * outputs * inputs  # one byte a weight, and the scales, inputs and result
         assert row["ratio_to_best_torch"] == pytest.approx(row["best_torch"] / row["median_s"])
+        assert row["paired_interval"][0] <= row["paired_ratio"] <= row["paired_interval"][1]
+        assert row["pairs"] == 1
         assert row["max_error"] < 1e-4
+
+
+def test_pairs_see_what_a_drifting_machine_hides_from_medians() -> None:
+    """Ours takes half of torch's time in every round; the machine slows down after ours has left."""
+    pace = [1.0] * 50 + [3.0] * 100
+    theirs, ours = [2.0 * p for p in pace], [1.0 * p for p in pace[:60]]
+    assert statistics.median(theirs) / statistics.median(ours) == 6
+    assert paired_ratio(theirs, ours) == (2, 2, 2, 60)
+
+
+def test_the_interval_of_paired_ratios_holds_the_true_median() -> None:
+    """In about 95 of 100 draws of 200 pairs; a hundred draws from one seed are what is asserted."""
+    draw = random.Random(0)
+    held = 0
+    for _ in range(100):
+        ratios = [1.1 * math.exp(draw.gauss(0, 0.3)) for _ in range(200)]
+        median, low, high, count = paired_ratio(ratios, [1.0] * 200)
+        assert low <= median <= high
+        assert count == 200
+        held += low <= 1.1 <= high
+    assert 90 <= held <= 99
+    assert paired_ratio([3.0], [2.0]) == (1.5, 1.5, 1.5, 1)
 
 
 def test_backends_of_a_case_share_one_copy_of_memory(report: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """`protoken bench kernels`: every backend of the ops against torch's own ways, as shares of a copy's bandwidth.
 
 Correctness is checked first: a wrong result ends the run. All ways of a row and a copy of memory then take turns, so
-that a machine that slows down slows all of them. Figures are medians; spread is the interquartile range.
+that a machine that slows down slows all of them. Figures are medians; spread is the interquartile range. The ratio to
+the best torch way comes twice: of the two medians, and as the median of the ratios within a round with its interval.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from protoken.benchmarks.kernel_cases import (
     DENSE_CLIENTS,
     FORMATS,
     LOWRANK_CLIENTS,
+    RANK,
     SHAPES,
     TOKENS,
     Case,
@@ -31,6 +31,7 @@ from protoken.benchmarks.kernel_cases import (
     max_error,
     prepare,
 )
+from protoken.benchmarks.turns import paired_ratio, spread_of, take_turns, timed
 from protoken.dispatch import backends_for
 from protoken.errors import ArgumentError, BackendError
 
@@ -55,13 +56,15 @@ def run_kernels(
 ) -> dict[str, Any]:
     """Measure, print a table row by row, write JSON if asked, and return the same.
 
-    ``seconds``: about how long each way of a row is repeated (at least 3 times). Rows whose bank needs more than
-    ``memory_bytes`` (default: 40 % of what is free), or whose arithmetic alone would take longer than ``longest_call``
-    seconds per call at the measured matmul rate, are listed under ``skipped`` with the reason.
+    ``seconds``: about how long each way of a row is repeated (at least 3 times; with 0 once). Rows whose bank needs
+    more than ``memory_bytes`` (default: 40 % of what is free), or whose arithmetic alone would take longer than
+    ``longest_call`` seconds per call at the measured matmul rate, are listed under ``skipped`` with the reason.
 
     Returns {device, copy_bandwidth (bytes read and written per second), versions, rows, skipped}; a row has op,
     backend, format, shape [O, I], T (null for client_totals), K, median_s, spread_s, bytes, bandwidth_share,
-    best_torch (seconds), best_torch_way, ratio_to_best_torch (above 1: ours is faster), max_error, model, layer.
+    best_torch (seconds), best_torch_way, ratio_to_best_torch (of the two medians; above 1: ours is faster),
+    paired_ratio (the median over rounds of that ratio within a round), paired_interval (its 95 % interval), pairs,
+    max_error, model, layer.
 
     Errors: `ArgumentError` for an unknown device or choice; `BackendError` when a backend's result is wrong.
     """
@@ -129,8 +132,9 @@ def _labels(case: Case) -> dict[str, Any]:
 
 
 def _too_much(case: Case, free: int, rate: float, longest: float) -> str | None:
-    # Beside the bank, torch's ways hold [K, T, O] products and, for small formats, converted copies.
-    held = case.bank_bytes + 4 * case.clients * (case.tokens or 1) * case.rows * 2
+    # Beside the bank, torch's ways hold [K, T, O] products (low rank: [K, T, r]), for small formats converted copies.
+    width = RANK if case.op == "client_scores_lowrank" else case.rows
+    held = case.bank_bytes + 4 * case.clients * (case.tokens or 1) * width * 2
     if held > free:
         return f"needs {held / 1e9:.1f} GB, {free / 1e9:.1f} GB allowed"
     if case.flops / rate > longest:
@@ -154,7 +158,7 @@ def _measure(case: Case, device: torch.device, seconds: float) -> tuple[list[dic
     size = COPY_BYTES[device.type]
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     ways["copy"] = lambda: target.copy_(source)
-    times = _take_turns(ways, device, seconds)
+    times = take_turns(ways, device, seconds)
     copy = 2 * size / statistics.median(times["copy"])
     torch_medians = {name: statistics.median(taken) for name, taken in times.items() if name.startswith("torch: ")}
     best_way = min(torch_medians, key=torch_medians.__getitem__)
@@ -162,71 +166,31 @@ def _measure(case: Case, device: torch.device, seconds: float) -> tuple[list[dic
     rows = []
     for name in names:
         median = statistics.median(times[name])
+        paired, low, high, pairs = paired_ratio(times[best_way], times[name])
         rows.append(
             {"backend": name}
             | _labels(case)
             | {
                 "median_s": median,
-                "spread_s": _spread(times[name]),
+                "spread_s": spread_of(times[name]),
                 "bytes": case.bytes,
                 "bandwidth_share": case.bytes / median / copy,
                 "best_torch": best,
                 "best_torch_way": best_way.removeprefix("torch: "),
                 "ratio_to_best_torch": best / median,
+                "paired_ratio": paired,
+                "paired_interval": [low, high],
+                "pairs": pairs,
                 "max_error": errors[name],
             }
         )
     return rows, copy
 
 
-def _take_turns(ways: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of every way; all run once a round. A way far slower than its share leaves after 3 rounds.
-
-    Every round takes another order: who comes after the copy finds the caches full of something else, and who
-    comes after a way that reads the same bank finds part of it there.
-    """
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        _timed(way, device)
-    order = list(ways)
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < 3 or (time.perf_counter() - start < seconds * len(ways) and rounds < 200):
-        random.Random(rounds).shuffle(order)
-        for name in order:
-            way = ways[name]
-            if rounds < 3 or sum(times[name]) < seconds:
-                times[name].append(_timed(way, device))
-        rounds += 1
-        if all(sum(taken) >= seconds for taken in times.values()):
-            break
-    return times
-
-
-def _timed(way: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        way()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
-
-
-def _spread(taken: list[float]) -> float:
-    if len(taken) < 2:
-        return 0.0
-    quartiles = statistics.quantiles(taken, n=4)
-    return quartiles[2] - quartiles[0]
-
-
 def _copy_bandwidth(device: torch.device) -> float:
     size = COPY_BYTES[device.type]
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
-    return 2 * size / statistics.median(_timed(lambda: target.copy_(source), device) for _ in range(5))
+    return 2 * size / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def _matmul_rate(device: torch.device) -> float:
@@ -234,7 +198,7 @@ def _matmul_rate(device: torch.device) -> float:
     side = 1024 if device.type == "cpu" else 8192
     left, right = (torch.ones(side, side, device=device) for _ in range(2))
     torch.mm(left, right)
-    return 2 * side**3 / statistics.median(_timed(lambda: torch.mm(left, right), device) for _ in range(5))
+    return 2 * side**3 / statistics.median(timed(lambda: torch.mm(left, right), device) for _ in range(5))
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -273,10 +237,12 @@ def _versions() -> dict[str, str]:
 
 def _line(row: dict[str, Any]) -> str:
     tokens = "-" if row["T"] is None else row["T"]
+    low, high = row["paired_interval"]
     return (
         f"{row['op']:<22} {row['model']:<13} {row['layer']:<9} K={row['K']:<5} T={tokens:<4} {row['format']:<5}"
         f" {row['backend']:<6} {row['median_s'] * 1e3:9.3f} ms ±{row['spread_s'] * 1e3:.3f}"
-        f"  copy {row['bandwidth_share']:6.1%}  torch x{row['ratio_to_best_torch']:.2f} ({row['best_torch_way']})"
+        f"  copy {row['bandwidth_share']:6.1%}"
+        f"  torch x{row['paired_ratio']:.2f} [{low:.2f}, {high:.2f}] ({row['best_torch_way']})"
         f"  error {row['max_error']:.0e}"
     )
 
@@ -288,7 +254,7 @@ def _summary(report: dict[str, Any], console: Console) -> None:
     groups = sorted({(row["op"], row["backend"]) for row in report["rows"]})
     for op, backend in groups:
         rows = [row for row in report["rows"] if (row["op"], row["backend"]) == (op, backend)]
-        ratios = [row["ratio_to_best_torch"] for row in rows]
+        ratios = [row["paired_ratio"] for row in rows]
         share = max(row["bandwidth_share"] for row in rows)
         middle = statistics.median(ratios)
         table.add_row(op, backend, str(len(rows)), f"{min(ratios):.2f}", f"{middle:.2f}", f"{share:.0%}")
