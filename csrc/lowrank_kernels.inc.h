@@ -1,7 +1,6 @@
 // Projections onto the factors of a low-rank update, written once over Simd.
 #pragma once
 
-#include "checks.h"
 #include "dense_kernels.inc.h"
 
 namespace protoken {
@@ -177,7 +176,7 @@ void project_dot(const Factor& f, const float* values, int64_t stride, int64_t t
   for (int64_t e = 0; e < tokens * f.rank; ++e) out[e] = 0.0f;
   const bool rows = f.stride == item_size(Dtype);
   // A block of n stays in cache while all tokens pass.
-  const int64_t block = rows ? f.n : round_up((64 << 10) / (f.stride > 0 ? f.stride : 1) + 1, 16);
+  const int64_t block = rows ? f.n : ((64 << 10) / (f.stride > 0 ? f.stride : 1) / 16 + 1) * 16;
   for (int64_t first = 0; first < f.n; first += block) {
     const int64_t last = first + block < f.n ? first + block : f.n;
     for (int64_t token = 0; token < tokens; token += 4) {
