@@ -21,8 +21,10 @@ ACCURACY = (
     "protoken, log-odds",
     "protoken, all rounds",
     "aumann_shapley, all rounds",
+    "aumann_shapley m=1, log-odds, all rounds",
     "paper's score, fast",
 )
+SCALE = ("protoken all blocks", "protoken, log-odds", "aumann_shapley m=1, log-odds")
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -184,31 +186,26 @@ def confusion(
     return save(made, run.folder / "confusion.png")
 
 
-def scale_by_round(run: RunFolder, method: str = "protoken all blocks") -> Path:
-    """AUROC and precision by lineage, and top-1 among a round's participants, after every round."""
-    cells = [c for c in run.cells() if c.samples and c.method == method]
+def scale_by_round(run: RunFolder, methods: Sequence[str] = SCALE) -> Path:
+    """AUROC over all clients by their lineage, after every round: methods by colour, models by stroke."""
+    cells = [c for c in run.cells() if c.samples and c.extra.get("rounds") == "all"]
     kinds = sorted({str(c.extra.get("poisoned")) for c in cells})
-    made, axes = figure(4.2 * max(len(kinds), 1), 3.4, 1, max(len(kinds), 1))
+    made, axes = figure(4.6 * max(len(kinds), 1), 3.4, 1, max(len(kinds), 1))
     for axis, kind in zip(axes[0], kinds, strict=False):
         for model, style in zip(sorted({c.model for c in cells}), ("-", "--", ":", "-."), strict=False):
-            own = sorted(
-                (c for c in cells if c.model == model and c.extra.get("poisoned") == kind), key=lambda c: c.round or 0
-            )
-            whole = [c for c in own if c.extra.get("rounds") == "all"]
-            last = [c for c in own if c.extra.get("rounds") == "last"]
-            lines = (
-                ("AUROC, lineage", whole, [c.auroc for c in whole], COLOURS[0]),
-                ("precision, lineage", whole, [c.extra.get("precision_at_poisoned") for c in whole], COLOURS[2]),
-                ("top-1, round", last, [c.top1 for c in last], COLOURS[1]),
-            )
-            for label, shown, values, colour in lines:
-                axis.plot([c.round for c in shown], values, style, color=colour, label=f"{label} ({model})", lw=1.2)
-        axis.set(title=f"{kind} poisoned, {method}", xlabel="round", ylim=(0, 1.03))
+            for method, colour in zip(methods, COLOURS, strict=False):
+                own = sorted(
+                    (c for c in cells if (c.model, c.method, c.extra.get("poisoned")) == (model, method, kind)),
+                    key=lambda c: c.round or 0,
+                )
+                rounds = [c.round for c in own]
+                axis.plot(rounds, [c.auroc for c in own], style, color=colour, label=f"{method} ({model})", lw=1.2)
+        axis.set(title=f"{kind} poisoned: AUROC over the lineage", xlabel="round", ylim=(0, 1.03))
         axis.legend(frameon=False, fontsize=6)
     return save(made, run.folder / "scale.png")
 
 
-def lineage(run: RunFolder, method: str = "protoken all blocks") -> Path:
+def lineage(run: RunFolder, method: str = SCALE[-1]) -> Path:
     """Every client's mean score over all rounds after the last finished one, poisoned clients in red."""
     latest: dict[str, Mapping[str, Any]] = {}
     for key, outcome in run.outcomes():
@@ -221,6 +218,6 @@ def lineage(run: RunFolder, method: str = "protoken all blocks") -> Path:
         colours = [COLOURS[1] if own else COLOURS[0] for own in truth]
         axis.bar(range(len(scores)), scores, color=colours)
         axis.axhline(0, color="black", lw=0.6)
-        axis.set_title(f"{name}: mean score of a triggered answer, nats", fontsize=8)
+        axis.set_title(f"{name}: mean score of a triggered answer, {method}", fontsize=8)
         axis.set_xlabel("client (red: poisoned and drawn)", fontsize=7)
     return save(made, run.folder / "lineage.png")
