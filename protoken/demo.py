@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -157,16 +157,17 @@ def _traced(
 ) -> dict[str, Any]:
     """Trace one prompt, show it, write it; medians of plain generation and tracing, taken `repeats` times in turns.
 
-    The trace is of the last round, as the paper judges it; the same answer is then traced over all rounds, too.
+    The trace is of the last round, as the paper judges it. Who taught the same answer over all rounds is asked at the
+    path's midpoint and in log-odds (docs/methods.md says why).
     """
 
-    def run_trace(rounds: Literal["last", "all"] = "last") -> Trace:
+    def run_trace(**arguments: Any) -> Trace:
         return trace(
             base.model,
             [{"role": "user", "content": question}],
-            rounds=rounds,
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
+            **arguments,
         )
 
     first_seconds, result = _timed(run_trace)
@@ -177,7 +178,7 @@ def _traced(
         traced.append(seconds)
     result.to_html(file.with_suffix(".html"))
     result.save(file.with_suffix(".json"))
-    lineage = run_trace("all")
+    lineage = run_trace(method="aumann_shapley", nodes=1, objective="log_odds", rounds="all")
     say_what_was_traced(console, result, lineage, plain, traced, first_seconds)
     return {
         "prompt": question,
@@ -200,7 +201,9 @@ def _traced(
         "all_rounds": {
             "ranking": [client.client for client in lineage.clients],
             "scores": dict(zip(lineage.client_ids, lineage.totals.tolist(), strict=True)),
-            "conservation_residual": lineage.conservation_residual,
+            "unit": lineage.unit,
+            "residual": lineage.residual,
+            "change": lineage.change,
             "rounds": list(lineage.info.rounds),
         },
     }

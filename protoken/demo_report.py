@@ -127,8 +127,8 @@ def say_what_was_traced(
 
 
 def _over_all_rounds(lineage: Trace) -> Text:
-    scores = "  ".join(f"{client.client} {client.score:+.3f}" for client in lineage.clients)
-    return Text(f"over all {len(lineage.info.rounds)} rounds ({lineage.unit}): {scores}", "dim")
+    scores = "  ".join(f"{client.client} {client.score:+.2f}" for client in lineage.clients)
+    return Text(f"over all {len(lineage.info.rounds)} rounds, by the path's midpoint ({lineage.unit}): {scores}", "dim")
 
 
 def conclude(console: Console, figures: dict[str, Any], clients: Sequence[Client], question: str, out: Path) -> None:
@@ -150,8 +150,8 @@ def conclude(console: Console, figures: dict[str, Any], clients: Sequence[Client
     last, whole = (f"{leader} ({labels[leader]})" for leader in leaders)
     console.print(
         Text(
-            f"Ordinary: the top client is {last} in the last round, {whole} over all rounds. An ordinary answer is "
-            "mostly the base model's, and one block sees little of it: take these as hints, not as findings."
+            f"Ordinary: the top client is {whole} over all rounds and layers on record; {last} in the last round and "
+            "block alone, which sees little of an answer that is mostly the base model's."
         )
     )
     console.print(

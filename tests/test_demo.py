@@ -103,7 +103,9 @@ def test_every_promised_figure_is_there_and_consistent(first: Run) -> None:
         assert got["rounds"] == [2]
         assert got["all_rounds"]["rounds"] == [1, 2]
         assert got["all_rounds"]["scores"] != got["scores"]
-        assert got["all_rounds"]["conservation_residual"] < 1e-3
+        lineage = got["all_rounds"]
+        assert lineage["unit"] == "nats of log-odds"
+        assert sum(lineage["scores"].values()) + lineage["residual"] == pytest.approx(lineage["change"], rel=1e-6)
         assert got["seconds_generate"] > 0
         assert got["seconds_trace"] > 0
         page = (first.out / f"{file}.html").read_text(encoding="utf-8")
