@@ -82,7 +82,7 @@ def shake(model: Any, seed: int, adapter: str = "default") -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if f".{adapter}." in name:
+            if f".{adapter}." in f"{name}.":  # an embedding's factors end with the adapter's name
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
