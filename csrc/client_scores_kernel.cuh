@@ -26,27 +26,7 @@ struct LaneRows {
   int left;
 };
 
-// Sums over the 8 rows that the lanes of equal l % 4 hold. Halves the values per lane at each step, so that lane l
-// ends with values `first_value(l)`.. of the V it began with (one value, held twice, when V is 4).
-template <int kValues>
-__device__ __forceinline__ void sum_rows(float (&v)[kValues], int lane) {
-  int left = kValues;
-#pragma unroll
-  for (int mask = 16; mask >= 4; mask /= 2) {
-    if (left > 1) {
-      left /= 2;
-      const bool upper = (lane & mask) != 0;
-#pragma unroll
-      for (int i = 0; i < kValues / 2; ++i) {
-        if (i >= left) break;
-        const float give = upper ? v[i] : v[i + left], keep = upper ? v[i + left] : v[i];
-        v[i] = keep + shuffle_xor(give, mask);
-      }
-    } else {
-      v[0] += shuffle_xor(v[0], mask);
-    }
-  }
-}
+// Of V values that went into sum_over_lanes<4>, the first that this lane ends with.
 template <int kValues>
 PT_BOTH int first_value(int lane) {
   return (lane / 16 % 2) * (kValues / 2) + (lane / 8 % 2) * (kValues / 4) + (lane / 4 % 2) * (kValues / 8);
@@ -85,7 +65,7 @@ __device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4],
       values[2 * n + 1] = acc[n][1] * low.y + acc[n][3] * high.y;
     }
   }
-  sum_rows<kTokens / 4>(values, lane);
+  sum_over_lanes<4>(values, lane);  // the 8 rows that the lanes of equal l % 4 hold
 #pragma unroll
   for (int i = 0; i < (kTokens >= 32 ? kTokens / 32 : 1); ++i) sum[i] += values[i];
 }

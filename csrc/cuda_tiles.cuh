@@ -250,4 +250,26 @@ __device__ __forceinline__ void pack_value(const Matrix& from, int64_t tokens, i
   for (int p = 0; p < shape.planes; ++p) image[shape.offset(p, token, column)] = value_plane(value, p);
 }
 
+// Sums over the lanes whose numbers differ in the bits from kLast to 16. The values per lane are halved at each step,
+// the lane with the bit set keeping the upper half, until each has one; steps after that add what is held twice.
+template <int kLast, int kValues>
+__device__ __forceinline__ void sum_over_lanes(float (&v)[kValues], int lane) {
+  int left = kValues;
+#pragma unroll
+  for (int mask = 16; mask >= kLast; mask /= 2) {
+    if (left > 1) {
+      left /= 2;
+      const bool upper = (lane & mask) != 0;
+#pragma unroll
+      for (int i = 0; i < kValues / 2; ++i) {
+        if (i >= left) break;
+        const float give = upper ? v[i] : v[i + left], keep = upper ? v[i + left] : v[i];
+        v[i] = keep + shuffle_xor(give, mask);
+      }
+    } else {
+      v[0] += shuffle_xor(v[0], mask);
+    }
+  }
+}
+
 }  // namespace protoken::cuda

@@ -17,28 +17,6 @@ PT_BOTH constexpr int once_rows(int format, int tokens, int columns) {
 }
 constexpr int kOnceShared = 2 * (kOnceThreads / 32) * 32 * static_cast<int>(sizeof(float));
 
-// Sums over the warp; lane l ends with value l / (32 / N).
-template <int kValues>
-__device__ __forceinline__ float sum_over_lanes(float (&v)[kValues], int lane) {
-  int left = kValues;
-#pragma unroll
-  for (int mask = 16; mask >= 1; mask /= 2) {
-    if (left > 1) {
-      left /= 2;
-      const bool upper = (lane & mask) != 0;
-#pragma unroll
-      for (int i = 0; i < kValues / 2; ++i) {
-        if (i >= left) break;
-        const float give = upper ? v[i] : v[i + left], keep = upper ? v[i + left] : v[i];
-        v[i] = keep + shuffle_xor(give, mask);
-      }
-    } else {
-      v[0] += shuffle_xor(v[0], mask);
-    }
-  }
-  return v[0];
-}
-
 template <int kFormat, int kTokens, int kColumns>
 __global__ void __launch_bounds__(kOnceThreads, 1) head_once_kernel(const __grid_constant__ HeadParams p) {
   constexpr int kE = per_load(kFormat), kLoads = kColumns / kE, kBytes = format_bytes(kFormat),
@@ -104,7 +82,8 @@ __global__ void __launch_bounds__(kOnceThreads, 1) head_once_kernel(const __grid
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) dots[r * kTokens + t] = fma_rn(value, normed[t][c], dots[r * kTokens + t]);
       }
-    const float sum = sum_over_lanes<kValues>(dots, lane);
+    sum_over_lanes<1>(dots, lane);
+    const float sum = dots[0];
     float* slots = sums + (tiles & 1) * kWarps * 32;  // two in turn, so that one barrier per tile is enough
     if (lane % (32 / kValues) == 0) slots[warp * 32 + lane / (32 / kValues)] = sum;
     __syncthreads();
