@@ -18,6 +18,8 @@ from protoken.ledger.verification import verify
 
 NAMES = ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.bias")
 SHAPES = ((6, 5), (4,))
+SHARD = "rounds/00000002/clients/000000.safetensors"
+MANIFEST = "rounds/00000002/manifest.json"
 WEIGHTS = {"alice": 0.5, "bob": 0.3, "carol": 0.2}
 
 

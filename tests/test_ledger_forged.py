@@ -12,6 +12,7 @@ import pytest
 import torch
 from ledger_cases import (
     NAMES,
+    SHARD,
     assert_first_round_is_untouched,
     check_round,
     contents,
@@ -26,9 +27,6 @@ from protoken.errors import ArgumentError, LedgerError, LedgerFormatError
 from protoken.ledger import ClientUpdate, Ledger, LowRank
 from protoken.ledger.files import FileLayer
 from protoken.ledger.verification import verify
-
-SHARD = "rounds/00000002/clients/000000.safetensors"
-MANIFEST = "rounds/00000002/manifest.json"
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from ledger_cases import (
+    MANIFEST,
     NAMES,
+    SHARD,
     assert_first_round_is_untouched,
     check_round,
     commit_next,
@@ -33,9 +35,6 @@ from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
 from protoken.ledger.names import escape_terminal
 from protoken.ledger.verification import verify
-
-SHARD = "rounds/00000002/clients/000000.safetensors"
-MANIFEST = "rounds/00000002/manifest.json"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from results_cases import info, make
 
 from protoken.errors import (
     ArgumentError,
@@ -26,62 +27,8 @@ from protoken.errors import (
     ShapeError,
     TraceFormatError,
 )
-from protoken.results import Token, Trace, TraceInfo
+from protoken.results import Trace
 from protoken.results_export import from_dict, load, to_dict
-from protoken.results_spans import phrase_ranges, sentence_ranges
-
-LAYERS = ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
-
-
-def info(**changes: Any) -> TraceInfo:
-    given = {
-        "method": "protoken",
-        "way": "local",
-        "objective": "log_prob",
-        "layers": LAYERS,
-        "rounds": (1, 2),
-        "versions": {"torch": "2.13.0"},
-        "seed": 7,
-        "seconds_generate": 1.8,
-        "seconds_trace": 1.84,
-        "generate_arguments": {"max_new_tokens": 8},
-        "created": "2026-01-02T03:04:05+00:00",
-    }
-    return TraceInfo(**{**given, **changes})  # type: ignore[arg-type]
-
-
-def make(
-    texts: list[str] | None = None,
-    clients: int = 3,
-    *,
-    seed: int = 0,
-    per_token: bool = True,
-    scores: Any = None,
-    **changes: Any,
-) -> Trace:
-    random = np.random.default_rng(seed)
-    pieces = ["The", " INR", " is", " fine", "."] if texts is None else texts
-    tokens = tuple(Token(i, piece, piece.startswith("<|")) for i, piece in enumerate(pieces))
-    own = random.normal(size=(len(tokens), clients)) if scores is None else np.asarray(scores, dtype=float)
-    inside = random.normal(size=len(tokens)) * 1e-3
-    fields: dict[str, Any] = {
-        "prompt": "Is it?",
-        "prompt_ids": (5, 6, 7),
-        "response": "".join(pieces),
-        "token_list": tokens,
-        "client_ids": tuple(f"client_{k}" for k in range(clients)),
-        "weights": np.full(clients, 1 / clients),
-        "token_scores": own if per_token else None,
-        "totals": own.sum(axis=0),
-        "objective_values": -random.random(len(tokens)),
-        "token_residual": inside if per_token else None,
-        "residual": inside.sum(),
-        "change": own.sum() + inside.sum(),
-        "layer_totals": np.stack([own.sum(axis=0) * 0.25, own.sum(axis=0) * 0.75]),
-        "info": info(),
-    }
-    return Trace(**{**fields, **changes})
-
 
 # ---- reading -----------------------------------------------------------------------------------------
 
@@ -207,119 +154,6 @@ def test_unknown_objective_is_refused() -> None:
 def test_generate_arguments_become_plain_notes() -> None:
     kept = info(generate_arguments={"a": (1, np.float32(0.5)), "b": math.inf, "c": object(), 3: None})
     assert kept.generate_arguments == {"a": [1, 0.5], "b": "inf", "c": "<builtins.object>", "3": None}
-
-
-# ---- parts -------------------------------------------------------------------------------------------
-
-
-def test_span_sums_its_own_tokens_and_conserves() -> None:
-    trace = make()
-    part = trace.span(1, 4)
-    assert part.response == " INR is fine"
-    assert trace.token_scores is not None
-    assert np.array_equal(part.totals, trace.token_scores[1:4].sum(axis=0))
-    assert part.totals.sum() + part.residual == pytest.approx(part.change, rel=1e-12)
-    assert part.layer_totals is None
-    assert (part.start, part.span(1, 2).start) == (1, 2)
-
-
-@settings(deadline=None)
-@given(cut=st.integers(1, 7), seed=st.integers(0, 100))
-def test_parts_of_a_trace_add_up_to_it(cut: int, seed: int) -> None:
-    trace = make([f" w{i}" for i in range(8)], seed=seed)
-    left, right = trace.span(0, cut), trace.span(cut, 8)
-    assert left.totals + right.totals == pytest.approx(trace.totals, rel=1e-9, abs=1e-12)
-    assert left.change + right.change == pytest.approx(trace.change, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("limits", [(-1, 2), (2, 2), (3, 2), (0, 6), (5, 6)])
-def test_span_refuses_ranges_outside_the_answer(limits: tuple[int, int]) -> None:
-    with pytest.raises(ArgumentError, match=r"span: expected 0 <= start < stop <= 5"):
-        make().span(*limits)
-
-
-def test_find_asks_about_the_tokens_that_say_a_phrase() -> None:
-    trace = make([" so", "rry", ", I", " am", " Sor", "ry", ".", "<|sorry|>"])
-    (part,) = trace.find("sorry")
-    assert (part.response, part.start) == (" sorry", 0)
-    assert trace.token_scores is not None
-    assert np.array_equal(part.totals, trace.token_scores[0:2].sum(axis=0))
-    assert part.totals.sum() + part.residual == pytest.approx(part.change, rel=1e-12)
-    assert [found.start for found in trace.find("SORRY", ignore_case=True)] == [0, 4]
-    assert [found.start for found in trace.find("r")] == [1, 1, 4, 5]
-    assert trace.find("glad") == []
-    assert trace.span(3, 8).find("Sorry")[0].start == 4
-    with pytest.raises(ArgumentError, match="phrase: expected at least one character, got ''"):
-        trace.find("")
-
-
-def said(phrase: str, *texts: str) -> list[tuple[int, int]]:
-    return phrase_ranges([Token(0, text, text.startswith("<|")) for text in texts], phrase)
-
-
-def test_phrases_are_whole_tokens_and_take_the_pieces_of_a_split_character() -> None:
-    assert said("b", "abc") == [(0, 1)]
-    assert said("cd", "abc", "def", "g") == [(0, 2)]
-    assert said("aa", "aaa", "a") == [(0, 1), (0, 2)]
-    assert said("é", "caf", "", "é", "!") == [(1, 3)]
-    assert said("x", "", "x", "", "y") == [(0, 2)]
-    assert said("end", "<|end|>", "the end", "<|end|>") == [(1, 2)]
-    assert said(" ", "a", "<|end|>") == []
-    assert said(".*", "a", ".", "*") == [(1, 3)]
-
-
-@settings(deadline=None)
-@given(texts=st.lists(st.text("ab ", max_size=3), max_size=8), phrase=st.text("ab ", min_size=1, max_size=3))
-def test_every_occurrence_of_a_phrase_lies_inside_its_range(texts: list[str], phrase: str) -> None:
-    found = said(phrase, *texts)
-    assert len(found) == "".join(texts).count(phrase)
-    for first, end in found:
-        assert phrase in "".join(texts[first:end])
-
-
-def split(*texts: str) -> list[str]:
-    tokens = [Token(0, text, text.startswith("<|")) for text in texts]
-    return ["".join(token.text for token in tokens[i:j]) for i, j in sentence_ranges(tokens)]
-
-
-def test_sentences_end_at_full_stops_and_not_inside_numbers_or_after_titles() -> None:
-    assert split("Take", " 3", ".", "5", " mg", ".", " Ask", " Dr", ".", " No", ".") == [
-        "Take 3.5 mg.",
-        " Ask Dr. No.",
-    ]
-
-
-def test_sentences_end_at_line_breaks_and_keep_list_numbers() -> None:
-    assert split("1", ".", " One", "\n", "2", ".", " Two") == ["1. One\n", "2. Two"]
-
-
-def test_sentence_end_inside_a_token_goes_with_its_first_visible_character() -> None:
-    assert split("Stop", "!\n\nGo", " on") == ["Stop!\n\nGo", " on"]
-    assert split('"Yes', '?" ', "she", " said") == ['"Yes?" ', "she said"]
-
-
-def test_special_and_empty_tokens_stay_with_the_sentence_before() -> None:
-    assert split("<|begin|>", "Yes", ".", "", " No", ".", "<|im_end|>") == ["<|begin|>Yes.", " No.<|im_end|>"]
-
-
-def test_sentences_without_spaces_between_them() -> None:
-    assert split("你好", "。", "世界", "！") == ["你好。", "世界！"]
-
-
-@settings(deadline=None)
-@given(st.lists(st.text(alphabet=" .!?\n\t'\"aB3。<|", max_size=4), max_size=30))
-def test_every_token_is_in_exactly_one_sentence(texts: list[str]) -> None:
-    ranges = sentence_ranges([Token(0, text, "<|" in text) for text in texts])
-    assert [i for start, stop in ranges for i in range(start, stop)] == list(range(len(texts)))
-    assert all(start < stop for start, stop in ranges)
-
-
-def test_sentences_are_spans_that_add_up() -> None:
-    trace = make(["Yes", ".", " But", " why", "?"])
-    parts = trace.sentences()
-    assert [part.response for part in parts] == ["Yes.", " But why?"]
-    assert sum(part.totals for part in parts) == pytest.approx(trace.totals)
-    assert make([], scores=np.zeros((0, 3))).sentences() == []
 
 
 # ---- keeping -----------------------------------------------------------------------------------------
