@@ -68,6 +68,12 @@ def trace(
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     raw: Annotated[bool, typer.Option(help="Do not wrap the prompt in the chat template.")] = False,
+    response: Annotated[
+        str | None, typer.Option(help="Attribute this response, from a log, say, instead of generating one.")
+    ] = None,
+    lineage: Annotated[
+        bool, typer.Option("--lineage", help="Ask who taught the answer over all rounds (Trace.lineage).")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
     json: JsonFile = None,
 ) -> None:
@@ -76,6 +82,9 @@ def trace(
 
     from .evaluation.base_model import load_base
 
+    if lineage and (rounds, objective, method, blocks, pairs) != ("last", None, "protoken", None, None):
+        raise typer.BadParameter("chooses rounds, objective, method and blocks itself", param_hint="--lineage")
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample} if response is None else {}
     opened = protoken.Ledger.open(ledger)
     base = load_base(model)
     result = protoken.trace(
@@ -90,11 +99,13 @@ def trace(
         backend=backend,
         nodes=nodes,
         pairs=pairs,
+        response=response,
         chat=False if raw else None,
         seed=seed,
-        max_new_tokens=max_new_tokens,
-        do_sample=sample,
+        **generation,
     )
+    if lineage:
+        result = result.lineage(nodes=nodes or 1)
     result.show()
     if html is not None:
         result.to_html(html)

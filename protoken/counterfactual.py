@@ -9,7 +9,6 @@ were: this is the server's counterfactual, not a new training run.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from os import PathLike
@@ -19,13 +18,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .attachment import Attachment, attachment_of, make_attachment
-from .errors import ModelError
 from .layers import input_device
 from .ledger import Ledger
 from .methods.game import Game
 from .methods.replayed import moving_parameters
 from .methods.weights import shift_without, weights_at
+from .origin import ids_of, origin_of
 from .patching import evaluation_mode
 from .relevance import Response
 from .results import Trace
@@ -35,19 +33,6 @@ from .text import as_row, tokens_of
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-_ORIGIN = "_origin"
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where a trace came from; holds the model weakly, so that keeping traces does not keep models."""
-
-    model: weakref.ref[PreTrainedModel]
-    ledger: Ledger
-    tokenizer: Any
-    round: int
-    verify: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,23 +105,24 @@ def counterfactual(
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:
+        ArgumentError: the trace is a part of an answer that does not begin where the answer does.
         ModelError: the trace does not know its model, or that model is gone.
         UnknownClientError: a client took part in none of the rounds.
         LedgerMismatchError: the model is not the one that the ledger was written for.
     """
+    ids, prompt_length = ids_of(trace)
     model, own = origin_of(trace, model, ledger, tokenizer)
     absent = (without,) if isinstance(without, str) else tuple(sorted(set(without)))
     rounds = trace.info.rounds
     names = moving_parameters("leave_one_out", own.ledger, rounds, model, own.architecture, None, None)
     updates = own.moving(model, names, rounds)
     shift = shift_without(own.ledger, rounds, names, absent, reaggregate=reaggregate)
-    ids = [*trace.prompt_ids, *(token.id for token in trace.token_list)]
     device = input_device(model)
     answered: tuple[str | None, tuple[int, ...]] = (None, ())
     with evaluation_mode(model):
         before = after = np.zeros(0)
         if trace.token_list:
-            response = Response(as_row(ids, device), len(trace.prompt_ids))
+            response = Response(as_row(ids, device), prompt_length)
             game = Game(model, own.architecture, response, updates, trace.info.objective)
             before = game.value_at_end().numpy()
             after = game.value_at({name: value + shift[name].to(value) for name, value in game.end.items()}).numpy()
@@ -154,35 +140,6 @@ def counterfactual(
         response=answered[0],
         response_ids=answered[1],
     )
-
-
-def remember(trace: Trace, model: PreTrainedModel, own: Attachment) -> None:
-    """Let the trace find its model again, for as long as the model lives; not saved, and not part of equality."""
-    origin = _Origin(weakref.ref(model), own.ledger, own.tokenizer, own.round, own.verify)
-    object.__setattr__(trace, _ORIGIN, origin)
-
-
-def origin_of(
-    trace: Trace,
-    model: PreTrainedModel | None,
-    ledger: Ledger | str | PathLike[str] | None,
-    tokenizer: Any,
-) -> tuple[PreTrainedModel, Attachment]:
-    origin: _Origin | None = trace.__dict__.get(_ORIGIN)
-    model = origin.model() if model is None and origin is not None else model
-    if model is None:
-        raise ModelError(
-            "model",
-            expected="the global model this trace was made with",
-            got="a trace that was loaded, or whose model is gone",
-            remedy="Pass model= and ledger=",
-        )
-    if ledger is not None:
-        return model, make_attachment(model, ledger, tokenizer)
-    if origin is not None:
-        known = origin.tokenizer if tokenizer is None else tokenizer
-        return model, make_attachment(model, origin.ledger, known, at_round=origin.round, verify=origin.verify)
-    return model, attachment_of(model)
 
 
 def _answer(model: PreTrainedModel, tokenizer: Any, trace: Trace) -> tuple[str, tuple[int, ...]]:

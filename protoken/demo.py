@@ -157,17 +157,15 @@ def _traced(
 ) -> dict[str, Any]:
     """Trace one prompt, show it, write it; medians of plain generation and tracing, taken `repeats` times in turns.
 
-    The trace is of the last round, as the paper judges it. Who taught the same answer over all rounds is asked at the
-    path's midpoint and in log-odds (docs/methods.md says why).
+    The trace is of the last round, as the paper judges it; who taught the same answer over all rounds is its lineage.
     """
 
-    def run_trace(**arguments: Any) -> Trace:
+    def run_trace() -> Trace:
         return trace(
             base.model,
             [{"role": "user", "content": question}],
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
-            **arguments,
         )
 
     first_seconds, result = _timed(run_trace)
@@ -178,7 +176,7 @@ def _traced(
         traced.append(seconds)
     result.to_html(file.with_suffix(".html"))
     result.save(file.with_suffix(".json"))
-    lineage = run_trace(method="aumann_shapley", nodes=1, objective="log_odds", rounds="all")
+    lineage = result.lineage()
     say_what_was_traced(console, result, lineage, plain, traced, first_seconds)
     return {
         "prompt": question,

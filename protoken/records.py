@@ -35,13 +35,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .architectures import architecture_of
-from .counterfactual import origin_of
 from .errors import ArgumentError, LedgerMismatchError, NonFiniteError
 from .layers import input_device
 from .ledger import Ledger, tensor_digest
 from .methods.moved import Moved
 from .methods.replayed import moving_parameters
 from .methods.weights import own_names, parameter_of
+from .origin import ids_of, origin_of
 from .patching import evaluation_mode, refuse_inference_mode
 from .record_scores import RecordScores
 from .record_text import EncodedRecord, Record, encode_record
@@ -194,7 +194,8 @@ def record_probe(
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:
-        ArgumentError: a step that is not positive, or a span outside the response or without tokens.
+        ArgumentError: a step that is not positive, a span outside the response or without tokens, or a trace that is a
+            part of an answer and does not begin where the answer does.
         ModelError: the trace does not know its model, or that model is gone.
         LedgerMismatchError: the model is not the one that the ledger was written for.
         NonFiniteError: the gradient vanishes or is not finite, so it gives no direction.
@@ -203,6 +204,7 @@ def record_probe(
         raise ArgumentError("step", expected="a number above 0 and below 1", got=step)
     if type(steps) is not int or steps < 1:
         raise ArgumentError("steps", expected="a whole number of 1 or more", got=steps)
+    ids, prompt_length = ids_of(trace)
     model, own = origin_of(trace, model, ledger, tokenizer)
     refuse_inference_mode(model)
     start, stop = _checked_span(span, len(trace.token_list))
@@ -211,8 +213,7 @@ def record_probe(
     if own.verify:
         own.check_weights(model, names)
     moved = Moved(model, own.architecture, parameters)
-    ids = as_row([*trace.prompt_ids, *(token.id for token in trace.token_list)], input_device(model))
-    response = Response(ids, len(trace.prompt_ids))
+    response = Response(as_row(ids, input_device(model)), prompt_length)
     with evaluation_mode(model):
         up, down = _walk(moved, response, slice(start, stop), step, steps)
     known = dict(model.named_parameters(remove_duplicate=False))

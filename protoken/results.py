@@ -266,6 +266,35 @@ class Trace:
             tokenizer=tokenizer,
         )
 
+    def lineage(
+        self,
+        *,
+        nodes: int | None = 1,
+        objective: Objective = "log_odds",
+        rounds: Any = "all",
+        granularity: Any = "sequence",
+        model: Any = None,
+        ledger: Any = None,
+        tokenizer: Any = None,
+    ) -> Trace:
+        """Who, over the federation's life, taught what this response says? A trace of its own; see `protoken.lineage`.
+
+        ``nodes=None``: the whole path, which adds up to the whole change. ``granularity="token"``: of every token.
+        ``model`` and ``ledger`` are needed for a trace that was loaded, or whose model is gone.
+        """
+        from protoken.lineage import lineage
+
+        return lineage(
+            self,
+            nodes=nodes,
+            objective=objective,
+            rounds=rounds,
+            granularity=granularity,
+            model=model,
+            ledger=ledger,
+            tokenizer=tokenizer,
+        )
+
     # ---- looking -------------------------------------------------------------------------------------
 
     def show(self, console: Console | None = None, *, top: int | None = 10) -> None:

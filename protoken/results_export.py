@@ -63,6 +63,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
             "settings": info.settings,
             "granularity": info.granularity,
             "reason": info.reason,
+            "forced": info.forced,
             "created": info.created,
         },
     }
@@ -72,7 +73,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
 _DERIVED = {"unit", "shares", "conservation_residual"}
 # Not yet there in the first files of this schema.
 _LATER = {"standard_errors", "token_layer_scores", "position_scores"}
-_LATER_FACTS = {"settings", "granularity", "reason"}
+_LATER_FACTS = {"settings", "granularity", "reason", "forced"}
 
 
 def from_dict(data: object) -> Trace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -15,14 +15,18 @@ from .assembly import assemble, model_name
 from .attachment import Attachment, attachment_of, make_attachment
 from .attribution import attribute, read_source, settle
 from .bank import LedgerBank
-from .counterfactual import remember
-from .generation import Generated, generate
+from .capture import Capture
+from .generation import Generated, generate, teacher_forced
+from .layers import input_device
 from .ledger import Ledger
 from .methods.weights import Updates
 from .options import Options
+from .origin import remember
 from .patching import evaluation_mode
 from .plan import Plan, make_plan
+from .relevance import Response
 from .results import Trace
+from .text import as_row
 
 
 @dataclass
@@ -46,6 +50,18 @@ class Session:
     ) -> Session:
         """Resolve the choices; nothing has been generated when one of them is refused."""
         own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
+        return Session.on(model, own, options, tokenizer=tokenizer, seed=seed)
+
+    @staticmethod
+    def on(
+        model: PreTrainedModel,
+        own: Attachment,
+        options: Options,
+        *,
+        tokenizer: Any = None,
+        seed: int | None = None,
+    ) -> Session:
+        """The same for a model whose ledger is at hand."""
         plan = make_plan(own.architecture, options, seed=seed or 0)
         source = read_source(own, model, plan, options.rounds)
         return Session(model, own, own.tokenizer if tokenizer is None else tokenizer, plan, source)
@@ -92,7 +108,39 @@ class Session:
             traces = [self.trace(one, seconds, given, seed) for one in found]
         return output, traces
 
-    def trace(self, generated: Generated, seconds: float, given: Mapping[str, Any], seed: int | None = None) -> Trace:
+    def forced(
+        self,
+        ids: Sequence[int],
+        prompt_length: int,
+        *,
+        given: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        forced: bool = True,
+    ) -> Trace:
+        """The trace of a response that is there already, by one pass over prompt and response, ids [P + T].
+
+        Args:
+            given, seed, forced: what the record says of how the response came about.
+        """
+        response = Response(as_row(ids, input_device(self.model)), prompt_length)
+        with evaluation_mode(self.model):
+            capture = Capture(every=True)
+            if not self.plan.replays:
+                plan = self.plan
+                capture = teacher_forced(
+                    self.model, self.own.architecture, response, plan.first_block, plan.needs_sequence
+                )
+            return self.trace(Generated(response, capture), 0.0, given or {}, seed, forced=forced)
+
+    def trace(
+        self,
+        generated: Generated,
+        seconds: float,
+        given: Mapping[str, Any],
+        seed: int | None = None,
+        *,
+        forced: bool = False,
+    ) -> Trace:
         """The trace of one finished sequence, whose generation took so many seconds."""
         began = time.perf_counter()
         plan, scores = attribute(self.model, self.own.architecture, generated, self.source, self.plan, self.own.ledger)
@@ -108,6 +156,7 @@ class Session:
             seconds_generate=seconds,
             seconds_trace=seconds + time.perf_counter() - began,
             generate_arguments=given,
+            forced=forced,
         )
         remember(trace, self.model, self.own)
         return trace

@@ -20,10 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 from .assembly import assemble, model_name
 from .attachment import Attachment
 from .bank import Bank
-from .counterfactual import remember
 from .handover import OwnSeed
 from .layer_bank import scores
 from .leaf_tap import LeafTap, TokenRelevance
+from .origin import remember
 from .patching import evaluation_mode
 from .plan import Plan
 from .precision import warn_of_noise

@@ -31,16 +31,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int
         PromptError: empty, several prompts, of another type, or a chat template is needed and the tokenizer has none.
     """
     if isinstance(prompt, Tensor):
-        prompt = _one_row(prompt)
+        prompt = _one_row("prompt", prompt)
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
         return _not_empty([int(token) for token in prompt])  # type: ignore[arg-type]
-    if tokenizer is None:
-        raise PromptError(
-            "tokenizer",
-            expected="a tokenizer, since the prompt is text",
-            got=None,
-            remedy="Pass tokenizer=, attach one, or give the prompt as token ids",
-        )
+    _need_tokenizer("prompt", tokenizer)
     if isinstance(prompt, str):
         if not prompt:
             return _not_empty([])
@@ -50,12 +44,40 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int
     return _not_empty(_encode_conversation(tokenizer, prompt))
 
 
-def _one_row(ids: Tensor) -> list[int]:
-    """Ids [n] or [1, n]; rows run together would be a prompt that nobody wrote."""
+def encode_response(tokenizer: Any, response: str | Sequence[int] | Tensor) -> list[int]:
+    """Token ids of a response that is there already: ids as they are, text as it stands, nothing added to it.
+
+    Raises:
+        PromptError: empty, several responses, of another type, or text without a tokenizer.
+    """
+    if isinstance(response, Tensor):
+        response = _one_row("response", response)
+    if isinstance(response, str):
+        _need_tokenizer("response", tokenizer)
+        response = tokenizer(response, add_special_tokens=False)["input_ids"] if response else []
+    if not isinstance(response, Sequence) or not all(isinstance(token, int) for token in response):
+        raise PromptError("response", expected="text, or the token ids of one response", got=type(response).__name__)
+    if not response:
+        raise PromptError("response", expected="at least one token", got="an empty response")
+    return [int(token) for token in response]
+
+
+def _need_tokenizer(argument: str, tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise PromptError(
+            "tokenizer",
+            expected=f"a tokenizer, since the {argument} is text",
+            got=None,
+            remedy=f"Pass tokenizer=, attach one, or give the {argument} as token ids",
+        )
+
+
+def _one_row(argument: str, ids: Tensor) -> list[int]:
+    """Ids [n] or [1, n]; rows run together would be a text that nobody wrote."""
     if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != 1) or ids.is_floating_point():
         raise PromptError(
-            "prompt",
-            expected="the token ids of one prompt, [n] or [1, n]",
+            argument,
+            expected=f"the token ids of one {argument}, [n] or [1, n]",
             got=f"{ids.dtype} of shape {tuple(ids.shape)}",
             remedy="Trace one prompt per call, or a batch by model.generate inside protoken.tracing",
         )
@@ -104,7 +126,7 @@ def check_window(model: PreTrainedModel, prompt_length: int, new_tokens: int) ->
         )
 
 
-def check_ids(model: PreTrainedModel, ids: Sequence[int]) -> None:
+def check_ids(model: PreTrainedModel, ids: Sequence[int], argument: str = "prompt") -> None:
     """Refuse ids outside the embedding table, which would be an index error deep inside the model.
 
     Raises:
@@ -115,10 +137,10 @@ def check_ids(model: PreTrainedModel, ids: Sequence[int]) -> None:
     bad = [token for token in ids if not 0 <= token < size]
     if bad:
         raise PromptError(
-            "prompt",
+            argument,
             expected=f"token ids below the model's vocabulary size {size}",
             got=bad[0],
-            remedy="Encode the prompt with this model's own tokenizer",
+            remedy=f"Encode the {argument} with this model's own tokenizer",
         )
 
 

@@ -9,13 +9,16 @@ objective of token t. Over all clients they add up to <(G - G_prev) x, g> but fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .bank import Rounds
+from .errors import ArgumentError
 from .estimate import estimate
 from .generation import bound_of, check_arguments, complete_arguments
 from .layers import input_device
@@ -25,7 +28,7 @@ from .patching import refuse_inference_mode
 from .relevance import Objective
 from .results import Trace
 from .session import Session
-from .text import Prompt, as_row, check_ids, encode_prompt
+from .text import Prompt, as_row, check_ids, check_window, encode_prompt, encode_response
 
 
 def trace(
@@ -45,6 +48,7 @@ def trace(
     nodes: int | None = None,
     pairs: int | None = None,
     memory_limit: int | str | None = None,
+    response: str | Sequence[int] | Tensor | None = None,
     chat: bool | None = None,
     seed: int | None = None,
     **generate_arguments: Any,
@@ -93,7 +97,9 @@ def trace(
             "2GB", "512MiB". It is kept by working on fewer tokens, clients and blocks at a time, with the same scores
             but for rounding; `estimate` says what is needed. Without one a bank of clients' updates above 1 GiB is
             still read from the ledger a few clients at a time.
-        chat: wrap text in the tokenizer's chat template; None: if it has one.
+        response: attribute this response instead of generating one, an answer from a log, say: its token ids as they
+            were generated, or text, which is encoded as it stands (no end of turn is added). `info.forced` says so.
+        chat: wrap a text prompt in the tokenizer's chat template; None: if it has one.
         seed: seed of this generation alone.
         **generate_arguments: for the model's own `generate`. Without a length, 64 new tokens at most.
 
@@ -102,7 +108,8 @@ def trace(
 
     Raises:
         ModelError: no ledger attached, not a causal language model, or inference mode.
-        PromptError: empty, too long for the model's window, out of its vocabulary, or no chat template.
+        PromptError: prompt or response is empty, too long for the model's window or out of its vocabulary, or there is
+            no chat template.
         ArgumentError, LayerError, UnknownRoundError, BackendError: a choice that is not there, or a memory limit that
             is too low (the message says what would be enough).
         LedgerMismatchError: the ledger was written for other weights.
@@ -114,6 +121,8 @@ def trace(
     session = Session.of(model, ledger, tokenizer, options, seed=seed)
     ids = encode_prompt(session.tokenizer, prompt, chat)
     check_ids(model, ids)
+    if response is not None:
+        return _forced(session, ids, response, generate_arguments, seed)
     arguments = complete_arguments(model, generate_arguments, len(ids), session.tokenizer)
     session.check_memory(len(ids), bound_of(model, arguments, len(ids)))
 
@@ -128,6 +137,29 @@ def trace(
         seed=seed,
     )
     return trace
+
+
+def _forced(
+    session: Session,
+    ids: list[int],
+    response: str | Sequence[int] | Tensor,
+    generate_arguments: dict[str, Any],
+    seed: int | None,
+) -> Trace:
+    """The trace of a response that is there already: refused like a prompt, and with no generation to steer."""
+    if generate_arguments:
+        name, value = next(iter(generate_arguments.items()))
+        raise ArgumentError(
+            name,
+            expected="no arguments for generate beside response=, which is attributed as it is",
+            got=value,
+            remedy="Leave one of them out",
+        )
+    new = encode_response(session.tokenizer, response)
+    check_ids(session.model, new, "response")
+    check_window(session.model, len(ids), len(new))
+    session.check_memory(len(ids), len(new))
+    return session.forced([*ids, *new], len(ids), seed=seed)
 
 
 trace.estimate = estimate  # type: ignore[attr-defined]

@@ -76,6 +76,21 @@ def test_trace_takes_the_settings_of_the_method(folder: Path, tmp_path: Path) ->
         assert (info.method, info.objective, info.settings[option]) == (method, "log_odds", value)
 
 
+def test_trace_takes_a_response_from_a_log_and_its_lineage(folder: Path, tmp_path: Path) -> None:
+    arguments = ["trace", "hello", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    file = tmp_path / "t.json"
+    for options in (["--response", "bye."], ["--response", "bye.", "--lineage"]):
+        result = run(app, [*arguments, *options, "--json", str(file)])
+        assert result.exit_code == 0, result.output
+        assert "handed in" in result.output
+        trace = protoken.Trace.load(file)
+        assert (trace.response, trace.info.forced) == ("bye.", True)
+    assert (trace.info.method, trace.info.rounds, trace.info.settings["nodes"]) == ("aumann_shapley", (1, 2), 1)
+    refused = run(app, [*arguments, "--lineage", "--method", "shapley"])
+    assert refused.exit_code == 2
+    assert "--lineage" in refused.output
+
+
 def test_error_is_one_line_with_exit_status_2(folder: Path) -> None:
     done = protoken_command("trace", "x", "--model", str(folder / "model"), "--ledger", str(folder / "nothing"))
     assert done.returncode == 2

@@ -68,6 +68,7 @@ def _context(trace: Trace, view: View) -> dict[str, Any]:
         "second": slotted(view.clients[1]) if len(view.clients) > 1 else None,
         "accounting": accounting(trace)[:1].upper() + accounting(trace)[1:] + ".",
         "unit": trace.unit,
+        "forced": info.forced,
         "objective_name": OBJECTIVES[info.objective],
         "prompt": list(pieces(trace.prompt.strip("\n"))),
         "tokens": [_token(trace, view, token) for token in view.tokens],

@@ -52,7 +52,7 @@ def render(trace: Trace, *, top: int | None = 10) -> RenderableType:
         Text("prompt", style="dim"),
         Padding(Text(visible(trace.prompt).strip("\n"), style="italic"), (0, 0, 0, 2)),
         Text(),
-        Text("answer", style="dim"),
+        Text("answer, handed in" if info.forced else "answer", style="dim"),
         Padding(response(view), (0, 0, 0, 2)),
         Text(),
         legend(trace, view),
