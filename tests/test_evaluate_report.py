@@ -10,7 +10,7 @@ import pytest
 
 from protoken.errors import ArgumentError
 from protoken.evaluation.cells import Cell
-from protoken.evaluation.report import sections, write_into
+from protoken.evaluation.report import sections, table, write_into
 
 
 def cell(method: str, number: int, top1: float, samples: int, **extra: Any) -> Cell:
@@ -90,3 +90,14 @@ def test_a_document_is_filled_between_its_marks_again_and_again(tmp_path: Path) 
         assert text.count("published (arXiv") == 1
     with pytest.raises(ArgumentError, match="report: scale"):
         write_into(document, {"scale": "x"})
+
+
+@pytest.mark.parametrize(("rows", "folded"), [(30, False), (31, True)])
+def test_long_tables_are_folded_away(rows: int, folded: bool) -> None:
+    text = table(("a", "b"), [[str(n), "x"] for n in range(rows)])
+    assert text.count("\n| ") == rows + (1 if folded else 0)
+    assert ("<details>" in text, "</details>" in text) == (folded, folded)
+    if folded:
+        # Markdown inside HTML needs its empty lines.
+        assert f"<summary>{rows} rows</summary>\n\n| a | b |" in text
+        assert text.endswith("|\n\n</details>\n")

@@ -19,6 +19,7 @@ from protoken.evaluation.metrics import wilson_interval
 from protoken.evaluation.runs import read_results
 
 PUBLISHED = "arXiv 2601.19672"
+_FOLDED = 30  # rows
 _COLUMNS = ("model", "domain", "method", "cells", "samples", "top-1 %", "lowest %", "chance %", "AUROC", "seconds")
 
 
@@ -81,9 +82,11 @@ def per_cent(value: float | None, digits: int = 1) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    """A Markdown table; a long one is folded away, so that the page can be read past it."""
+    body = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body]
+    if len(body) > _FOLDED:
+        lines = [f"<details><summary>{len(body)} rows</summary>", "", *lines, "", "</details>"]
     return "\n".join(lines) + "\n"
 
 
