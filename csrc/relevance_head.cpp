@@ -22,8 +22,11 @@ struct Span {
   float* mean;  // [T, d]
 };
 
+// What exponents are taken relative to: the maximum, or 0 where nothing but masked rows has been seen (exp(-inf) is 0).
+float base_of(float top) { return top == -std::numeric_limits<float>::infinity() ? 0.0f : top; }
+
 void rescale(const Span& span, int64_t t, float higher, int64_t width) {
-  const float shrink = std::exp(span.top[t] - higher);
+  const float shrink = std::exp(span.top[t] - base_of(higher));
   span.top[t] = higher;
   span.mass[t] *= shrink;
   for (int64_t i = 0; i < width; ++i) span.mean[t * width + i] *= shrink;
@@ -46,9 +49,10 @@ void join_rows(const Kernels& kernels, const HeadArguments& head, const TokenVec
       if (std::isnan(capped)) highest = capped;
     }
     if (!(highest <= span.top[t])) rescale(span, t, highest, head.width);
+    const float base = base_of(span.top[t]);
     for (int64_t j = 0; j < count; ++j) {
       const float inner = softcap > 0 ? z[j] / softcap : 0.0f;
-      const float mass = std::exp((softcap > 0 ? softcap * std::tanh(inner) : z[j]) - span.top[t]);
+      const float mass = std::exp((softcap > 0 ? softcap * std::tanh(inner) : z[j]) - base);
       span.mass[t] += mass;
       const float cosine = softcap > 0 ? std::cosh(inner) : 1.0f;  // 1 - tanh^2 would cancel
       z[j] = mass / (cosine * cosine);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from protoken.kernels.common import on_its_device
 from torch import Tensor
 
 WARPS = 4
@@ -27,6 +28,7 @@ def _capture_append_kernel(
     tl.store(buffer + place * b_t + n64, value.to(buffer.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def launch_capture_append(buffers: list[Tensor], steps: list[Tensor], cursor: Tensor) -> None:
     capacity, tokens = buffers[0].shape[0], steps[0].shape[0]
     skipped = max(tokens - capacity, 0)

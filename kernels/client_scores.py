@@ -5,7 +5,8 @@ are weighed with the relevance there and summed over the rows; each program leav
 are added in order. Layers of equal shape and layout share one launch through a table of addresses.
 
 Configuration, by block of tokens (rows x columns of a bank tile, warps, stages): no timing decides it, so results
-are the same bits in every process.
+are the same bits in every process. All of them fit into the 99 KB of shared memory that a block may have on the
+smallest GPUs served (compute capability 8.6, 8.9 and 12.0).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from protoken.kernels.common import (
     dot_mode,
     exact_dot,
     load_bank,
+    on_its_device,
     sum_parts,
     token_block,
     why_not_float8,
@@ -30,6 +32,7 @@ from protoken.ops.banks import DenseBank
 
 ROWS_PER_PROGRAM = 256
 CONFIGS = {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (64, 64, 4, 4), 128: (64, 64, 4, 3)}
+FP32_CONFIGS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 4, 3)}  # bank or tokens
 
 
 @triton.jit
@@ -100,6 +103,7 @@ def why_not_client_scores(xs: list[Tensor], grads: list[Tensor], banks: list[Den
     return why_not_float8({bank.dtype for bank in banks}, banks[0].device) if banks else None
 
 
+@on_its_device
 def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[DenseBank]) -> None:
     """Two launches per kind of layer: the scores' parts, and their sum."""
     clients, tokens = out.shape[1:]
@@ -123,7 +127,7 @@ def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], ban
         programs = triton.cdiv(bank.rows, ROWS_PER_PROGRAM)
         parts = torch.empty(len(layers), clients, programs, tokens, dtype=torch.float32, device=out.device)
         block = token_block(tokens)
-        rows, columns, warps, stages = CONFIGS[block]
+        rows, columns, warps, stages = (FP32_CONFIGS if torch.float32 in (bank.dtype, x.dtype) else CONFIGS)[block]
         table = device_rows(
             (
                 (

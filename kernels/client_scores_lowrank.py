@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from protoken.kernels.common import TYPES, dot_mode, exact_dot, token_block
+from protoken.kernels.common import TYPES, dot_mode, exact_dot, on_its_device, token_block
 from torch import Tensor
 
 from protoken.ops.banks import LowRankBank
@@ -150,6 +150,7 @@ def _client_scores_lowrank_kernel(
         tl.store(out + number * tokens + t, score, mask=t_in & (first + client + t * 0 < clients))
 
 
+@on_its_device
 def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank]) -> None:
     """One launch per layer and kind of client."""
     tokens = out.shape[2]

@@ -10,7 +10,15 @@ import torch
 import triton
 import triton.language as tl
 from protoken.kernels.client_scores import bank_aligned, scatter
-from protoken.kernels.common import TYPES, alike, device_rows, load_bank, sum_parts, why_not_float8
+from protoken.kernels.common import (
+    TYPES,
+    alike,
+    device_rows,
+    load_bank,
+    on_its_device,
+    sum_parts,
+    why_not_float8,
+)
 from torch import Tensor
 
 from protoken.ops.banks import DenseBank
@@ -68,6 +76,7 @@ def why_not_client_totals(ms: list[Tensor], banks: list[DenseBank]) -> str | Non
     return why_not_float8({bank.dtype for bank in banks}, banks[0].device) if banks else None
 
 
+@on_its_device
 def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) -> None:
     """Two launches per kind of layer: the totals' parts, and their sum."""
     clients = out.shape[1]

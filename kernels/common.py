@@ -7,8 +7,9 @@ fp32 ("ieee"). No sum depends on timing: blocks are fixed per call shape and par
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,21 @@ def _sum_parts_kernel(parts, out, inner, count, BLOCK: tl.constexpr):
     for part in range(count):
         total += tl.load(parts + (n * count + part) * inner + i, mask=i < inner, other=0.0)
     tl.store(out + n * inner + i, total, mask=i < inner)
+
+
+def on_its_device(launch: Callable[..., None]) -> Callable[..., None]:
+    """Triton launches on whatever device is current: for the length of the call, that of the first operand is."""
+
+    @functools.wraps(launch)
+    def launched(first: Tensor | list[Tensor], *operands: Any) -> None:
+        device = (first[0] if isinstance(first, list) else first).device
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                launch(first, *operands)
+        else:
+            launch(first, *operands)
+
+    return launched
 
 
 def sum_parts(out: Tensor, parts: Tensor) -> None:

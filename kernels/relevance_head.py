@@ -12,10 +12,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from protoken.kernels.common import dot_mode, exact_dot, token_block
+from protoken.kernels.common import dot_mode, exact_dot, on_its_device, token_block
 from torch import Tensor
 
-from protoken.ops.relevance_head import Head, normalise, pull_through_norm, softcapped
+from protoken.ops.relevance_head import Head, known_targets, normalise, pull_through_norm, softcapped
 
 CHUNK, BLOCK_V, BLOCK_D = 16384, 64, 64
 
@@ -27,6 +27,12 @@ def _soft_capped(logits, cap):
     fall = tl.exp(-2.0 * tl.abs(inner))
     size = (1.0 - fall) / (1.0 + fall)
     return cap * tl.where(inner < 0, -size, size), 4.0 * fall / ((1.0 + fall) * (1.0 + fall))
+
+
+@triton.jit
+def _base_of(top):
+    """What exponents are taken relative to: the maximum, or 0 where nothing but masked rows has been seen."""
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
@@ -83,14 +89,15 @@ def _stats_kernel(logits, top, mass, shrink, count, pitch, cap, CAPPED: tl.const
         highest = tl.maximum(highest, z)
     before = tl.load(top + t)
     now = tl.maximum(before, tl.max(highest, axis=0))
+    base = _base_of(now)
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, count, BLOCK):
         v = first + tl.arange(0, BLOCK)
         z = tl.load(logits + t * pitch + v, mask=v < count, other=float("-inf"))
         if CAPPED:
             z = tl.where(v < count, _soft_capped(tl.where(v < count, z, 0.0), cap)[0], float("-inf"))
-        total += tl.exp(z - now)
-    factor = tl.exp(before - now)
+        total += tl.exp(z - base)
+    factor = tl.exp(before - base)
     tl.store(mass + t, tl.load(mass + t) * factor + tl.sum(total, axis=0))
     tl.store(top + t, now)
     tl.store(shrink + t, factor)
@@ -122,7 +129,7 @@ def _mean_kernel(
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     d_in, t_in = d < width, t < tokens
     d64, t64 = d.to(tl.int64), t.to(tl.int64)
-    highest = tl.load(top + t64, mask=t_in, other=0)
+    highest = _base_of(tl.load(top + t64, mask=t_in, other=0))
     acc = tl.zeros([BD, BT], tl.float32)
     for first in range(0, count, BV):
         v = first + tl.arange(0, BV)
@@ -149,9 +156,11 @@ def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str |
     return "float64 heads are computed by torch" if head.weight.dtype == torch.float64 else None
 
 
+@on_its_device
 def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: Tensor, head: Head) -> None:
     normed, direction, inverse = normalise(hidden, head)
     weight = head.weight.detach()
+    targets, known = known_targets(targets, weight.shape[0])
     rows = weight[targets].float()
     own = (rows * normed).sum(-1)
     if head.bias is not None:
@@ -160,8 +169,8 @@ def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: 
     slope = torch.full_like(own, head.scale)
     if head.softcap is not None:
         own, slope = softcapped(own, head)
-    value.copy_(own)
-    upstream = rows * slope[:, None]
+    torch.mul(own, known, out=value)
+    upstream = rows * (slope * known)[:, None]
     if head.objective == "logprob":
         mean, log_mass = _expected_row(normed.contiguous(), weight, head)
         upstream -= mean * head.scale

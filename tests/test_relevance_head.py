@@ -120,3 +120,31 @@ def test_bad_input_is_named() -> None:
         relevance_head(hidden, targets, Head(head.weight, softcap=0.0))
     with pytest.raises(ShapeError, match="norm_weight"):
         relevance_head(hidden, targets, Head(head.weight, norm_weight=torch.ones(3)))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_rows_that_a_bias_masks_weigh_nothing_even_when_they_come_first(backend: str) -> None:
+    bias = normal(5000, seed=3)
+    bias[:4500] = -torch.inf
+    hidden, targets, head = case(3, 24, 5000, bias=bias)
+    targets = targets % 500 + 4500
+    expected_grad, expected_value = relevance_head_reference(hidden, targets, head)
+    grad, value = relevance_head(hidden, targets, head, backend=backend)
+    close(grad, expected_grad, torch.float32)
+    close(value, expected_value, torch.float32)
+
+
+@pytest.mark.parametrize("objective", ["logprob", "logit"])
+def test_the_torch_launcher_answers_a_target_outside_the_vocabulary_with_nan(objective: str) -> None:
+    """On a GPU nobody looks at the targets beforehand, and a row that is not there would end the process."""
+    from protoken.ops.relevance_head import launch_relevance_head
+
+    hidden, targets, head = case(4, 24, 90, objective=objective, softcap=2.0)
+    right = torch.empty(4, 24), torch.empty(4)
+    launch_relevance_head(*right, hidden, targets, head)
+    targets[1], targets[3] = 90, -1
+    grad, value = torch.empty(4, 24), torch.empty(4)
+    launch_relevance_head(grad, value, hidden, targets, head)
+    assert bool(grad[1::2].isnan().all() & value[1::2].isnan().all())
+    assert torch.equal(grad[::2], right[0][::2])
+    assert torch.equal(value[::2], right[1][::2])

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,6 +175,79 @@ def test_kernel_compiles(name: str, capability: int) -> None:
     assert size > 0
     if "bf16" in name or name in ("logits", "mean"):
         assert matrix_instructions > 0
+
+
+class _NoGpu:
+    """What Triton asks of a driver before it compiles, answered for a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> object:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return -1  # under which Triton keeps what it compiled
+
+    def get_current_stream(self, device: int = -1) -> int:
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Launchers compile for compute capability 8.9 as they would there, and launch nothing: (kernel, shared bytes)."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, int]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *operands: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *operands, grid=grid, warmup=True, **options)
+        compiled.append((self.fn.__name__, kernel.metadata.shared))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", _NoGpu(89))
+    return compiled
+
+
+SMALLEST_SHARED = 101376  # bytes that a block may have on compute capability 8.6, 8.9 and 12.0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("bank", "x", "tokens"),
+    [("float32", "float32", 16), ("float32", "float32", 32), ("bfloat16", "float32", 128), ("float16", "float16", 64)],
+)
+def test_client_scores_fit_into_the_shared_memory_of_small_gpus(
+    bank: str, x: str, tokens: int, launched: list[tuple[str, int]]
+) -> None:
+    import torch
+    from protoken.kernels.client_scores import launch_client_scores
+
+    from protoken.ops import DenseBank
+
+    xs, grads = ([torch.ones(tokens, n, dtype=getattr(torch, x))] for n in (256, 64))
+    banks = [DenseBank.of(torch.ones(2, 64, 256, dtype=getattr(torch, bank)))]
+    launch_client_scores(torch.empty(1, 2, tokens), xs, grads, banks)
+    assert [name for name, _ in launched] == ["_client_scores_kernel", "_sum_parts_kernel"]
+    assert 0 < launched[0][1] <= SMALLEST_SHARED
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_client_scores_lowrank_fit_into_the_shared_memory_of_small_gpus(launched: list[tuple[str, int]]) -> None:
+    import torch
+    from protoken.kernels.client_scores_lowrank import launch_client_scores_lowrank
+
+    from protoken.ops import LowRankBank
+
+    bank = LowRankBank.of(torch.ones(2, 128, 128), torch.ones(2, 64, 128))
+    launch_client_scores_lowrank(torch.empty(1, 2, 64), [torch.ones(64, 128)], [torch.ones(64, 64)], [bank])
+    ((name, shared),) = launched
+    assert name == "_client_scores_lowrank_kernel"
+    assert 0 < shared <= SMALLEST_SHARED
 
 
 def test_the_package_of_kernels_imports_nothing() -> None:

@@ -6,16 +6,19 @@ own and reports what that said.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from protoken.dispatch import interpreter_fault
+from protoken.dispatch import OPS, interpreter_fault
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -238,6 +241,55 @@ def test_relevance_head_over_several_chunks_of_a_bf16_vocabulary(monkeypatch: py
     wanted_grad, wanted_value = relevance_head_reference(hidden, targets, head)
     assert_close(grad, wanted_grad, 3e-5)
     assert_close(value, wanted_value, 3e-5)
+
+
+@here
+def test_relevance_head_with_a_first_chunk_of_masked_rows_and_a_target_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    from protoken.kernels import relevance_head as kernels
+
+    from protoken.ops.relevance_head import Head, relevance_head_reference
+
+    monkeypatch.setattr(kernels, "CHUNK", 128)
+    bias = normal(300, seed=2)
+    bias[:200] = -torch.inf
+    for softcap in (None, 5.0):
+        # A soft-cap turns -inf into a number like any other, so there only the target is out of the ordinary.
+        head = Head(normal(300, 40, seed=1), bias=bias if softcap is None else None, softcap=softcap)
+        hidden, targets = normal(3, 40, seed=5), torch.tensor([299, 250, 270], device=DEVICE)
+        wanted_grad, wanted_value = relevance_head_reference(hidden, targets, head)
+        targets[1] = 300
+        grad, value = poisoned(3, 40), poisoned(3)
+        kernels.launch_relevance_head(grad, value, hidden, targets, head)
+        assert bool(grad[1].isnan().all() & value[1].isnan())
+        assert_close(grad[::2], wanted_grad[::2], 3e-5)
+        assert_close(value[::2], wanted_value[::2], 3e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_launchers_make_the_device_of_their_operands_current(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    from protoken.kernels.common import on_its_device
+
+    current: list[object] = []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    class There:
+        device = torch.device("cuda", 1)
+
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for first in (There(), [There()]):
+        on_its_device(lambda *operands: seen.append((list(current), len(operands))))(first, 1, 2)  # type: ignore[arg-type]
+    on_its_device(lambda *operands: seen.append(list(current)))(torch.ones(1))
+    assert seen == [([There.device], 3), ([There.device], 3), []]
+    launch = getattr(importlib.import_module(f"protoken.kernels.{op}"), f"launch_{op}")
+    assert launch.__wrapped__.__code__.co_filename.endswith(f"{op}.py")
+    assert launch.__code__ is on_its_device(print).__code__
 
 
 @here

@@ -201,8 +201,9 @@ def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: 
         rows = weight[start : start + CHUNK].float()
         logits, slope = _logits(normed, rows, None if bias is None else bias[start : start + CHUNK], head)
         higher = torch.maximum(top, logits.amax(-1, keepdim=True))
-        shrink = (top - higher).exp_()
-        logits.sub_(higher).exp_()
+        base = higher.masked_fill(higher == -math.inf, 0.0)  # nothing but masked rows so far
+        shrink = (top - base).exp_()
+        logits.sub_(base).exp_()
         mass.mul_(shrink).add_(logits.sum(-1, keepdim=True))
         mean.mul_(shrink).addmm_(logits if slope is None else logits.mul_(slope), rows)
         top = higher
@@ -215,6 +216,7 @@ def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: 
 
 def own_rows(value: Tensor, normed: Tensor, targets: Tensor, head: Head) -> Tensor:
     """value <- the tokens' own logits; returns their gradient with respect to norm(h) [T, d]."""
+    targets, known = known_targets(targets, head.weight.shape[0])
     rows = head.weight.detach()[targets].float()
     logits = (rows * normed).sum(-1)
     if head.bias is not None:
@@ -223,5 +225,14 @@ def own_rows(value: Tensor, normed: Tensor, targets: Tensor, head: Head) -> Tens
     slope = torch.full_like(logits, head.scale)
     if head.softcap is not None:
         logits, slope = softcapped(logits, head)
-    value.copy_(logits)
-    return rows * slope[:, None]
+    torch.mul(logits, known, out=value)
+    return rows * (slope * known)[:, None]
+
+
+def known_targets(targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """(targets moved into the vocabulary, 1 or, for one outside it, NaN [T] fp32).
+
+    A GPU that is asked for a row that is not there serves its process no more; nobody waits to look beforehand.
+    """
+    inside = targets.clamp(0, vocabulary - 1)
+    return inside, torch.where(inside == targets, 1.0, math.nan)
