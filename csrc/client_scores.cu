@@ -89,6 +89,10 @@ static int64_t plan(ScoreParams& p, const ScoresCall& call, int64_t first_layer,
   p.tiles = static_cast<int32_t>(ceil_div(call.tokens, p.tile_tokens));
   p.count = static_cast<int32_t>(least(kLayers, call.layers - first_layer));
   require_int("T", call.tokens * 2);
+  if (p.tiles > kMostBlocksYZ)
+    throw std::invalid_argument("T: at most " + std::to_string(kMostBlocksYZ) + " tiles of " +
+                                std::to_string(p.tile_tokens) + " tokens in one call, got " +
+                                std::to_string(call.tokens) + " tokens; score them in parts");
   require_int("K", call.clients);
   int64_t end = 0, weight = 0;
   p.image_bytes = 0;

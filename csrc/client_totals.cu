@@ -176,6 +176,9 @@ static int64_t plan(TotalsParams& p, const TotalsCall& call, int64_t first_layer
   }
   if (p.pieces > (int64_t{1} << 31) - 1)
     throw std::invalid_argument("client_totals: matrices too large for one launch");
+  if (ceil_div(call.clients, kBatch) > kMostBlocksYZ)
+    throw std::invalid_argument("K: at most " + std::to_string(kMostBlocksYZ * kBatch) + " clients in one call, got " +
+                                std::to_string(call.clients));
   return end;
 }
 

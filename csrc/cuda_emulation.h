@@ -12,6 +12,7 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <ucontext.h>
 #include <vector>
 
@@ -125,9 +126,20 @@ inline void run_block(int threads) {
   }
 }
 
+// What the driver refuses: CUDA C++ programming guide, "Features and Technical Specifications".
+inline void check_limits(dim3 grid, dim3 block, size_t shared, size_t parameters) {
+  if (shared > kShared) throw std::runtime_error("emulated launch: more shared memory than a block may have");
+  if (parameters > 32764) throw std::runtime_error("emulated launch: more than 32764 bytes of parameters");
+  if (block.x < 1 || block.x > 1024 || block.y != 1 || block.z != 1)
+    throw std::runtime_error("emulated launch: a block of " + std::to_string(block.x) + " threads");
+  if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535)
+    throw std::runtime_error("emulated launch: a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
+                             " x " + std::to_string(grid.z));
+}
+
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, const Arguments&... arguments) {
-  if (shared > kShared) throw std::runtime_error("emulated launch: more shared memory than a block may have");
+  check_limits(grid, block, shared, (sizeof(Arguments) + ... + 0));
   std::vector<unsigned char> memory(kShared + 1024);
   shared_base = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
   grid_size = grid;

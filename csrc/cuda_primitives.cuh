@@ -14,6 +14,9 @@
 #define PT_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #endif
 
+// Blocks along the grid's second and third dimension.
+constexpr int kMostBlocksYZ = 65535;
+
 #define PT_BOTH __host__ __device__ __forceinline__
 
 #if defined(PROTOKEN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)

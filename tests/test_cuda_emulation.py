@@ -297,6 +297,24 @@ def test_client_totals(cuda: ModuleType, name: str, clients: int, rows: int, col
         assert_close(out[n], client_totals_reference(ms[n], bank, scale=scale))
 
 
+def test_calls_beyond_the_limits_of_a_launch_are_refused_before_anything_is_allocated(cuda: ModuleType) -> None:
+    from protoken.errors import ArgumentError
+    from protoken.ops import DenseBank
+
+    bank = DenseBank.of(torch.ones(1, 1, 8))
+    many = (1 << 20) + 1  # one tile of 16 tokens more than the grid's second dimension takes, at any stride
+    xs, grads = [torch.ones(1, 8).expand(many, 8)], [torch.ones(1, 1).expand(many, 1)]
+    odd = DenseBank.of(torch.ones(1, 1, 16)[:, :, ::2])
+    with pytest.raises(ArgumentError, match="65535 tiles of 16 tokens"):
+        cuda.launch_client_scores(torch.empty(1, 1, many), xs, grads, [odd])
+    crowd = DenseBank.of(torch.ones(1, 1, 4).expand(65535 * 64 + 1, 1, 4))
+    with pytest.raises(ArgumentError, match="4194240 clients"):
+        cuda.launch_client_totals(torch.empty(1, crowd.clients), [torch.ones(1, 4)], [crowd])
+    out = poisoned(1, 1, 2)
+    cuda.launch_client_scores(out, [torch.ones(2, 8)], [torch.ones(2, 1)], [bank])
+    assert torch.equal(out, torch.full((1, 1, 2), 8.0))
+
+
 # Read once: teams of one warp and of many, one row per team and several tiles; read twice: stages and splits.
 HEAD_SHAPES = [(1, 64, 300), (3, 136, 701), (4, 1040, 90), (2, 8, 5), (7, 264, 333), (40, 72, 200), (1, 33, 500)]
 
