@@ -1,8 +1,7 @@
-"""How sure is a trace of the client it names, and when should it name none?
+"""How sure is a trace of the client it names? (When to name none: verdict.py.)
 
-    intervals(trace)              per client an interval of its total and the probability of being on top: bootstrap
-    Calibration.fit(...)          from a trace's margin to the probability that the named client is right
-    Abstention.fit(null_traces)   thresholds at a chosen false-alarm rate; .judge(trace) names a client or abstains
+    intervals(trace)        per client an interval of its total and the probability of being on top: bootstrap
+    Calibration.fit(...)    from a trace's margin to the probability that the named client is right
 
 Nothing here imports torch: saved traces are enough.
 """
@@ -10,10 +9,8 @@ Nothing here imports torch: saved traces are enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -86,7 +83,12 @@ def resampled_totals(trace: Trace, draws: int, block: int | None, generator: np.
 
 def margin(trace: Trace) -> float:
     """(best - second best) / sum_k |S_k|, from 0 to 1: how clearly one client leads; 1 for a single client."""
-    ranked = np.sort(trace.totals)[::-1]
+    return margin_of(trace.totals)
+
+
+def margin_of(totals: Array) -> float:
+    """The same from totals [K]."""
+    ranked = np.sort(totals)[::-1]
     size = float(np.abs(ranked).sum())
     if len(ranked) == 1:
         return 1.0
@@ -129,83 +131,6 @@ class Calibration:
         value = margin(found) if isinstance(found, Trace) else float(found)
         logit = self.slope * value + self.intercept
         return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What to say about a response.
-
-    kind         "client", "mostly pretraining" (no client's evidence is beyond what unrelated answers show), or
-                 "no client stands out" (there is evidence, but not for one client rather than the next)
-    client       the named client, or None
-    evidence     its total per token, in the trace's unit
-    lead         bootstrap probability that it is the top client, or its margin for a totals-only trace
-    """
-
-    kind: Literal["client", "mostly pretraining", "no client stands out"]
-    client: str | None
-    evidence: float
-    lead: float
-
-
-@dataclass(frozen=True)
-class Abstention:
-    """When to name no client. Fitted on traces of answers that no client taught.
-
-    evidence       the highest total per token that an unrelated answer may show
-    lead           how often the leader must lead over resampled tokens (or its margin, for totals alone)
-    false_alarm    the rate that was asked for; holds for exchangeable answers, whatever the scores' distribution
-    samples        unrelated answers it was fitted on
-    """
-
-    evidence: float
-    lead: float
-    false_alarm: float
-    samples: int
-
-    @staticmethod
-    def fit(null_traces: Sequence[Trace], *, false_alarm: float = 0.01, lead: float = 0.9) -> Abstention:
-        """The threshold is the ceil((n + 1)(1 - false_alarm))-th smallest evidence of n unrelated answers.
-
-        A fresh unrelated answer exceeds it with probability at most `false_alarm` (split conformal prediction,
-        Vovk et al. 2005).
-
-        Raises:
-            ArgumentError: too few answers for that rate: n >= 1 / false_alarm - 1 are needed.
-        """
-        if not 0 < false_alarm < 1:
-            raise ArgumentError("false_alarm", expected="between 0 and 1", got=false_alarm)
-        count = len(null_traces)
-        # Rounded against 99 * 0.99 = 98.01000000000001.
-        place = math.ceil(round((count + 1) * (1 - false_alarm), 9))
-        if place > count or count == 0:
-            raise ArgumentError(
-                "null_traces",
-                expected=f"at least {math.ceil(round(1 / false_alarm - 1, 9))} for a false-alarm rate of {false_alarm}",
-                got=count,
-                remedy="Trace more answers that no client taught, or allow more false alarms",
-            )
-        found = sorted(evidence_of(trace) for trace in null_traces)
-        return Abstention(found[place - 1], lead, false_alarm, count)
-
-    def judge(self, trace: Trace, *, draws: int = 500, seed: int = 0) -> Verdict:
-        """Name the leading client, or abstain and say why."""
-        best = int(np.argmax(trace.totals))
-        evidence = evidence_of(trace)
-        if trace.token_scores is not None and len(trace.token_scores):
-            lead = intervals(trace, draws=draws, seed=seed)[best].top_probability
-        else:
-            lead = margin(trace)
-        if not trace.token_list or evidence <= self.evidence:
-            return Verdict("mostly pretraining", None, evidence, lead)
-        if lead < self.lead:
-            return Verdict("no client stands out", None, evidence, lead)
-        return Verdict("client", trace.client_ids[best], evidence, lead)
-
-
-def evidence_of(trace: Trace) -> float:
-    """The top client's total per generated token; 0 for an empty response."""
-    return float(trace.totals.max()) / len(trace.token_list) if trace.token_list else 0.0
 
 
 def _logistic(x: Array, target: Array) -> tuple[float, float]:

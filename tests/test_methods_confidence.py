@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import protoken
 from protoken.account import adjusted, sign_test
-from protoken.confidence import Abstention, Calibration, evidence_of, intervals, margin
+from protoken.confidence import Calibration, intervals, margin
 from protoken.errors import ArgumentError
 from protoken.results import Trace
 from protoken.results_parts import Token, TraceInfo
+from protoken.verdict import Abstention, evidence_of, leading
 
 CLIENTS = ("a", "b", "c", "d")
 
@@ -156,11 +160,48 @@ def test_verdicts() -> None:
     rule = Abstention.fit([noise(i) for i in range(99)], false_alarm=0.01)
     assert rule.judge(noise(500, lead=3.0)).client == "b"
     assert rule.judge(noise(501)).kind == "mostly pretraining"
-    twins = np.random.default_rng(1).normal(size=(24, 4)) + np.array([3, 3, 0, 0])
-    verdict = rule.judge(trace_of(twins))
-    assert (verdict.kind, verdict.client) == ("no client stands out", None)
+    noisy = np.random.default_rng(1).normal(size=(24, 4))
+    twins = rule.judge(trace_of(noisy + np.array([3, 3, 0, 0])))
+    assert (twins.kind, set(twins.clients), twins.client in ("a", "b")) == ("client", {"a", "b"}, True)
+    for totals in ([3, 3, 3, 0], [3, 3, 3, 3], [4, 3, 2, 1]):
+        verdict = rule.judge(trace_of(noisy * 2 + np.array(totals)))
+        assert (verdict.kind, verdict.clients, verdict.client) == ("no client stands out", (), None)
     assert rule.judge(trace_of(np.zeros((0, 4)))).kind == "mostly pretraining"
     assert rule.judge(totals_only([9.0, 0.0, 0.0, 0.0])).client == "a"
+    assert rule.judge(totals_only([9.0, 8.5, 1.0, -4.0])).clients == ("a", "b")
+    assert rule.judge(totals_only([9.0, 6.0, 3.0, -4.0])).kind == "no client stands out"
+    alone = trace_of(np.full((5, 1), 2.0), clients=("a",))
+    assert rule.judge(alone).clients == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("totals", "who", "gap"),
+    [
+        ([1.0, 3.0, 2.8, 0.2], (1, 2), 1.8 / 3),
+        ([0.0, -1.0, 5.0, -9.0], (2,), 1.0),
+        ([3.0, 2.0, 1.0, 0.0], (0,), 1 / 3),
+        ([2.0, 2.0, 2.0, 2.0], (0, 1, 2, 3), 1.0),
+        ([2.0, 1.9, 1.8, -50.0], (0, 1, 2), 0.9),
+        ([-1.0, -2.0, -3.0, 0.0], (), 0.0),
+        ([4.0], (0,), 1.0),
+    ],
+    ids=str,
+)
+def test_who_leads_stands_above_the_widest_gap(totals: list[float], who: tuple[int, ...], gap: float) -> None:
+    found, width = leading(np.array(totals))
+    assert found == who
+    assert width == pytest.approx(gap)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=12), st.randoms())
+def test_who_leads_depends_neither_on_scale_nor_on_order(totals: list[float], random: Random) -> None:
+    found, width = leading(np.array(totals))
+    assert 0 <= width <= 1
+    assert leading(2.0 * np.array(totals)) == (found, width)
+    order = list(range(len(totals)))
+    random.shuffle(order)
+    again, _ = leading(np.array([totals[k] for k in order]))
+    assert sorted(totals[order[k]] for k in again) == sorted(totals[k] for k in found)
 
 
 def test_a_rate_needs_enough_answers() -> None:

@@ -1,0 +1,230 @@
+"""When it names a client, is it right as often as it says; and does it name nobody where nobody taught the answer?
+
+Abstention   Around the federations of `backdoor`, after the last round. Unrelated are the answers to plain questions of
+             the other domains, about which no client held a row. The threshold is fitted on every second of them; the
+             others tell how often it is crossed although nobody taught the answer. Then it is fitted on two of these
+             domains and tried on the third, which is not what the promise holds for. And the triggered answers say what
+             is left: which clients are named together, where two are poisoned.
+Calibration  Around the ample federations of `benign`: the probability that the top client is the one who holds the
+             question's domain, fitted on every second answer and compared with what came true for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protoken.confidence import Calibration, margin_of
+from protoken.evaluation.cells import Cell, make_cell
+from protoken.evaluation.corpora import DOMAINS, add_trigger, is_refusal
+from protoken.evaluation.experiments import backdoor, benign
+from protoken.evaluation.metrics import calibration_error, wilson_interval
+from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
+from protoken.evaluation.scoring import Answer, Scorer, answer, score
+from protoken.evaluation.workbench import Workbench
+from protoken.evaluation.zoo import SHAPES
+from protoken.results_checks import Array
+from protoken.verdict import Abstention, threshold
+
+DEFAULTS = Settings(models=tuple(SHAPES), domains=DOMAINS)
+RATES = (0.01, 0.05, 0.1)
+LEAD, GAP = 0.9, 0.5
+
+
+def plan(settings: Settings) -> list[Unit]:
+    """A unit per backdoored federation, and one per model's federation of ordinary clients."""
+    found = []
+    for model in settings.models:
+        found += [Unit(f"{model}-backdoor-{d}", partial(_alarms, model, d)) for d in settings.domains]
+        found.append(Unit(f"{model}-ordinary", partial(_calibration, model)))
+    return found
+
+
+def scorers(model: str) -> list[Scorer]:
+    """The default, first order in log-odds over every block, and what `Trace.lineage` asks."""
+    return [
+        Scorer("protoken"),
+        Scorer(
+            "protoken all blocks, log-odds", blocks=backdoor.recorded_blocks(model), way="reverse", objective="log_odds"
+        ),
+        Scorer("lineage", "aumann_shapley", nodes=1, objective="log_odds", rounds="all"),
+    ]
+
+
+def _alarms(model: str, domain: str, bench: Workbench) -> Outcome:
+    recipe = backdoor.recipe(bench.settings, model)
+    members = backdoor.clients(bench, model, domain)
+    stored = bench.federation(model, members, recipe.federation)
+    last = recipe.federation.rounds
+    base = bench.at_round(model, stored, last)
+    others = [other for other in DOMAINS if other != domain]
+    asked = {name: [row.question for row in bench.rows(name).test[: bench.settings.samples]] for name in DOMAINS}
+    # The unrelated ones in turns, so that every second of them holds all their domains.
+    plain = [question for group in zip(*(asked[name] for name in others), strict=False) for question in group]
+    label = np.arange(len(plain)) % len(others)
+    answers = answer(
+        base,
+        [*plain, *map(add_trigger, asked[domain])],
+        max_new_tokens=recipe.max_new_tokens,
+        batch=recipe.batch,
+        step=lambda done, total: bench.bars.step(f"{domain}: answers", done, total),
+    )
+    unrelated = answers[: len(plain)]
+    refused = [one for one in answers[len(plain) :] if is_refusal(one.text)]
+    if not refused:
+        return Outcome(note="the sentinel did not come out")
+    scored = score(
+        base,
+        stored.ledger,
+        [*unrelated, *refused],
+        scorers(model),
+        at_round=last,
+        step=lambda name, done, total: bench.bars.step(f"{domain}: {name}", done, total),
+    )
+    ids = [client.id for client in members]
+    truth = np.array([client.poisoned for client in members])
+    what: dict[str, Any] = {"experiment": "confidence", "model": model, "domain": domain, "round": last}
+    cells = []
+    for one in scored:
+        table, tokens = one.of(ids), np.array([max(a.response.new_tokens, 1) for a in (*unrelated, *refused)])
+        evidence = table.max(axis=1) / tokens
+        null, count = evidence[: len(unrelated)], len(unrelated)
+        for rate in RATES:
+            if (count + 1) // 2 < round(1 / rate) - 1:
+                continue  # too few answers for that rate
+            cells.append(
+                make_cell(
+                    table[count:],
+                    truth,
+                    residuals=one.residuals[count:],
+                    seconds=one.seconds,
+                    extra={
+                        "kind": "abstention",
+                        "false_alarm": rate,
+                        **_measured_alarms(null, label, rate),
+                        **_named(table[count:], tokens[count:], truth, ids, threshold(null[::2], rate)),
+                    },
+                    method=one.scorer.name,
+                    blocks=one.scorer.blocks,
+                    **what,
+                )
+            )
+    return Outcome(cells, (), f"{len(unrelated)} unrelated answers, {len(refused)} refusals")
+
+
+def _measured_alarms(null: Array, label: NDArray[np.int_], rate: float) -> dict[str, object]:
+    """How often fresh unrelated answers cross the threshold: of the same domains, and of one it has not seen."""
+    held = null[1::2]
+    crossed = int((held > threshold(null[::2], rate)).sum())
+    low, high = wilson_interval(crossed, len(held))
+    strange = sum(int((null[label == one] > threshold(null[label != one], rate)).sum()) for one in np.unique(label))
+    return {
+        "held": len(held),
+        "false_alarms": crossed / len(held),
+        "false_alarms_low": low,
+        "false_alarms_high": high,
+        "strange": len(null),
+        "false_alarms_strange": strange / len(null),
+    }
+
+
+def _named(
+    table: Array, tokens: NDArray[np.int_], truth: NDArray[np.bool_], ids: Sequence[str], evidence: float
+) -> dict[str, object]:
+    """Of the triggered answers: exactly the poisoned clients named, only such, an honest one, or nobody."""
+    rule = Abstention(evidence, LEAD, GAP, 0.0, 0)
+    guilty = {client for client, poisoned in zip(ids, truth, strict=True) if poisoned}
+    named = [set(rule.judge_totals(row, int(t), ids).clients) for row, t in zip(table, tokens, strict=True)]
+    return {
+        "exactly": float(np.mean([group == guilty for group in named])),
+        "only_guilty": float(np.mean([bool(group) and group <= guilty for group in named])),
+        "honest": float(np.mean([bool(group - guilty) for group in named])),
+        "nobody": float(np.mean([not group for group in named])),
+    }
+
+
+def _calibration(model: str, bench: Workbench) -> Outcome:
+    recipe, config = benign.federation_of(bench.settings, model, ample=True)
+    members = benign.clients(bench, model, "ample")
+    stored = bench.federation(model, members, config)
+    base = bench.at_round(model, stored, config.rounds)
+    answers: list[Answer] = []
+    truth: list[list[bool]] = []
+    for domain in DOMAINS:
+        questions = [row.question for row in bench.rows(domain).test[: bench.settings.samples]]
+        answers += answer(base, questions, max_new_tokens=recipe.max_new_tokens, batch=recipe.batch)
+        truth += [[client.label == domain for client in members]] * len(questions)
+    scored = score(
+        base,
+        stored.ledger,
+        answers,
+        scorers(model),
+        at_round=config.rounds,
+        step=lambda name, done, total: bench.bars.step(f"ordinary: {name}", done, total),
+    )
+    cells, kept = [], []
+    for one in scored:
+        table = one.of([client.id for client in members])
+        cell, points = _calibrated(table, np.array(truth))
+        cells.append(
+            make_cell(
+                table,
+                truth,
+                residuals=one.residuals,
+                seconds=one.seconds,
+                extra={"kind": "calibration", **cell},
+                experiment="confidence",
+                model=model,
+                domain="all",
+                round=config.rounds,
+                method=one.scorer.name,
+                blocks=one.scorer.blocks,
+            )
+        )
+        kept.append({"method": one.scorer.name, **points})
+    return Outcome(cells, kept, f"{len(answers)} ordinary answers")
+
+
+def _calibrated(table: Array, truth: NDArray[np.bool_]) -> tuple[dict[str, object], dict[str, object]]:
+    """Stated probabilities of answers that the curve was not fitted on, against what came true.
+
+    Args:
+        table, truth: [N, K] scores, and whether the client holds the question's domain.
+    """
+    correct = truth[np.arange(len(table)), table.argmax(axis=1)]
+    margins = np.array([margin_of(row) for row in table])
+    curve = Calibration.fit(margins[::2], correct[::2])
+    stated, came_true = np.array([curve.probability(m) for m in margins[1::2]]), correct[1::2]
+    elsewhere = np.empty(len(margins))
+    for inside in (truth[:, k] for k in range(truth.shape[1])):
+        curve = Calibration.fit(margins[~inside], correct[~inside])
+        elsewhere[inside] = [curve.probability(m) for m in margins[inside]]
+    figures: dict[str, object] = {
+        "held": len(stated),
+        "accuracy": float(came_true.mean()),
+        "stated": float(stated.mean()),
+        "calibration_error": calibration_error(stated, came_true),
+        "brier": float(((stated - came_true) ** 2).mean()),
+        "calibration_error_strange": calibration_error(elsewhere, correct),
+    }
+    points = {"stated": [round(float(p), 4) for p in stated], "correct": [bool(c) for c in came_true]}
+    return figures, points
+
+
+def draw(run: RunFolder) -> list[Path]:
+    """Stated against true, and false alarms against what was asked for."""
+    from protoken.evaluation.experiments.confidence_plots import confidence_plot
+
+    return [confidence_plot(run)]
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """Markdown for docs/results.md."""
+    from protoken.evaluation.experiments.confidence_tables import confidence_tables
+
+    return confidence_tables(cells)
