@@ -40,21 +40,23 @@ class Attachment:
         if self.verify:
             self._check_layers(model, layers)
         key = (tuple(layers), tuple(rounds))
-        if key not in self.banks:
+        found = self.banks.get(key)
+        if found is None:
+            found = LedgerBank(self.ledger, model, layers, rounds, self.round)
             # One bank at a time: alternating between many selections must not pile up memory.
-            self.banks.clear()
-            self.banks[key] = LedgerBank(self.ledger, model, layers, rounds, self.round)
-        return self.banks[key]
+            self.banks = {key: found}
+        return found
 
     def moving(self, model: nn.Module, names: Sequence[str], rounds: Sequence[int]) -> Updates:
         """The updates of these parameters and rounds, after checking once that the weights are the ledger's."""
         if self.verify:
             self.check_weights(model, names)
         key = (tuple(names), tuple(rounds))
-        if key not in self.updates:
-            self.updates.clear()
-            self.updates[key] = read_updates(self.ledger, model, rounds, names)
-        return self.updates[key]
+        found = self.updates.get(key)
+        if found is None:
+            found = read_updates(self.ledger, model, rounds, names)
+            self.updates = {key: found}
+        return found
 
     def _check_layers(self, model: nn.Module, layers: Sequence[str]) -> None:
         for layer in layers:

@@ -23,6 +23,7 @@ from .plan import Plan
 from .projection import Scores
 from .relevance import Response
 from .sizes import Sizes, sizes_of
+from .twin import twin_of
 
 
 def read_source(own: Attachment, model: PreTrainedModel, plan: Plan, rounds: Rounds) -> LedgerBank | Updates:
@@ -110,7 +111,7 @@ def _paper(model: nn.Module, response: Response, bank: Bank, plan: Plan) -> Scor
         ]
         for name in plan.layers
     }
-    scores, objective = paper_scores(model, response.ids, response.prompt_length, matrices, plan.objective)
+    scores, objective = paper_scores(twin_of(model), response.ids, response.prompt_length, matrices, plan.objective)
     deltas, changed = scores[..., count : 2 * count] @ bank.weights, scores[..., -1]
     own = scores[..., :count]
     tokens = plan.granularity != "sequence"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Architecture
-from .patching import hooks
+from .patching import after, before, hooks
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Capture:
 def capturing(
     architecture: Architecture, first_block: int, *, sequence: bool, every: bool = False
 ) -> Iterator[Capture]:
-    """Record every forward pass inside the `with`.
+    """Record every forward pass that this thread makes inside the `with`.
 
     Args:
         first_block: number of the first traced block.
@@ -115,13 +115,13 @@ def capturing(
         kept.outputs.append(rows(output[0] if kept.returns_tuples else output))
 
     handles = [
-        last.register_forward_pre_hook(enter_last, with_kwargs=True),
-        last.get_submodule(architecture.out_projection).register_forward_hook(project),
-        last.register_forward_hook(leave),
+        before(last, enter_last),
+        after(last.get_submodule(architecture.out_projection), project),
+        after(last, leave),
     ]
     if sequence:
         first = architecture.blocks[first_block]
-        handles.append(first.register_forward_pre_hook(enter_first, with_kwargs=True))
+        handles.append(before(first, enter_first))
     with hooks(*handles):
         yield kept
 

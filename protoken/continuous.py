@@ -13,7 +13,7 @@ from typing import Any
 from .errors import GenerationError
 from .generation import Generated, teacher_forced
 from .layers import input_device
-from .patching import evaluation_mode, refuse_inference_mode
+from .patching import current_method, evaluation_mode, refuse_inference_mode
 from .relevance import Response
 from .results import Trace
 from .session import Session
@@ -36,7 +36,7 @@ class ContinuousBatches:
         """What to put in the place of the model's own methods."""
         model: Any = self.session.model
         names = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-        self.own = {name: getattr(model, name) for name in names if hasattr(model, name)}
+        self.own = {name: current_method(model, name) for name in names if hasattr(model, name)}
         return {name: self.generate_batch if name == "generate_batch" else self._manager(name) for name in self.own}
 
     def generate_batch(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:

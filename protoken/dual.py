@@ -12,11 +12,14 @@ raised, and nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # rule(function, args, kwargs) -> what the function returns, with tangents.
@@ -30,6 +33,20 @@ _QUERIES = {
     getattr(Tensor, name)
     for name in ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "__len__")
 }
+
+
+_forward_mode = threading.RLock()
+
+
+@contextmanager
+def forward_mode_of_torch() -> Iterator[None]:
+    """One thread at a time in torch's own forward mode, with attention in its math form.
+
+    torch counts the levels of forward mode per process, not per thread, and the switches of its attention, whose fused
+    form has no forward mode, are the process's, too: put back out of order, they would stay as they are in here.
+    """
+    with _forward_mode, sdpa_kernel([SDPBackend.MATH]):
+        yield
 
 
 class NoRule(Exception):
@@ -101,7 +118,8 @@ def by_autograd(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         result: Any = torch.func.jvp(moved, tuple(plain[index] for index in moving), directions)
         return result[1]  # type: ignore[no-any-return]
 
-    tangents = torch.func.vmap(one)(*(leaves[index].tangent for index in moving))
+    with forward_mode_of_torch():
+        tangents = torch.func.vmap(one)(*(leaves[index].tangent for index in moving))
     for index, tangent in zip(floating, tangents, strict=True):
         outputs[index] = Dual.of(outputs[index], tangent)
     return tree_unflatten(outputs, shape)

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.bloom.modeling_bloom import BloomGelu, bloom_gelu_forward
 
 from .architectures import Architecture
 from .capture import Capture, run_whole
+from .dual import forward_mode_of_torch
 from .layer_bank import LayerBank, directions
 from .layers import Layer, layer_of
-from .patching import hooks, replaced_method
+from .patching import after, before, hooks, replaced_method
 from .quantised import linearised, recorded
 from .relevance import LocalRelevance, Response
 from .replay import Tap, passed_through, replaced_input, replay
@@ -51,8 +51,7 @@ def scores_by_autograd(
         taps = _layer_taps(model, architecture, capture, response, layers, first, hidden)
     clients = len(banks[layers[0]].updates)
     parts = []
-    # The fused attention has no forward mode; its math form computes the same thing.
-    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), linearised(records):
+    with torch.no_grad(), forward_mode_of_torch(), linearised(records):
         for start in range(0, clients, chunk):
             some = slice(start, start + chunk)
             pushed = [directions(banks[n], taps[n].x, taps[n].route, some).to(hidden.dtype) for n in layers]
@@ -122,11 +121,11 @@ def _push(
         handles = []
         if architecture.embeddings_name not in layers:
             handles.append(replaced_input(architecture.blocks[first], hidden))
-        handles.append(last.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(before(last, enter))
         with hooks(*handles), ExitStack() as stack:
             stack.enter_context(passed_through(architecture, first, returns_tuples))
             stack.enter_context(visited([layer_of(model, n) for n in layers], add, architecture.blocks[first:]))
-            stack.enter_context(hooks(projection.register_forward_hook(leave)))
+            stack.enter_context(hooks(after(projection, leave)))
             for block in architecture.blocks[first:]:
                 use_plain_formulas(block, stack)
             with suppress(_Reached):

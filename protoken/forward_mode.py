@@ -31,7 +31,7 @@ from .dual_attention import only_rows
 from .forward_autograd import scores_by_autograd, use_plain_formulas
 from .layer_bank import LayerBank, directions
 from .layers import Layer, layer_of
-from .patching import hooks, replaced_method
+from .patching import before, current_method, hooks, replaced_method
 from .quantised import dequantised, quantised_linears, straight_through
 from .relevance import LocalRelevance, Response, replay_error
 from .replay import by_position, passed_through, replaced_input
@@ -135,7 +135,7 @@ def _pushed(
         arrived.h.append(args[0] if args else kwargs["hidden_states"])
         stack.enter_context(only_rows(slice(response.prompt_length - 1, length)))
 
-    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    def stop(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         arrived.a.append(args[0].reshape(*hidden.shape[:2], -1))
         raise _Reached
 
@@ -145,8 +145,7 @@ def _pushed(
         stack.enter_context(passed_through(architecture, first, capture.returns_tuples))
         stack.enter_context(visited([layer_of(model, name) for name in layers], add, running))
         projection = last.get_submodule(architecture.out_projection)
-        handles = [last.register_forward_pre_hook(enter, with_kwargs=True), projection.register_forward_pre_hook(stop)]
-        stack.enter_context(hooks(*handles))
+        stack.enter_context(hooks(before(last, enter), before(projection, stop)))
         for module in quantised_linears(running):
             stack.enter_context(replaced_method(module, "forward", _with_tangents(module)))
         for block in running:
@@ -163,10 +162,11 @@ def _is_still(bank: LayerBank) -> bool:
 
 def _with_tangents(module: nn.Linear) -> Any:
     """A quantised layer's own values; tangents through its dequantised weight."""
-    own = module.forward
+    own = current_method(module, "forward")
 
     def forward(x: Tensor) -> Tensor:
-        y, moved = own(value_of(x)), tangent_of(x)
+        y: Tensor = own(value_of(x))
+        moved = tangent_of(x)
         if moved is None:
             return y
         weight = dequantised(module, module.weight.detach()).to(moved)

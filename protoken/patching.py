@@ -1,4 +1,8 @@
-"""Reversible changes to somebody else's model: every one undone in `finally`, none leaving an attribute behind."""
+"""Reversible changes to somebody else's model: every one undone in `finally`, none leaving an attribute behind.
+
+Other threads may be using the model meanwhile. Hooks and methods put in place here act in the thread that put them
+there, so that nobody else's generation is recorded, cut short or computed another way.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,19 +20,106 @@ from torch import nn
 from .errors import ModelError
 
 
+@dataclass(frozen=True, eq=False)
+class _Replacement:
+    method: Callable[..., Any]
+    meant: Callable[[], bool]
+    shared: bool
+
+
+class Substitute:
+    """Stands in `module.__dict__` for a method while anybody has another one in its place.
+
+    Each caller gets the newest replacement that is meant for it, everybody else the method that was there: a model
+    that serves other threads goes on computing for them as it did.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.had_own, self.own = name in module.__dict__, getattr(module, name)
+        self.replacements: tuple[_Replacement, ...] = ()
+        update_wrapper(self, self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.replacements
+        method = found[0].method if len(found) == 1 and found[0].shared else self.meant()
+        return method(*args, **kwargs)
+
+    def meant(self) -> Callable[..., Any]:
+        """The newest replacement that is meant for the caller, or what was there."""
+        return next((one.method for one in reversed(self.replacements) if one.meant()), self.own)
+
+
+_substitutes_lock = threading.Lock()
+
+
+def current_method(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The method as this caller has it, or as it was: what a replacement that wraps it has to call."""
+    found = getattr(module, name)
+    current: Callable[..., Any] = found.meant() if isinstance(found, Substitute) else found
+    return current
+
+
 @contextmanager
-def replaced_method(module: nn.Module, name: str, method: Callable[..., Any] | None) -> Iterator[None]:
-    """Give one module instance another method (or plain attribute); hooks on it still run. Restores what was there."""
-    had_own = name in module.__dict__
-    own = module.__dict__.get(name)
-    module.__dict__[name] = method
+def replaced_method(
+    module: nn.Module,
+    name: str,
+    method: Callable[..., Any],
+    *,
+    meant: Callable[[], bool] | None = None,
+    shared: bool = False,
+) -> Iterator[None]:
+    """Give one module instance another method; hooks on it still run. Restores what was there.
+
+    Args:
+        meant: asked at each call whether the caller gets this method; None: callers in this thread do.
+        shared: everybody gets it while it is the only replacement.
+    """
+    entry = _Replacement(method, meant or this_thread(), shared)
+    with _substitutes_lock:
+        found = module.__dict__.get(name)
+        substitute = found if isinstance(found, Substitute) else Substitute(module, name)
+        module.__dict__[name] = substitute
+        substitute.replacements += (entry,)
     try:
         yield
     finally:
-        if had_own:
-            module.__dict__[name] = own
-        else:
-            del module.__dict__[name]
+        with _substitutes_lock:
+            substitute.replacements = tuple(other for other in substitute.replacements if other is not entry)
+            # Whoever has put something else there meanwhile will put back what he found: it hands on to the method.
+            if not substitute.replacements and module.__dict__.get(name) is substitute:
+                if substitute.had_own:
+                    module.__dict__[name] = substitute.own
+                else:
+                    del module.__dict__[name]
+
+
+@contextmanager
+def replaced_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give one module instance another value of a plain attribute, for every thread; one user at a time."""
+    own = module.__dict__[name]
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        module.__dict__[name] = own
+
+
+def this_thread() -> Callable[[], bool]:
+    """Whether a call comes from the thread that is running now."""
+    own = threading.get_ident()
+    return lambda: threading.get_ident() == own
+
+
+def before(module: nn.Module, hook: Callable[..., Any]) -> torch.utils.hooks.RemovableHandle:
+    """Call `hook(module, args, kwargs)` before the module runs in this thread; passes of other threads go by unseen."""
+    own = this_thread()
+    return module.register_forward_pre_hook(lambda *call: hook(*call) if own() else None, with_kwargs=True)
+
+
+def after(module: nn.Module, hook: Callable[..., Any]) -> torch.utils.hooks.RemovableHandle:
+    """Call `hook(module, args, output)` after the module has run in this thread."""
+    own = this_thread()
+    return module.register_forward_hook(lambda *call: hook(*call) if own() else None)
 
 
 @dataclass

@@ -18,14 +18,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .architectures import Architecture
+from .architectures import Architecture, architecture_of
 from .bank import Bank, BankInParts
 from .capture import Capture
 from .errors import ProtokenWarning
 from .generation import Generated
-from .patching import hooks
+from .patching import after, hooks
 from .projection import project_local
 from .relevance import Objective, Response, local_relevance
+from .twin import twin_of
 
 HALVES = (torch.float16, torch.bfloat16)
 TOKENS = 4
@@ -78,15 +79,17 @@ def gradient_noise(
     count = min(TOKENS, response.new_tokens)
     few = Response(response.ids[:, : response.prompt_length + count], response.prompt_length)
 
-    def scores(capture: Capture) -> Tensor:
-        found = local_relevance(model, architecture, capture, few, tuple(layers), objective, check=False)
+    def scores(computing: nn.Module, parts: Architecture, capture: Capture) -> Tensor:
+        found = local_relevance(computing, parts, capture, few, tuple(layers), objective, check=False)
         projected = project_local(found, bank, layers, "torch").tokens
         assert projected is not None
         return projected
 
-    half = scores(generated.capture)
-    with _widened(model, architecture):
-        wide = scores(_wide(generated.capture))
+    half = scores(model, architecture, generated.capture)
+    twin: Any = twin_of(model)
+    parts = architecture if twin is model else architecture_of(twin)
+    with _widened(twin, parts):
+        wide = scores(twin, parts, _wide(generated.capture))
     error = float((half - wide).norm() / wide.norm().clamp(min=1e-300))
     return error if half.isfinite().all() else float("inf")
 
@@ -123,7 +126,7 @@ def _widened(model: Any, architecture: Architecture) -> Iterator[None]:
                         kept.append((place, name, value))
                         wide = value.detach().float()
                         place[name] = nn.Parameter(wide, False) if isinstance(value, nn.Parameter) else wide
-        with hooks(embeddings.register_forward_hook(widen)):
+        with hooks(after(embeddings, widen)):
             yield
     finally:
         for place, name, value in kept:

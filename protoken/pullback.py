@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .architectures import Architecture
 from .capture import Capture, run_whole
 from .layers import Layer, layer_of
-from .patching import hooks
+from .patching import after, before, hooks
 from .quantised import straight_through
 from .relevance import LocalRelevance, Response
 from .replay import Tap, by_position, passed_through, replaced_input
@@ -116,7 +116,7 @@ class PulledBack:
                 raise _Reached
 
         blocks = self.architecture.blocks
-        handles = [blocks[n].register_forward_pre_hook(enter, with_kwargs=True) for n in starts[1:]]
+        handles = [before(blocks[n], enter) for n in starts[1:]]
         with hooks(*handles), torch.no_grad():
             self._forward(starts[0], hidden, [])
         return [hidden, *kept]
@@ -151,7 +151,7 @@ class PulledBack:
             stack.enter_context(visited([layer_of(self.model, n) for n in names], visit, blocks[start:stop]))
             if stop is None:
                 projection = blocks[-1].get_submodule(self.architecture.out_projection)
-                stack.enter_context(hooks(projection.register_forward_hook(leave)))
+                stack.enter_context(hooks(after(projection, leave)))
             # Hooks see what those before them have put in place, so this one comes after the replacement.
             self._forward(start, entered, names, (blocks[-1 if stop is None else stop], enter))
         return piece
@@ -165,7 +165,7 @@ class PulledBack:
             if architecture.embeddings_name not in names:
                 stack.enter_context(hooks(replaced_input(architecture.blocks[start], hidden)))
             if end is not None:
-                stack.enter_context(hooks(end[0].register_forward_pre_hook(end[1], with_kwargs=True)))
+                stack.enter_context(hooks(before(*end)))
             stack.enter_context(passed_through(architecture, start, self.capture.returns_tuples))
             with suppress(_Reached):
                 run_whole(self.model, self.response.seen)

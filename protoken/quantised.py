@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .layers import Layer
-from .patching import hooks, replaced_method
+from .patching import after, hooks, replaced_method
 
 
 def at_hand(module: nn.Module) -> AbstractContextManager[Any]:
@@ -85,7 +85,7 @@ def straight_through(modules: Iterable[nn.Module]) -> Iterator[None]:
         weight = dequantised(module, module.weight.detach())
         return output + functional.linear(x - x.detach(), weight.to(x)).to(output.dtype)
 
-    with hooks(*(module.register_forward_hook(hook) for module in quantised_linears(modules))):
+    with hooks(*(after(module, hook) for module in quantised_linears(modules))):
         yield
 
 
@@ -97,7 +97,7 @@ def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Linear, tuple[Ten
     def hook(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         kept[module] = (args[0].detach(), output.detach())
 
-    with hooks(*(module.register_forward_hook(hook) for module in quantised_linears(modules))):
+    with hooks(*(after(module, hook) for module in quantised_linears(modules))):
         yield kept
 
 

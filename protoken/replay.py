@@ -20,7 +20,7 @@ from .architectures import Architecture
 from .capture import run_whole
 from .errors import GenerationError
 from .layers import Layer, layer_of
-from .patching import hooks, replaced_method
+from .patching import after, before, hooks, replaced_method
 from .quantised import straight_through
 from .sites import Visit, visited
 
@@ -91,7 +91,7 @@ def replay(
     def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
         output.append((result[0] if isinstance(result, tuple) else result).detach())
 
-    handles = [architecture.blocks[-1].register_forward_hook(leave)]
+    handles = [after(architecture.blocks[-1], leave)]
     if architecture.embeddings_name not in layers:
         handles.append(replaced_input(architecture.blocks[first_block], leaf))
     tapped = [layer_of(model, name) for name in layers]
@@ -151,7 +151,7 @@ def replaced_input(block: nn.Module, hidden: Tensor) -> torch.utils.hooks.Remova
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
-    return block.register_forward_pre_hook(enter, with_kwargs=True)
+    return before(block, enter)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import GenerationError
 from .layers import Layer, is_experts
-from .patching import hooks, replaced_method
+from .patching import after, current_method, hooks, replaced_method
 
 # visit(layer, x, y, route) -> y; route is the expert of every slot [rows, n], or None.
 Visit = Callable[[Layer, Tensor, Tensor, Tensor | None], Tensor]
@@ -30,7 +30,10 @@ Visit = Callable[[Layer, Tensor, Tensor, Tensor | None], Tensor]
 
 @contextmanager
 def visited(layers: Sequence[Layer], visit: Visit, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Call `visit` at each layer whenever it runs. All experts of `blocks` compute by our formula, visited or not."""
+    """Call `visit` at each layer whenever it runs in this thread.
+
+    All experts of `blocks` compute by our formula there, visited or not.
+    """
     experts = {id(m): m for block in blocks for m in block.modules() if is_experts(m)}
     experts |= {id(layer.module): layer.module for layer in layers if layer.kind == "experts"}
     with ExitStack() as stack:
@@ -42,7 +45,7 @@ def visited(layers: Sequence[Layer], visit: Visit, blocks: Iterable[nn.Module] =
             if layer.kind == "router":
                 stack.enter_context(_router_visited(layer, visit))
             elif layer.kind != "experts":
-                stack.enter_context(hooks(layer.module.register_forward_hook(_hook(layer, visit))))
+                stack.enter_context(hooks(after(layer.module, _hook(layer, visit))))
         yield
 
 
@@ -117,7 +120,7 @@ def _hook(layer: Layer, visit: Visit) -> Callable[[nn.Module, tuple[Any, ...], T
 @contextmanager
 def _router_visited(layer: Layer, visit: Visit) -> Iterator[None]:
     name = forward_name(layer.module)
-    own = getattr(layer.module, name)
+    own = current_method(layer.module, name)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with _LinearOf(layer, visit):

@@ -1,14 +1,19 @@
 """`with tracing(model) as tape:` — every `generate` inside yields traces, and returns what it always returns.
 
-Only this model instance is patched, by one attribute that is removed again whatever happens. Batches with left
-padding, sampling, beams, several returned sequences, assisted and guided decoding, streamers and caches of any kind:
-each returned sequence gets a trace of its own, in the order of the output's rows.
+Only this model instance is patched, by one attribute that is removed again whatever happens. Calls from every thread
+are traced; where several tapes are open, each call lands on the one that its own thread or task has opened, and a call
+from elsewhere on none. A server that answers some requests untraced calls `protoken.trace` for the others: that
+concerns its own thread alone.
+
+Batches with left padding, sampling, beams, several returned sequences, assisted and guided decoding, streamers and
+caches of any kind: each returned sequence gets a trace of its own, in the order of the output's rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -23,7 +28,7 @@ from .errors import GenerationError
 from .generation import bound_of, refuse_paged
 from .ledger import Ledger
 from .options import Granularity, Method, Options, Way
-from .patching import refuse_inference_mode, replaced_method
+from .patching import current_method, refuse_inference_mode, replaced_method
 from .relevance import Objective
 from .results import Trace
 from .session import Session
@@ -47,6 +52,9 @@ class Tape:
 
     def __iter__(self) -> Iterator[Trace]:
         return iter(self.traces)
+
+
+_opened: ContextVar[tuple[_Recorder, ...]] = ContextVar("protoken_tapes_opened_here", default=())
 
 
 @contextmanager
@@ -80,23 +88,29 @@ def tracing(
     """
     refuse_inference_mode(model)
     options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
-    recorder = _Recorder(Session.of(model, ledger, tokenizer, options), model.generate)
+    recorder = _Recorder(Session.of(model, ledger, tokenizer, options), current_method(model, "generate"))
+    methods: dict[str, Callable[..., Any]] = {"generate": recorder.generate}
+    if hasattr(model, "generate_batch"):
+        methods |= ContinuousBatches(recorder.session, recorder.tape.calls).methods()
     with ExitStack() as stack:
-        stack.enter_context(replaced_method(model, "generate", recorder.generate))
-        if hasattr(model, "generate_batch"):
-            batches = ContinuousBatches(recorder.session, recorder.tape.calls)
-            for name, own in batches.methods().items():
-                stack.enter_context(replaced_method(model, name, own))
+        stack.callback(_opened.set, _opened.get())
+        _opened.set((*_opened.get(), recorder))
+        for name, own in methods.items():
+            stack.enter_context(replaced_method(model, name, own, meant=recorder.was_opened_here, shared=True))
         yield recorder.tape
 
 
-@dataclass
+@dataclass(eq=False)
 class _Recorder:
     """Stands in for one model's `generate` for the length of a `with`."""
 
     session: Session
     call: Callable[..., Any]
     tape: Tape = field(default_factory=Tape)
+
+    def was_opened_here(self) -> bool:
+        """Whether the `with` is one of the thread's or task's that asks."""
+        return self in _opened.get()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         model = self.session.model

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ..architectures import Architecture
+from ..dual import forward_mode_of_torch
 from ..forward_autograd import use_plain_formulas
-from ..patching import hooks
+from ..patching import after, hooks
 from ..relevance import Objective, Response, objective_values
 from .moved import Moved
 from .weights import Updates, point
@@ -37,9 +37,10 @@ class Game:
         updates: Updates,
         objective: Objective = "log_prob",
     ) -> None:
-        self.model, self.architecture, self.response = model, architecture, response
+        self.response = response
         self.updates, self.objective = updates, objective
         self._moved = Moved(model, architecture, updates.parameters)
+        self.model, self.architecture = self._moved.model, self._moved.architecture
         self.end = self._moved.values
         self.start = {name: value - updates.change[name].to(value) for name, value in self.end.items()}
         self._entry = self._moved.enter(response.seen)
@@ -89,7 +90,7 @@ class Game:
         """d f_t / d eps at weights + eps * direction, fp64 [T]: one forward-mode pass for all tokens."""
         primal = {name: value.detach() for name, value in weights.items()}
         moved = {name: direction[name].to(value) for name, value in primal.items()}
-        with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), ExitStack() as stack:
+        with torch.no_grad(), forward_mode_of_torch(), ExitStack() as stack:
             for block in self.architecture.blocks:
                 use_plain_formulas(block, stack)
             result: Any = jvp(self._values, (primal,), (moved,))
@@ -110,7 +111,7 @@ class Game:
 
             return hook
 
-        handles = [self.model.get_submodule(name).register_forward_hook(tap(name)) for name in layers]
+        handles = [after(self.model.get_submodule(name), tap(name)) for name in layers]
         with torch.enable_grad(), hooks(*handles):
             total = self._values(self.end).sum()
             grads = torch.autograd.grad(total, [seen[name][1] for name in layers])

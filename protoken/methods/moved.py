@@ -1,4 +1,4 @@
-"""A model evaluated at other values of some of its parameters, without writing to it.
+"""A model evaluated at other values of some of its parameters, without writing to it (see twin.py).
 
 Everything that does not move stays at G. Blocks below the first one that moves give the same hidden states at every
 point: they run once per input, and each evaluation costs the moving blocks and the head.
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..architectures import Architecture
-from ..patching import hooks
+from ..architectures import Architecture, architecture_of
+from ..patching import after, before, hooks
 from ..replay import passed_through, replaced_input
+from ..twin import twin_of
 from .weights import wide
 
 
@@ -42,7 +43,8 @@ class Moved:
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, parameters: Mapping[str, str]) -> None:
-        self.model, self.architecture, self.parameters = model, architecture, dict(parameters)
+        self.model, self.parameters = twin_of(model), dict(parameters)
+        self.architecture = architecture if self.model is model else architecture_of(self.model)
         known = dict(model.named_parameters(remove_duplicate=False))
         self.values = {name: wide(known[own].detach()) for name, own in parameters.items()}
         self._still = _widened(model, {id(known[own]) for own in parameters.values()})
@@ -64,8 +66,8 @@ class Moved:
             raise _Entered
 
         handles = [
-            blocks[self.first_block - 1].register_forward_hook(leave),
-            blocks[self.first_block].register_forward_pre_hook(stop, with_kwargs=True),
+            after(blocks[self.first_block - 1], leave),
+            before(blocks[self.first_block], stop),
         ]
         with torch.no_grad(), hooks(*handles), suppress(_Entered):
             self._call(self.values, ids)

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from ..adapters import effective_weight
 from ..errors import GenerationError
 from ..layers import layer_of
-from ..patching import hooks, replaced_method
+from ..patching import after, hooks, replaced_attribute
 from ..quantised import straight_through
 from ..relevance import Objective
 
@@ -95,7 +95,7 @@ def _objective_and_taps(
         for layer in found:
             if layer.kind == "embedding":
                 # torch leaves the padding token's row out of the gradient, also where the token is really meant.
-                stack.enter_context(replaced_method(layer.owner, "padding_idx", None))
+                stack.enter_context(replaced_attribute(layer.owner, "padding_idx", None))
             if layer.kind != "linear":
                 if layer.weight.is_meta:
                     raise GenerationError(
@@ -109,7 +109,7 @@ def _objective_and_taps(
                 taps[layer.name] = (None, weight)
                 leaves[layer.parameter] = weight.mT if layer.transposed else weight
             else:
-                stack.enter_context(hooks(layer.module.register_forward_hook(tap(layer.name))))
+                stack.enter_context(hooks(after(layer.module, tap(layer.name))))
         output: Any = functional_call(model, leaves, (), arguments, tie_weights=False)
         logits = output.logits[0, -1]
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,55 @@
+"""A second tree of modules over the same parameters: what a model computes at other weights, without touching it.
+
+torch.func.functional_call puts its tensors into the modules for the length of the call. In a model that answers other
+requests meanwhile those would be answered with them. A twin shares parameters, buffers and submodules' code with its
+model, and nothing that a call writes to.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TypeVar
+
+from torch import nn
+
+from .patching import Substitute
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def twin_of(model: M) -> M:
+    """A structural copy of the model: own modules, the same parameters and buffers, the same hooks on them.
+
+    Made in about a millisecond per hundred modules; nothing is copied on the device. A model with methods put onto its
+    instances (accelerate's hooks, kernels) is bound to itself by them: it is returned as it is, and must not generate
+    in another thread meanwhile.
+    """
+    if any(_has_own_forward(module) for module in model.modules()):
+        return model
+    known: dict[int, nn.Module] = {}
+    copied: M = _copied(model, known)  # type: ignore[assignment]
+    return copied
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    found = module.__dict__.get("forward")
+    return found.had_own if isinstance(found, Substitute) else found is not None
+
+
+def _copied(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in known:
+        return known[id(module)]
+    twin = known[id(module)] = object.__new__(type(module))
+    # Containers are what registering a parameter, a buffer, a hook or a child writes to.
+    twin.__dict__.update(
+        {k: v.copy() if isinstance(v, dict | OrderedDict | set) else v for k, v in vars(module).items()}
+    )
+    # Somebody else's replacement, for the time being.
+    for name in [name for name, value in vars(module).items() if isinstance(value, Substitute)]:
+        twin.__dict__.pop(name, None)
+    # Compiled by model.compile(), this would run the model itself.
+    twin.__dict__["_compiled_call_impl"] = None
+    for name, child in module._modules.items():
+        if child is not None:
+            twin._modules[name] = _copied(child, known)
+    return twin
