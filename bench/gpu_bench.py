@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gpu_cases import has, launcher
-from gpu_device import DEVICE, DRY_RUN, RMS, Clock, Rows, captured, empty_cache, error_of
+from gpu_cases import built, has, launcher
+from gpu_device import DEVICE, DRY_RUN, RMS, Clock, Rows, alive, captured, empty_cache, error_of
 from torch import Tensor
 
 Ways = dict[str, Callable[[], Any]]
@@ -36,14 +36,14 @@ class Work:
 def our_ways(op: str, operands: tuple[Any, ...], shape: tuple[int, ...], public: Callable[[], Tensor]) -> Ways:
     """Each path of the cuda backend, triton, and ``auto``: the public call, which pays for checks and dispatch."""
     paths: dict[str, dict[str, int]] = {"cuda": {}}
-    if op == "client_scores" and shape[-1] > 16 and not DRY_RUN:
+    if op == "client_scores" and shape[-1] > 16 and not DRY_RUN and built():
         from protoken.ops import cuda
 
         paths["cuda-mma"] = {"path": cuda.MMA}
     ways: Ways = {
         name: lambda options=options: into(launcher("cuda", op), shape, operands, options)
         for name, options in paths.items()
-        if has("cuda", op)
+        if built() and has("cuda", op)
     }
     return ways | {"triton": lambda: into(launcher("triton", op), shape, operands, {}), "auto": public}
 
@@ -55,69 +55,112 @@ def into(launch: Callable[..., None], shape: tuple[int, ...], operands: tuple[An
 
 
 def time_rows(rows: Rows, clock: Clock, copy: float, work: Work) -> None:
-    """Check, then time, every way; the ratios go on ours once torch's are known."""
-    best, found = float("inf"), []
-    for name, call in (work.theirs | work.ours).items():
-        if rows.left() < 6:
-            break
-        row: dict[str, Any] = {**work.about, "backend": name, "bytes": work.bytes}
-        try:
-            empty_cache()
-            pairs = zip(work.part(call()), work.reference, strict=True)
-            row["max_error"] = max(error_of(got, want) for got, want in pairs)
-            if name in work.ours:
-                right = row["max_error"] <= work.allowed
-                rows.add(case=f"bench {name} {work.about}", error=row["max_error"], allowed=work.allowed, ok=right)
-                if not right:
-                    continue
-            median, spread, repeats = clock.measure(call)
-            row |= {"median_s": median, "spread_s": spread, "repeats": repeats}
-            row["bandwidth_share"] = work.bytes / median / copy
-            if work.graphs:
-                row["graph_median_s"] = clock.measure(captured(call)[0])[0]
-        except Exception as problem:
-            rows.add(**row, problem=f"{type(problem).__name__}: {problem}"[:300])
-            traceback.print_exc()
-            continue
-        if name in work.theirs:
-            best = min(best, median)
-        found.append(row)
-    for row in found:
-        if best < float("inf"):
+    """Check, then time, every way: torch's first, then ours, each of which is on disk before the next begins."""
+    theirs = [row for name, call in work.theirs.items() if (row := time_way(rows, clock, copy, work, name, call))]
+    best = min((row["median_s"] for row in theirs), default=None)
+
+    def found(row: dict[str, Any]) -> None:
+        if best is not None:
             row |= {"best_torch": best, "ratio_to_best_torch": best / row["median_s"]}
         rows.add(**row)
 
+    for row in theirs:
+        found(row)
+    for name, call in work.ours.items():
+        if row := time_way(rows, clock, copy, work, name, call):
+            found(row)
 
-def bench(rows: Rows) -> None:
-    """The rows that matter most come first; what the time does not allow is left out and said."""
+
+def time_way(
+    rows: Rows, clock: Clock, copy: float, work: Work, name: str, call: Callable[[], Any]
+) -> dict[str, Any] | None:
+    """The way's row, or None where there is none: no time, a wrong result, an error (which the rows then hold)."""
+    row: dict[str, Any] = {**work.about, "backend": name, "bytes": work.bytes}
+    if rows.left() < 6:
+        rows.add(left_out=[name, work.about])
+        return None
+    rows.begin(f"bench {name} {work.about}")
+    try:
+        empty_cache()
+        pairs = zip(work.part(call()), work.reference, strict=True)
+        row["max_error"] = max(error_of(got, want) for got, want in pairs)
+        if name in work.ours:
+            right = row["max_error"] <= work.allowed
+            rows.add(case=f"bench {name} {work.about}", error=row["max_error"], allowed=work.allowed, ok=right)
+            if not right:
+                return None
+        median, spread, repeats = clock.measure(call)
+        row |= {"median_s": median, "spread_s": spread, "repeats": repeats}
+        row["bandwidth_share"] = work.bytes / median / copy
+    except Exception as problem:
+        wrong = {"ok": False} if name in work.ours else {}
+        rows.add(**row, problem=f"{type(problem).__name__}: {problem}"[:300], **wrong)
+        traceback.print_exc()
+        return None
+    if work.graphs:
+        try:
+            row["graph_median_s"] = clock.measure(captured(call)[0])[0]
+        except Exception as problem:  # what was timed without a graph stands
+            row["graph_problem"] = f"{type(problem).__name__}: {problem}"[:300]
+    return row
+
+
+def groups() -> dict[str, list[tuple[Callable[..., Work], tuple[Any, ...]]]]:
+    """Rows by step, the ones that matter most first; "more" is every model, for as long as there is time."""
     from gpu_bench_ops import append, dense, head, lowrank, totals
 
+    large = "Llama-3.1-8B"
+    key = {
+        "dense": [
+            *((dense, (large, "bf16", 55, tokens, 1)) for tokens in (128, 16, 1, 64)),
+            *((dense, (large, "fp8", 55, tokens, 1)) for tokens in (16, 128)),
+            *((dense, ("SmolLM2-135M", "bf16", 6, tokens, 30)) for tokens in (16, 128)),
+            (dense, (large, "bf16", 55, 512, 1)),
+            (dense, (large, "int8", 55, 16, 1)),
+        ],
+        "lowrank": [(lowrank, (large, 10_000, 8, tokens)) for tokens in (64, 16, 1)],
+        "others": [
+            (totals, (large, "bf16", 55)),
+            (head, (large, "bf16", 1)),
+            (append, (large, 1)),
+            *((head, (large, "bf16", tokens)) for tokens in (16, 4, 128)),
+            (append, (large, 512)),
+            (totals, (large, "fp8", 55)),
+        ],
+    }
+    more: list[tuple[Callable[..., Work], tuple[Any, ...]]] = []
+    for model in ("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", large, "Gemma-3-27B"):
+        more += [(dense, (model, "bf16", clients, tokens, 1)) for tokens in (1, 16, 128, 512) for clients in (6, 55)]
+        more += [(lowrank, (model, clients, 8, tokens)) for tokens in (16, 128) for clients in (1000, 10_000)]
+    more += [(dense, (large, name, 55, 16, 1)) for name in ("fp16", "fp32")]
+    more += [(totals, (large, "fp32", 55)), (head, ("SmolLM2-135M", "bf16", 1)), (head, ("SmolLM2-135M", "bf16", 16))]
+    known = [row for rows in key.values() for row in rows]
+    key["more"] = [row for row in dict.fromkeys(more) if row not in known]
+    if DRY_RUN:  # one row per op
+        return {
+            "dense": key["dense"][:1],
+            "lowrank": key["lowrank"][:1],
+            "others": [next(row for row in key["others"] if row[0] is op) for op in (totals, head, append)],
+            "more": [],
+        }
+    return key
+
+
+def bench(rows: Rows, group: str) -> None:
+    """What the time does not allow is left out and said."""
     clock = Clock()
     copy = clock.copy_bandwidth()
     rows.add(copy_bandwidth=copy, counts="bytes read plus bytes written")
-    work: list[tuple[Callable[..., Work], tuple[Any, ...]]] = []
-    work += [(dense, ("Llama-3.1-8B", "bf16", 55, tokens, 1)) for tokens in (128, 1, 16, 64)]
-    work += [(lowrank, ("Llama-3.1-8B", 10_000, 8, 64))]
-    work += [(dense, ("Llama-3.1-8B", "fp8", 55, tokens, 1)) for tokens in (16, 128)]
-    work += [(dense, ("SmolLM2-135M", "bf16", 6, tokens, 30)) for tokens in (16, 128)]
-    work += [(totals, ("Llama-3.1-8B", "bf16", 55)), (dense, ("Llama-3.1-8B", "bf16", 55, 512, 1))]
-    work += [(head, ("Llama-3.1-8B", "bf16", tokens)) for tokens in (1, 4, 16, 128)]
-    work += [(append, ("Llama-3.1-8B", tokens)) for tokens in (1, 512)]
-    for model in ("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B", "Gemma-3-27B"):
-        work += [(dense, (model, "bf16", clients, tokens, 1)) for tokens in (1, 16, 128, 512) for clients in (6, 55)]
-        work += [(lowrank, (model, clients, 8, tokens)) for tokens in (16, 128) for clients in (1000, 10_000)]
-    work += [(dense, ("Llama-3.1-8B", name, 55, 16, 1)) for name in ("int8", "fp16", "fp32")]
-    work += [(totals, ("Llama-3.1-8B", name, 55)) for name in ("fp8", "fp32")]
-    work += [(head, ("SmolLM2-135M", "bf16", 1)), (head, ("SmolLM2-135M", "bf16", 16)), (append, ("SmolLM2-135M", 1))]
-    if DRY_RUN:  # one row per op
-        work = [next(row for row in work if row[0] is op) for op in (dense, lowrank, totals, head, append)]
-    for op, arguments in dict.fromkeys(work):
+    for op, arguments in groups()[group]:
         if rows.left() < 8:
             rows.add(left_out=[op.__name__, *arguments])
             continue
+        rows.begin(f"bench {op.__name__} {arguments}: operands")
         try:
             time_rows(rows, clock, copy, op(*arguments))
         except Exception as problem:  # out of memory, say: this row is lost, the rest is not
             traceback.print_exc()
             rows.add(lost=[op.__name__, *arguments], problem=f"{type(problem).__name__}: {problem}"[:300])
+        if not alive():
+            return
         empty_cache()

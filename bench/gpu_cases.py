@@ -25,7 +25,9 @@ from protoken.ops import (
 
 FLOATS = ("bf16", "fp32", "fp16")
 # A dry run's interpreter takes a tenth of a second per program.
-SMALL_DENSE = [(2, 5, 7, 9)] if DRY_RUN else [(3, 20, 65, 528), (2, 5, 7, 9)]
+# One per tile: 16 tokens, 64, 128, and rows that cannot be read 16 bytes at a time.
+SMALL_DENSE = [(2, 5, 7, 9)] if DRY_RUN else [(3, 5, 65, 528), (3, 20, 65, 528), (2, 70, 130, 528), (2, 5, 7, 9)]
+MANY_DENSE = [(100_000, 3, 8, 16), (2, 4096, 65, 72)]
 SMALL_LOWRANK = [(5, 3, 12, 20, 3)] if DRY_RUN else [(20, 5, 72, 136, 8)]
 
 
@@ -50,6 +52,15 @@ def module_of(backend: str, op: str) -> ModuleType:
     return importlib.import_module("protoken.ops.cpp" if DRY_RUN else "protoken.ops.cuda")
 
 
+def built() -> bool:
+    """Whether the CUDA module can be imported; in a dry run the CPU's stands for it."""
+    try:
+        module_of("cuda", "client_scores")
+    except ImportError:
+        return False
+    return True
+
+
 def has(backend: str, op: str) -> bool:
     return hasattr(module_of(backend, op), f"launch_{op}")
 
@@ -68,17 +79,17 @@ def paths_of(backend: str, op: str) -> list[dict[str, int]]:
     return [{"path": path} for path in names[op]] if op in names else [{}]
 
 
-def cases(backend: str, small: bool = False) -> Iterator[Case]:
-    """All cases of a backend; ``small`` ones are few, for the steps that repeat or instrument every launch."""
-    for op, make in (
-        ("client_scores", _scores),
-        ("client_scores_lowrank", _lowrank),
-        ("client_totals", _totals),
-        ("relevance_head", _head),
-        ("capture_append", _append),
-    ):
-        if has(backend, op):
-            yield from make(backend, launcher(backend, op), small or DRY_RUN)
+def cases(backend: str, op: str, small: bool = False) -> Iterator[Case]:
+    """All cases of an op; ``small`` ones are few, for the steps that repeat or instrument every launch."""
+    make = {
+        "client_scores": _scores,
+        "client_scores_lowrank": _lowrank,
+        "client_totals": _totals,
+        "relevance_head": _head,
+        "capture_append": _append,
+    }[op]
+    if has(backend, op):
+        yield from make(backend, launcher(backend, op), small or DRY_RUN)
 
 
 def _into(shape: tuple[int, ...], launch: Callable[..., None], *operands: Any, **options: int) -> list[Tensor]:
@@ -91,8 +102,9 @@ def _scores(backend: str, launch: Callable[..., None], small: bool) -> Iterator[
     shapes = [(1, 1, 1, 1), (3, 7, 63, 61), (5, 20, 65, 528), (2, 130, 200, 1040), (4, 64, 576, 1536)]
     for name in DTYPES:
         for tokens_dtype in FLOATS[:1] if small else FLOATS:
-            for clients, tokens, rows, columns in SMALL_DENSE if small else shapes:
-                x, grad = (normal(tokens, n, seed=n, dtype=DTYPES[tokens_dtype]) for n in (columns, rows))
+            many = MANY_DENSE if name == tokens_dtype == "bf16" else []
+            for clients, tokens, rows, columns in SMALL_DENSE if small else shapes + many:
+                x, grad = (normal(tokens, n, seed=n, dtype=DTYPES[tokens_dtype]).to(DEVICE) for n in (columns, rows))
                 bank, scale = bank_of(name, clients, rows, columns)
                 held = DenseBank.of(bank, scale)
                 for options in paths_of(backend, "client_scores"):
@@ -110,9 +122,10 @@ def _lowrank(backend: str, launch: Callable[..., None], small: bool) -> Iterator
     for name in FLOATS:
         for tokens_dtype in FLOATS[:1] if small else FLOATS:
             for clients, tokens, rows, columns, rank in SMALL_LOWRANK if small else shapes:
-                x, grad = (normal(tokens, n, seed=n, dtype=DTYPES[tokens_dtype]) for n in (columns, rows))
-                a = normal(clients, rank, columns, seed=3, dtype=DTYPES[name])
-                b, s = normal(clients, rows, rank, seed=4, dtype=DTYPES[name]), normal(clients, seed=5).abs() + 0.5
+                x, grad = (normal(tokens, n, seed=n, dtype=DTYPES[tokens_dtype]).to(DEVICE) for n in (columns, rows))
+                a = normal(clients, rank, columns, seed=3, dtype=DTYPES[name]).to(DEVICE)
+                b = normal(clients, rows, rank, seed=4, dtype=DTYPES[name]).to(DEVICE)
+                s = (normal(clients, seed=5).abs() + 0.5).to(DEVICE)
                 held = LowRankBank.of(a, b, s)
                 shape = (clients, tokens, rows, columns, rank)
                 for options in paths_of(backend, "client_scores_lowrank"):
@@ -129,7 +142,7 @@ def _totals(_: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
     shapes = [(1, 1, 1), (70, 5, 7), (3, 70, 64), (5, 576, 1536)]
     for name in DTYPES:
         for clients, rows, columns in shapes[: 2 if DRY_RUN else 3 if small else 4]:
-            m = normal(rows, columns, seed=1)
+            m = normal(rows, columns, seed=1).to(DEVICE)
             bank, scale = bank_of(name, clients, rows, columns)
             held = DenseBank.of(bank, scale)
             yield Case(
@@ -152,14 +165,14 @@ def _head(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Ca
                 ("layer", "logprob", 2.0),
                 ("none", "logit", None),
             ):
-                hidden = normal(tokens, width, seed=2, dtype=DTYPES[name]) * 3
-                weight = normal(vocabulary, width, seed=1, dtype=DTYPES[name]) / width**0.5
-                targets = torch.arange(tokens, device=DEVICE) * 7 % vocabulary
+                hidden = (normal(tokens, width, seed=2, dtype=DTYPES[name]) * 3).to(DEVICE)
+                weight = (normal(vocabulary, width, seed=1, dtype=DTYPES[name]) / width**0.5).to(DEVICE)
+                targets = (torch.arange(tokens) * 7 % vocabulary).to(DEVICE)
                 head = Head(
                     weight,
-                    bias=normal(vocabulary, seed=3),
+                    bias=normal(vocabulary, seed=3).to(DEVICE),
                     norm=norm,
-                    norm_weight=normal(width, seed=4),
+                    norm_weight=normal(width, seed=4).to(DEVICE),
                     scale=0.7,
                     softcap=softcap,
                     objective=objective,
@@ -193,6 +206,7 @@ def _append(backend: str, launch: Callable[..., None], small: bool) -> Iterator[
                 continue  # the interpreter cuts off the bits that hardware rounds
             for capacity, tokens, width in [(7, 5, 33)] if small else [(7, 1, 33), (7, 20, 33), (64, 5, 4096)]:
                 steps = [normal(tokens, width, seed=1, dtype=DTYPES[of]), normal(width, tokens, seed=2).T]
+                steps = [step.to(DEVICE) for step in steps]
 
                 def run(
                     append: Callable[..., None] = launch,
@@ -201,7 +215,7 @@ def _append(backend: str, launch: Callable[..., None], small: bool) -> Iterator[
                     steps: list[Tensor] = steps,
                 ) -> list[Tensor]:
                     buffers = [torch.zeros(capacity, s.shape[1], dtype=DTYPES[to], device=DEVICE) for s in steps]
-                    cursor = torch.full((1,), 5, dtype=torch.int64, device=DEVICE)
+                    cursor = torch.full((1,), 5, dtype=torch.int64).to(DEVICE)
                     append(buffers, steps, cursor)
                     return [*(buffer.double() for buffer in buffers), cursor.double()]
 

@@ -7,8 +7,10 @@ the CUDA module would, and sizes are tiny. That shows that the steps work from e
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,9 @@ from torch import Tensor
 
 DRY_RUN = os.environ.get("PROTOKEN_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
+# compute-sanitizer looks at protoken's kernels alone and then does not see what torch's kernels write: for its steps
+# operands are made on the CPU and copied, which it does see.
+MADE_ON = torch.device("cpu") if os.environ.get("PROTOKEN_GPU_HOST_OPERANDS") == "1" else DEVICE
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -31,35 +36,57 @@ RMS = 1e-5
 
 
 class Rows:
-    """Appends findings to the file, one JSON line each; knows when the step's time is up."""
+    """Appends findings to the file, one JSON line each; knows when the step's time is up.
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    With ``patience`` (seconds), a thread ends the process when nothing was begun or added for so long: a kernel hangs,
+    and the steps that wait for this one shall not wait in vain.
+    """
+
+    def __init__(self, path: Path, seconds: float, patience: float | None = None) -> None:
         self.file = path.open("a")
         self.end = time.monotonic() + seconds
+        self.doing, self.since = "start", time.monotonic()
+        if patience is not None:
+            threading.Thread(target=self._watch, args=(patience,), daemon=True).start()
+
+    def begin(self, what: str) -> None:
+        self.doing, self.since = what, time.monotonic()
 
     def add(self, **row: Any) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
+        self.since = time.monotonic()
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    def _watch(self, patience: float) -> None:
+        while time.monotonic() - self.since < patience:
+            time.sleep(min(1.0, patience / 4))
+        self.add(case=f"hangs: {self.doing}", ok=False)
+        os._exit(3)
+
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+    generator = torch.Generator(MADE_ON).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=MADE_ON).to(dtype)
 
 
 def bank_of(name: str, clients: int, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-    """(bank [K, O, I], scale [K, O] or None), filled client by client: no more than one client is held in fp32."""
-    bank = torch.empty(clients, rows, columns, dtype=DTYPES[name], device=DEVICE)
-    for client in range(clients):
+    """(bank [K, O, I], scale [K, O] or None), filled client by client: no more than one client is held in fp32.
+
+    Very many, and so small, clients repeat the first 1000."""
+    bank = torch.empty(clients, rows, columns, dtype=DTYPES[name], device=MADE_ON)
+    for client in range(min(clients, 1000)):
         values = normal(rows, columns, seed=100 + client)
         bank[client] = (
             (values * 40).clamp(-127, 127).round().to(torch.int8) if name == "int8" else values.to(bank.dtype)
         )
+    for client in range(1000, clients, 1000):
+        bank[client : client + 1000] = bank[: min(1000, clients - client)]
     scale = normal(clients, rows, seed=4).abs() + 0.1 if name in ("int8", "fp8") else None
-    return bank, scale
+    return bank.to(DEVICE), None if scale is None else scale.to(DEVICE)
 
 
 def error_of(got: Tensor, reference: Tensor) -> float:
@@ -76,6 +103,15 @@ def poisoned(*shape: int) -> Tensor:
 def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def alive() -> bool:
+    """Whether the device still answers this process: after an illegal access it never does again."""
+    try:
+        synchronize()
+        return float(torch.ones(1, device=DEVICE)) == 1.0
+    except RuntimeError:
+        return False
 
 
 def empty_cache() -> None:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from protoken.dispatch import interpreter_fault
+from protoken.dispatch import OPS, interpreter_fault
 
 ROOT = Path(__file__).parents[1]
 
 
+BENCH = ROOT / "bench"
+
+
 @pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_script", ROOT / "bench" / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_script"] = module
-    spec.loader.exec_module(module)
-    return module
+def gpu() -> Iterator[ModuleType]:
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield importlib.import_module("gpu")
+    finally:
+        sys.path.remove(str(BENCH))
+        for name in set(sys.modules) - before:
+            if name == "gpu" or name.startswith("gpu_"):
+                del sys.modules[name]
 
 
 def empty_report() -> dict[str, Any]:
@@ -82,22 +92,115 @@ def test_without_time_left_steps_are_skipped_and_said_so(gpu: ModuleType, tmp_pa
 def test_the_plan_fits_into_nine_minutes(gpu: ModuleType, tmp_path: Path) -> None:
     steps = gpu.plan(tmp_path, tmp_path / "site", [])
     names = {step.name for step in steps}
-    assert names >= {
-        "build",
-        "cuda",
-        "triton",
-        "graph",
-        "tests",
-        "bench",
-        "memcheck",
-        "racecheck",
-        "initcheck",
-        "synccheck",
-    }
+    assert names >= {"build", "trace", "tests", "memcheck", "racecheck", "initcheck", "synccheck"}
+    assert names >= {f"{backend}:{op}" for backend in ("cuda", "triton") for op in OPS}
+    assert names >= {f"graph:{backend}" for backend in ("cuda", "triton", "auto")}
+    assert names >= {"bench:dense", "bench:lowrank", "bench:others", "bench:more"}
     assert gpu.TOTAL_SECONDS < 540
-    waves = {step.wave for step in steps}
-    assert sum(max(step.seconds for step in steps if step.wave == wave) for wave in waves) < 600
-    assert [step.name for step in gpu.plan(tmp_path, tmp_path, ["build", "bench"])] == ["build", "bench"]
+    named = [step for step in steps if step.name != "bench:more"]  # which takes what the others leave
+    waves = {step.wave for step in named}
+    assert sum(max(step.seconds for step in named if step.wave == wave) for wave in waves) < gpu.TOTAL_SECONDS
+    assert [step.name for step in gpu.plan(tmp_path, tmp_path, ["build", "bench:dense"])] == ["build", "bench:dense"]
+    assert len(gpu.plan(tmp_path, tmp_path, ["bench"])) == 4
+    assert len({step.rows_file for step in steps if step.rows_file}) == len(steps) - 2  # build and tests have none
+
+
+def test_sanitizers_see_what_is_written_and_where_a_tensor_ends(gpu: ModuleType, tmp_path: Path) -> None:
+    for step in gpu.plan(tmp_path, tmp_path / "site", list(gpu.SANITIZERS)):
+        assert step.command[1:3] == ["--tool", step.name]
+        assert step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        assert step.environment["PROTOKEN_GPU_HOST_OPERANDS"] == "1"
+        assert step.command[step.command.index("--kernel-name") + 1] == "kns=protoken"
+
+
+def test_stopped_by_a_signal_the_report_is_whole_and_nothing_runs_on(tmp_path: Path) -> None:
+    out, rows, mark = tmp_path / "r.json", tmp_path / "rows.jsonl", tmp_path / "pid"
+    step_code = (
+        f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); "
+        f'f = open({str(rows)!r}, \'w\'); f.write(\'{{"case": "one", "ok": true}}\\n\'); f.flush(); time.sleep(60)'
+    )
+    code = (
+        "import sys; from pathlib import Path; from gpu_runner import Step, run_steps\n"
+        f"steps = [Step('slow', [sys.executable, '-c', {step_code!r}], 50.0, 0, {{}}, Path({str(rows)!r})),\n"
+        "         Step('later', [sys.executable, '-c', 'pass'], 50.0, 1)]\n"
+        f"run_steps(steps, {{'steps': {{}}, 'rows': []}}, Path({str(out)!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=BENCH)
+    until(lambda: rows.exists() and rows.read_text().endswith("\n"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    report = json.loads(out.read_text())
+    assert report["ended"] == "stopped"
+    assert report["steps"]["slow"]["status"] == "stopped"
+    assert "later" not in report["steps"]
+    assert report["rows"] == [{"step": "slow", "case": "one", "ok": True}]
+    assert not Path(f"/proc/{mark.read_text()}").exists()
+
+
+def until(seen: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_findings_are_on_disk_while_a_step_is_still_at_work(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["gpu_runner"], "WRITE_EVERY", 0.2)
+    out, rows, copy = tmp_path / "r.json", tmp_path / "rows.jsonl", tmp_path / "copy.json"
+    finds = f"import time; open({str(rows)!r}, 'w').write('{{}}\\n'); time.sleep(3)"
+    looks = (
+        f"import time, shutil, pathlib\nwhile '\"step\"' not in (p := pathlib.Path({str(out)!r})).read_text():\n"
+        f"    time.sleep(0.05)\nshutil.copy(p, {str(copy)!r})"
+    )
+    report = empty_report()
+    sys.modules["gpu_runner"].write(report, out)
+    gpu.run_steps([step(gpu, "finds", finds, rows=rows), step(gpu, "looks", looks)], report, out)
+    early = json.loads(copy.read_text())
+    assert early["rows"] == [{"step": "finds"}]
+    assert "finds" not in early["steps"]
+
+
+def test_a_step_knows_how_much_time_is_left_for_it(gpu: ModuleType, tmp_path: Path) -> None:
+    code = "import os, time; raise SystemExit(not 0 < float(os.environ['PROTOKEN_GPU_UNTIL']) - time.time() <= 10)"
+    report = empty_report()
+    gpu.run_steps([step(gpu, "late", code, seconds=100.0)], report, tmp_path / "r.json", total=10.0)
+    assert report["steps"]["late"]["status"] == "ok"
+
+
+def test_a_kernel_that_hangs_ends_its_step_and_is_named(tmp_path: Path) -> None:
+    code = (
+        "import time; from pathlib import Path; from gpu_device import Rows\n"
+        "rows = Rows(Path('ROWS'), 60, patience=1.0); rows.add(error=float('inf')); rows.begin('the kernel')\n"
+        "time.sleep(60)\n"
+    ).replace("ROWS", str(tmp_path / "rows.jsonl"))
+    environment = os.environ | {"PROTOKEN_GPU_DRY_RUN": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, timeout=50, check=False)
+    assert run.returncode == 3
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert found == [{"error": None}, {"case": "hangs: the kernel", "ok": False}]
+
+
+def test_without_pip_or_nvcc_what_can_be_built_is_built(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building = importlib.import_module("gpu_build")
+    tried: list[str] = []
+
+    def run(command: list[str]) -> bool:
+        tried.append("pip" if "pip" in command else next((a for a in command if "PROTOKEN_CUDA" in a), command[1]))
+        return "-DPROTOKEN_CUDA=0" in command or command[1] == "--build"
+
+    monkeypatch.setattr(building, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu_build.py", str(tmp_path / "site")])
+    monkeypatch.setenv("PROTOKEN_CUDA", "1")
+    assert building.main() == 1
+    assert tried == ["pip", "-DPROTOKEN_CUDA=1", "-DPROTOKEN_CUDA=0", "--build"]
+    package = tmp_path / "site" / "protoken"
+    assert (package / "kernels" / "client_scores.py").exists()
+    assert (package / "ops" / "cuda.py").exists()
+    assert not list(package.rglob("*.so"))
 
 
 def test_the_summary_names_wrong_cases_and_ratios(gpu: ModuleType) -> None:
@@ -137,7 +240,8 @@ def test_a_dry_run_goes_through_the_steps_without_a_gpu(gpu: ModuleType, tmp_pat
     if fault := interpreter_fault():
         pytest.skip(fault)
     out = tmp_path / "r.json"
-    steps = ["cuda", "graph", "bench"]
+    steps = ["cuda:client_totals", "cuda:relevance_head", "graph:cuda", "trace"]
+    steps += ["bench:dense", "bench:lowrank", "bench:others"]
     code = gpu.main(["--dry-run", "--site", str(tmp_path), "--out", str(out), "--seconds", "900", "--steps", *steps])
     report = json.loads(out.read_text())
     assert report["dry_run"] is True
@@ -146,6 +250,6 @@ def test_a_dry_run_goes_through_the_steps_without_a_gpu(gpu: ModuleType, tmp_pat
     timed = {(row["op"], row["backend"]) for row in report["rows"] if "median_s" in row}
     ops = ("client_scores", "client_scores_lowrank", "client_totals", "relevance_head", "capture_append")
     assert timed >= {(op, backend) for op in ops for backend in ("auto", "triton")}
-    checked = [row["case"] for row in report["rows"] if row["step"] == "cuda"]
+    checked = [row["case"] for row in report["rows"] if row["step"].startswith("cuda:")]
     assert any("relevance_head" in case for case in checked)
     assert all(row["ok"] for row in report["rows"] if "ok" in row)
