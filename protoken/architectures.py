@@ -190,7 +190,8 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """Find the blocks, the two traced layers and the head of a Hugging Face causal language model (or a PEFT one).
 
     Raises:
-        ModelError: it is no decoder-only language model with a ModuleList of blocks and an output head.
+        ModelError: it is no decoder-only language model with a ModuleList of blocks and an output head, or one of its
+            modules is wrapped by torch.compile.
     """
     config = getattr(model, "config", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -202,6 +203,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             got=type(model).__name__,
             remedy="Load it with AutoModelForCausalLM.from_pretrained",
         )
+    _refuse_wrapped(model)
     for adapter, settings in getattr(model, "peft_config", {}).items():
         if getattr(settings, "is_prompt_learning", False):
             raise ModelError(
@@ -240,6 +242,18 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
                 remedy="This version of transformers names it differently, or an adapter of another kind wraps it",
             )
     return found
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """torch.compile(module) returns a wrapper, below which every parameter has another name than in the ledger."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_modules", {}).get("_orig_mod"), nn.Module):
+            raise ModelError(
+                "model",
+                expected="a model that was compiled in place, by module.compile()",
+                got=f"torch.compile's wrapper around {name or 'the model'}",
+                remedy=f"Use {name or 'model'}.compile(), or trace what it wraps: {name or 'model'}._orig_mod",
+            )
 
 
 def _find_blocks(decoder: nn.Module) -> nn.ModuleList:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .architectures import Architecture, architecture_of
 from .bank import Bank, LedgerBank
 from .errors import LayerError, LedgerMismatchError, ModelError
+from .layers import layer_of
 from .ledger import Ledger, tensor_digest
 from .methods.weights import Updates, parameter_of, read_updates
 from .verification import check_layer
@@ -20,14 +22,20 @@ from .verification import check_layer
 
 @dataclass
 class Attachment:
-    """A model's ledger, tokenizer and structure, and the banks and weight checks already made for it."""
+    """A model's ledger, tokenizer and structure, and the banks and weight checks already made for it.
+
+    Attributes:
+        checked: layer or parameter -> the state that its tensors were in when they were compared with the ledger.
+        own_names: recorded parameter -> the model's name for it.
+    """
 
     ledger: Ledger
     tokenizer: Any
     architecture: Architecture
     round: int
     verify: bool
-    checked: set[str] = field(default_factory=set)
+    checked: dict[str, Any] = field(default_factory=dict)
+    own_names: dict[str, str] = field(default_factory=dict)
     banks: dict[tuple[Any, ...], LedgerBank] = field(default_factory=dict)
     updates: dict[tuple[Any, ...], Updates] = field(default_factory=dict)
 
@@ -60,21 +68,18 @@ class Attachment:
 
     def _check_layers(self, model: nn.Module, layers: Sequence[str]) -> None:
         for layer in layers:
-            if layer not in self.checked:
-                check_layer(model, layer, self.ledger, self.round)
-                self.checked.add(layer)
+            self._check_once(model, layer, layer)
 
     def check_weights(self, model: nn.Module, names: Sequence[str]) -> None:
-        """Compare parameters with the ledger's digests, each once.
+        """Compare parameters with the ledger's digests, each once, and again if it was written to or replaced.
 
         Raises:
             LayerError: the ledger does not record one of them.
             LedgerMismatchError: the model's weights are not those of the round.
         """
         recorded = self.ledger.round(self.round).aggregate_digest
+        known = dict(model.named_parameters(remove_duplicate=False))
         for name in names:
-            if name in self.checked:
-                continue
             if name not in recorded:
                 raise LayerError(
                     "layers",
@@ -82,12 +87,13 @@ class Attachment:
                     got=name.removesuffix(".weight"),
                     remedy=f"Recorded are {', '.join(sorted(recorded)[:8])}",
                 )
-            own = parameter_of(model, name) or name
+            own = self._own_name(model, known, name)
             if own.endswith(".base_layer.weight"):
-                check_layer(model, own.removesuffix(".base_layer.weight"), self.ledger, self.round)
-                self.checked.add(name)
+                self._check_once(model, own.removesuffix(".base_layer.weight"), name)
                 continue
-            digest = tensor_digest(model.get_parameter(own).detach())
+            if self.checked.get(name) == _state([known[own]]):
+                continue
+            digest = tensor_digest(known[own].detach())
             if digest != recorded[name]:
                 raise LedgerMismatchError(
                     "ledger",
@@ -95,7 +101,26 @@ class Attachment:
                     got=f"{recorded[name][:12]} after round {self.round}",
                     remedy=self._remedy(name, digest),
                 )
-            self.checked.add(name)
+            self.checked[name] = _state([known[own]])
+
+    def _own_name(self, model: nn.Module, known: Collection[str], name: str) -> str:
+        if self.own_names.get(name) not in known:
+            found = parameter_of(model, name)
+            if found is None:
+                raise LedgerMismatchError(
+                    "ledger",
+                    expected=f"a ledger of this model's parameters, {name} among them",
+                    got=f"a {type(model).__name__} without it",
+                    remedy=self._remedy(name, ""),
+                )
+            self.own_names[name] = found
+        return self.own_names[name]
+
+    def _check_once(self, model: nn.Module, layer: str, name: str) -> None:
+        state = _state(layer_of(model, layer).module.parameters())
+        if self.checked.get(name) != state:
+            check_layer(model, layer, self.ledger, self.round)
+            self.checked[name] = state
 
     def _remedy(self, name: str, digest: str) -> str:
         for number in self.ledger.rounds:
@@ -105,6 +130,18 @@ class Attachment:
             "Pass the global model this ledger was written for, in the dtype it was recorded in, "
             "or verify=False if the weights differ on purpose (quantised, merged)"
         )
+
+
+def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, torch.dtype]]:
+    """What changes when a tensor is written to, moved or replaced (but not when it is written to through `.data`)."""
+    return [(_address(tensor), tensor._version, tensor.dtype) for tensor in tensors]
+
+
+def _address(tensor: Tensor) -> int:
+    """Offloaded tensors are others after every call, and quantised ones of classes of their own may have no address."""
+    if tensor.is_meta:
+        return 0
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
 
 
 _attachments: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
@@ -125,12 +162,13 @@ def attach(
         ledger: an open ledger or its path.
         tokenizer: for prompts that are text and for showing tokens.
         at_round: the round whose aggregate these weights are; the ledger's last one if None.
-        verify: compare the weights of every traced layer with the ledger's digests, once, at the first trace.
+        verify: compare the weights of every traced layer with the ledger's digests, at the first trace and whenever
+            they were written to or replaced since.
 
     Raises:
         ModelError: not a causal language model, or of an unknown structure.
         UnknownRoundError: `at_round` is not in the ledger, or it has no round yet.
-        LedgerMismatchError: (at the first trace) the ledger was written for other weights.
+        LedgerMismatchError: (when it is traced) the ledger was written for other weights.
     """
     _attachments[model] = make_attachment(model, ledger, tokenizer, at_round=at_round, verify=verify)
 

@@ -23,11 +23,12 @@ from .plan import Plan
 from .projection import Scores
 from .relevance import Response
 from .sizes import Sizes, sizes_of
-from .twin import twin_of
+from .twin import twin_of, uncompiled
 
 
 def read_source(own: Attachment, model: PreTrainedModel, plan: Plan, rounds: Rounds) -> LedgerBank | Updates:
     """The clients' updates that a plan needs: the traced layers' bank, or every parameter that moves."""
+    uncompiled(model, own.architecture)  # What cannot be attributed is refused before it is generated.
     numbers = select_rounds(own.ledger, rounds, own.round)
     if not plan.replays:
         return own.ledger_bank(model, plan.layers, numbers)
@@ -60,6 +61,7 @@ def attribute(
 ) -> tuple[Plan, Scores]:
     """Scores of the response, and the plan with its way settled; a response without tokens has no scores."""
     response = generated.response
+    model, architecture = uncompiled(model, architecture)
     if isinstance(source, Updates):
         return plan, replayed_scores(
             plan.method,

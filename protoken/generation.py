@@ -7,7 +7,7 @@ from the first real token, left padding changes nothing, so each is replayed alo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .capture import Capture, capturing, run_whole
 from .errors import ArgumentError, GenerationError
 from .relevance import Response
 from .text import check_window
+from .twin import is_compiled, uncompiled
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -148,21 +149,26 @@ def generate(
         GenerationError: the result is not sequences that start with the prompts, or the padding is on the right.
     """
     padding = _left_padding(prompt, attention_mask)
-    with capturing(architecture, first_block, sequence=sequence) as capture, seeded(seed, prompt.device):
+    capture: Capture | None = None
+    with ExitStack() as stack, seeded(seed, prompt.device):
+        if not is_compiled(model):
+            capture = stack.enter_context(capturing(architecture, first_block, sequence=sequence))
         output = call(**arguments)
     sequences = _sequences(output, prompt)
     copies = sequences.shape[0] // prompt.shape[0]
     config = arguments.get("generation_config") or model.generation_config
     stops = _stop_tokens(arguments.get("eos_token_id", config.eos_token_id))
     width = prompt.shape[1]
-    live = copies == 1 and capture.is_plain_decoding(width, sequences.shape[1] - width, prompt.shape[0])
+    new_tokens, rows = sequences.shape[1] - width, prompt.shape[0]
+    live = capture if copies == 1 and capture and capture.is_plain_decoding(width, new_tokens, rows) else None
     found = []
     for row, ids in enumerate(sequences):
         skip = padding[row // copies]
         end = width + _length(ids[width:].tolist(), stops)
         response = Response(ids[None, skip:end], width - skip)
-        # Beams, drafts, guidance, chunks: what the hooks saw is not this sequence in order. Run it once more.
-        own = capture.row(row, skip) if live else teacher_forced(model, architecture, response, first_block, sequence)
+        # Beams, drafts, guidance, chunks: what the hooks saw is not this sequence in order; in a compiled model they
+        # would see nothing. Run it once more.
+        own = live.row(row, skip) if live else teacher_forced(model, architecture, response, first_block, sequence)
         found.append(Generated(response, own))
     return output, found
 
@@ -171,6 +177,7 @@ def teacher_forced(
     model: Any, architecture: Architecture, response: Response, first_block: int, sequence: bool
 ) -> Capture:
     """The capture of a finished response, by one pass over it."""
+    model, architecture = uncompiled(model, architecture)
     with capturing(architecture, first_block, sequence=sequence, every=True) as capture, torch.no_grad():
         if response.new_tokens:
             run_whole(model, response.seen)

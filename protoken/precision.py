@@ -9,14 +9,14 @@ model computes, and with the block, the final norm and the head widened to fp32.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .architectures import Architecture, architecture_of
 from .bank import Bank, BankInParts
@@ -33,7 +33,7 @@ TOKENS = 4
 # Rounding the inputs of a sum alone costs about 2^-8; beyond a quarter, ranks of clients are no longer to be trusted.
 NOISE_LIMIT = 0.25
 
-_measured: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
+_measured: MutableMapping[Tensor, set[tuple[object, ...]]] = WeakIdKeyDictionary()
 
 
 def warn_of_noise(
@@ -49,7 +49,8 @@ def warn_of_noise(
     Does nothing for wider models, for offloaded weights, and where it was measured before.
     """
     key = (tuple(layers), objective)
-    known = _measured.setdefault(model, set())
+    # A twin of the model is not the model, but has its parameters.
+    known = _measured.setdefault(next(architecture.blocks[-1].parameters()), set())
     if not layers or key in known or generated.capture.hidden[0].dtype not in HALVES:
         return
     if any(p.is_meta for p in architecture.blocks[-1].parameters()):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, GenerationError
 from .generation import check_arguments
+from .twin import is_compiled
 
 _LATER = "Use protoken.trace or protoken.tracing, which replay such a generation once it is complete"
 _BATCH = "Use protoken.tracing for several, or one stream for each"
@@ -43,6 +44,7 @@ def checked_arguments(model: Any, prompt: object, arguments: Mapping[str, Any]) 
         ArgumentError: another depth, way or method than a stream's, or prompts hidden among the arguments.
     """
     _refuse_several(prompt)
+    _refuse_compiled(model)
     _refuse_modes(model, arguments)
     for name, values in _FIXED.items():
         if arguments.get(name, values[0]) not in values:
@@ -73,6 +75,16 @@ def _refuse_several(prompt: object) -> None:
         rows = len(prompt)
     if rows > 1:
         raise GenerationError("prompt", expected="one prompt to stream", got=f"{rows} of them", remedy=_BATCH)
+
+
+def _refuse_compiled(model: Any) -> None:
+    if is_compiled(model):
+        raise GenerationError(
+            "model",
+            expected="a model that runs as it is written, to watch while it computes",
+            got="a compiled one, which passes hooks by",
+            remedy="Use protoken.trace, which runs the finished response once more without the compilation",
+        )
 
 
 def _refuse_modes(model: Any, arguments: Mapping[str, Any]) -> None:

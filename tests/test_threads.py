@@ -110,9 +110,9 @@ def test_first_trace_in_half_precision_widens_nothing_that_others_see(tmp_path: 
 
     def first() -> None:
         # The noise is measured at a model's first trace only: forgotten, each is the first.
-        _measured.pop(model, None)
+        _measured.clear()
         protoken.trace(model, IDS, ledger=federation.path, max_new_tokens=4, do_sample=False)
-        assert model in _measured
+        assert len(_measured) == 1
 
     def untraced() -> None:
         assert torch.equal(answer(model), expected)

@@ -132,6 +132,33 @@ def test_weights_of_an_earlier_round_are_recognised(tmp_path) -> None:
     protoken.detach(old)
 
 
+@pytest.mark.parametrize("method", ["protoken", "leave_one_out"])
+@pytest.mark.parametrize("change", ["trained", "loaded", "replaced", "dtype"])
+def test_weights_that_changed_since_the_first_trace_are_noticed(tmp_path, change: str, method: str) -> None:
+    federation = tiny_federation(tmp_path)
+    model = federation.model
+    protoken.attach(model, federation.path)
+    settings = {"method": method, "max_new_tokens": 2}
+    protoken.trace(model, PROMPT, **settings)
+    protoken.trace(model, PROMPT, **settings)
+    layer, own = model.model.layers[-1].mlp.down_proj, model.state_dict()
+    own = {name: value.clone() for name, value in own.items()}
+    if change == "trained":
+        model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    elif change == "loaded":
+        model.load_state_dict({name: value + 0.1 for name, value in own.items()})
+    elif change == "replaced":
+        layer.weight = torch.nn.Parameter(layer.weight.detach() + 0.1)
+    else:
+        model.double()
+    with pytest.raises(errors.LedgerMismatchError, match="_proj"):
+        protoken.trace(model, PROMPT, **settings)
+    model.float().load_state_dict(own)
+    assert protoken.trace(model, PROMPT, **settings).response
+    protoken.detach(model)
+
+
 def test_layer_that_the_ledger_does_not_hold(tmp_path, federation: TinyFederation) -> None:
     model = tiny_model("llama")
     name = "model.layers.3.mlp.down_proj.weight"
