@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from protoken.kernels import common
 from protoken.kernels.common import (
     TYPES,
     alike,
@@ -61,6 +62,7 @@ def _client_scores_kernel(
     BT: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """parts[l, k, program, t]; table [L, 4]: addresses of x, grad, the clients' addresses, scale."""
     tiles = tl.cdiv(tokens, BT)
@@ -82,19 +84,20 @@ def _client_scores_kernel(
         o = first + tl.arange(0, BO)
         o_in = o < rows
         o64 = o.to(tl.int64)
-        acc = tl.zeros([BO, BT], tl.float32)
-        for start in range(0, columns, BI):
-            i = start + tl.arange(0, BI)
-            i_in = i < columns
-            i64 = i.to(tl.int64)
-            w = load_bank(bank + o64[:, None] * w_o + i64[None, :] * w_i, o_in[:, None] & i_in[None, :], FLOAT8)
-            v = tl.load(x + i64[:, None] * x_i + t64[None, :] * x_t, mask=i_in[:, None] & t_in[None, :], other=0)
-            acc = exact_dot(w, v, acc, MODE)
-        if SCALED:
-            scale = tl.load(table + layer * 4 + 3).to(tl.pointer_type(tl.float32))
-            acc = acc * tl.load(scale + client * rows + o64, mask=o_in, other=0)[:, None]
-        g = tl.load(grad + o64[:, None] * g_o + t64[None, :] * g_t, mask=o_in[:, None] & t_in[None, :], other=0)
-        total += tl.sum(acc * g.to(tl.float32), axis=0)
+        for piece in range(0, columns, DEPTH):
+            acc = tl.zeros([BO, BT], tl.float32)
+            for start in range(piece, min(piece + DEPTH, columns), BI):
+                i = start + tl.arange(0, BI)
+                i_in = i < columns
+                i64 = i.to(tl.int64)
+                w = load_bank(bank + o64[:, None] * w_o + i64[None, :] * w_i, o_in[:, None] & i_in[None, :], FLOAT8)
+                v = tl.load(x + i64[:, None] * x_i + t64[None, :] * x_t, mask=i_in[:, None] & t_in[None, :], other=0)
+                acc = exact_dot(w, v, acc, MODE)
+            if SCALED:
+                scale = tl.load(table + layer * 4 + 3).to(tl.pointer_type(tl.float32))
+                acc = acc * tl.load(scale + client * rows + o64, mask=o_in, other=0)[:, None]
+            g = tl.load(grad + o64[:, None] * g_o + t64[None, :] * g_t, mask=o_in[:, None] & t_in[None, :], other=0)
+            total += tl.sum(acc * g.to(tl.float32), axis=0)
     at = ((layer * clients + client) * programs + program) * tokens + t64
     tl.store(parts + at, total, mask=t_in)
 
@@ -163,6 +166,7 @@ def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], ban
             BT=block,
             BO=rows,
             BI=columns,
+            DEPTH=common.DEPTH,
             num_warps=warps,
             num_stages=stages,
         )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from protoken.kernels import common
 from protoken.kernels.common import TYPES, dot_mode, exact_dot, on_its_device, token_block
 from torch import Tensor
 
-from protoken.ops.banks import LowRankBank
+from protoken.ops.banks import LowRankBank, read_here
 
 ROWS, MOST_CLIENTS, COLUMNS = 64, 16, 64
 
@@ -40,6 +41,7 @@ def _inner_products(
     BR: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """[BR, BT]: row (client, r) of a factor times the tokens' vectors, summed over its other dimension."""
     row = tl.arange(0, BR)
@@ -48,17 +50,20 @@ def _inner_products(
     number = tl.load(numbers + member, mask=row_in, other=0)
     bases = tl.load(base_table + number * 7 + address_column, mask=row_in, other=0).to(tl.pointer_type(BANK))
     rows = bases + (row % rank).to(tl.int64) * stride_r
-    acc = tl.zeros([BR, BT], tl.float32)
-    for start in range(0, length, BC):
-        c = start + tl.arange(0, BC)
-        c_in = c < length
-        c64 = c.to(tl.int64)
-        w = tl.load(rows[:, None] + c64[None, :] * stride_c, mask=row_in[:, None] & c_in[None, :], other=0)
-        v = tl.load(
-            values + c64[:, None] * v_c + t.to(tl.int64)[None, :] * v_t, mask=c_in[:, None] & t_in[None, :], other=0
-        )
-        acc = exact_dot(w, v, acc, MODE)
-    return acc
+    total = tl.zeros([BR, BT], tl.float32)
+    for piece in range(0, length, DEPTH):
+        acc = tl.zeros([BR, BT], tl.float32)
+        for start in range(piece, min(piece + DEPTH, length), BC):
+            c = start + tl.arange(0, BC)
+            c_in = c < length
+            c64 = c.to(tl.int64)
+            w = tl.load(rows[:, None] + c64[None, :] * stride_c, mask=row_in[:, None] & c_in[None, :], other=0)
+            v = tl.load(
+                values + c64[:, None] * v_c + t.to(tl.int64)[None, :] * v_t, mask=c_in[:, None] & t_in[None, :], other=0
+            )
+            acc = exact_dot(w, v, acc, MODE)
+        total += acc
+    return total
 
 
 @triton.jit
@@ -91,6 +96,7 @@ def _client_scores_lowrank_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     tiles = tl.cdiv(tokens, BT)
     first = (tl.program_id(0) // tiles).to(tl.int64) * CLIENTS
@@ -118,6 +124,7 @@ def _client_scores_lowrank_kernel(
         BR,
         BT,
         BC,
+        DEPTH,
     )
     right = _inner_products(
         table,
@@ -141,6 +148,7 @@ def _client_scores_lowrank_kernel(
         BR,
         BT,
         BC,
+        DEPTH,
     )
     product = left * right
     slot = tl.arange(0, BR) // rank
@@ -167,7 +175,7 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
             grid = (triton.cdiv(len(numbers), together) * triton.cdiv(tokens, block),)
             _client_scores_lowrank_kernel[grid](
                 bank.device_table(),
-                numbers,
+                read_here(numbers),
                 bank.scale,
                 x,
                 grad,
@@ -192,6 +200,7 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
                 BR=rows,
                 BT=block,
                 BC=COLUMNS,
+                DEPTH=common.DEPTH,
                 num_warps=4,
                 num_stages=3,
             )

@@ -201,14 +201,22 @@ def _device_reason(name: str, device: torch.device) -> str | None:
     """What keeps this backend from this kind of device, before anything is imported."""
     if name == "cpp" and device.type != "cpu":
         return f"serves cpu tensors, not {device.type}"
-    if name == "cuda" and device.type != "cuda":
-        return f"serves cuda tensors, not {device.type}"
+    if name == "cuda":
+        return _too_old(device) if device.type == "cuda" else f"serves cuda tensors, not {device.type}"
     if name == "triton" and device.type != "cuda":
         if device.type != "cpu":
             return f"serves cuda tensors, not {device.type}"
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "serves cuda tensors; cpu tensors need TRITON_INTERPRET=1 before triton is imported"
     return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    """The native module holds code for compute capability 8.0 and newer; older devices are triton's and torch's."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else "needs compute capability 8.0, {} has {}.{}".format(device, *capability)
 
 
 def interpreter_fault() -> str | None:

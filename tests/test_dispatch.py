@@ -159,3 +159,39 @@ def test_the_ops_compile_without_graph_breaks() -> None:
     assert torch.equal(buffer[:5], x)
     assert cursor == 5
     torch.testing.assert_close(compiled, scored(x, grad))
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "compute capability 8.0"), ((8, 0), None), ((12, 0), None)]
+)
+def test_devices_older_than_the_native_code_are_not_served_by_it(
+    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from protoken import dispatch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = dispatch._device_reason("cuda", torch.device("cuda", 1))
+    assert found is None if reason is None else reason in found
+    if reason is not None:
+        assert found.endswith("cuda:1 has 7.5")
+        assert not next(b for b in dispatch.backends_for("client_scores", "cuda") if b.name == "cuda").available
+
+
+def test_tables_of_addresses_are_known_to_the_stream_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropped with their bank while that stream is still at work, they must not be given to somebody else."""
+    from protoken.ops.banks import read_here
+
+    class Held:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+        def record_stream(self, stream: object) -> None:
+            seen.append(stream)
+
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    held = Held()
+    assert read_here(held) is held  # type: ignore[arg-type,comparison-overlap]
+    assert seen == ["the stream of cuda:1"]
+    table = torch.zeros(3, dtype=torch.int64)
+    assert read_here(table) is table

@@ -34,6 +34,7 @@ KERNELS = {
             "BT": 64,
             "BO": 64,
             "BI": 64,
+            "DEPTH": 1024,
         },
     ),
     "client_scores-fp8-with-fp32-tokens": (
@@ -52,6 +53,7 @@ KERNELS = {
             "BT": 16,
             "BO": 64,
             "BI": 128,
+            "DEPTH": 1024,
         },
     ),
     "client_scores-fp32": (
@@ -70,6 +72,7 @@ KERNELS = {
             "BT": 128,
             "BO": 64,
             "BI": 64,
+            "DEPTH": 1024,
         },
     ),
     "client_totals-int8": (
@@ -92,6 +95,7 @@ KERNELS = {
             "BR": 64,
             "BT": 64,
             "BC": 64,
+            "DEPTH": 1024,
         },
     ),
     "client_scores_lowrank-fp32": (
@@ -108,6 +112,7 @@ KERNELS = {
             "BR": 64,
             "BT": 16,
             "BC": 64,
+            "DEPTH": 1024,
         },
     ),
     "capture_append": (

@@ -167,6 +167,26 @@ def test_client_scores_lowrank(name: str, clients: int, tokens: int, rows: int, 
 
 
 @here
+def test_scores_of_layers_wider_than_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    from protoken.kernels import common
+    from protoken.kernels.client_scores import launch_client_scores
+    from protoken.kernels.client_scores_lowrank import launch_client_scores_lowrank
+
+    from protoken.ops import DenseBank, LowRankBank, client_scores_lowrank_reference, client_scores_reference
+
+    monkeypatch.setattr(common, "DEPTH", 128)
+    x, grad = normal(3, 300, seed=1), normal(3, 140, seed=2)
+    bank, scale = bank_of("int8", 2, 140, 300)
+    out = poisoned(1, 2, 3)
+    launch_client_scores(out, [x], [grad], [DenseBank.of(bank, scale)])
+    assert_close(out[0], client_scores_reference(x, grad, bank, scale=scale))
+    a, b = normal(5, 4, 300, seed=3), normal(5, 140, 4, seed=4)
+    out = poisoned(1, 5, 3)
+    launch_client_scores_lowrank(out, [x], [grad], [LowRankBank.of(a, b)])
+    assert_close(out[0], client_scores_lowrank_reference(x, grad, a, b))
+
+
+@here
 def test_client_scores_lowrank_of_mixed_ranks() -> None:
     from protoken.kernels.client_scores_lowrank import launch_client_scores_lowrank
 

@@ -80,7 +80,7 @@ class DenseBank:
         """`pointers` on the bank's device; copied at the first call."""
         if "pointers" not in self.cache:
             self.cache["pointers"] = self.pointers.to(self.device)
-        return self.cache["pointers"]  # type: ignore[no-any-return]
+        return read_here(self.cache["pointers"])
 
     def matrix(self, client: int) -> Tensor:
         """Client's [O, I] as stored, without its scale."""
@@ -139,13 +139,24 @@ class LowRankBank:
         """`table` on the bank's device; copied at the first call."""
         if "table" not in self.cache:
             self.cache["table"] = self.table.to(self.device)
-        return self.cache["table"]  # type: ignore[no-any-return]
+        return read_here(self.cache["table"])
 
     def pair(self, client: int) -> tuple[Tensor, Tensor]:
         """Client's (A [r, I], B [O, r]) as stored."""
         if self.a is not None and self.b is not None:
             return self.a[client], self.b[client]
         return self.parts[client]
+
+
+def read_here(held: Tensor) -> Tensor:
+    """``held``, of which torch's allocator now knows that the current stream reads it.
+
+    Tables live as long as their bank, which may be dropped while a kernel on another stream than the one they were
+    made on is still under way; their memory must not be given to somebody else before that is done.
+    """
+    if held.is_cuda:
+        held.record_stream(torch.cuda.current_stream(held.device))
+    return held
 
 
 def _stored(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import protoken._C_cuda as native
 from protoken.errors import ArgumentError
-from protoken.ops.banks import DenseBank, LowRankBank
+from protoken.ops.banks import DenseBank, LowRankBank, read_here
 from protoken.ops.checks import narrow
 from protoken.ops.relevance_head import NORMS, Head
 
@@ -132,7 +132,11 @@ def launch_client_scores_lowrank(
         jobs, complete = bank.cache["cuda_jobs"]
         if not complete:
             out[layer].zero_()  # rank 0 scores 0
-        for job, modes, _kept in jobs:
+        if bank.a is None:
+            bank.device_table()  # whose address the jobs hold
+        for job, modes, kept in jobs:
+            if kept is not None:
+                read_here(kept)
             row = [*_matrix(x), *_matrix(grad), bank.rows, bank.columns, *job]
             rows.append((key, [*row, bank.scale.data_ptr(), out[layer].data_ptr(), *modes]))
     for (code, planes), members in _by_key(rows):
