@@ -98,17 +98,26 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[kTokens / 8][4], con
 #if PT_HAS_WGMMA
     const uint32_t start = shared_address(image);
     uint32_t a[kGroups][kProducts][kPlanes][4];
-#pragma unroll
-    for (int q = 0; q < kGroups; ++q)
+    const auto decode_group = [&](int q) {
 #pragma unroll
       for (int j = 0; j < kProducts; ++j) decode<kFormat>(stage.low[q], stage.high[q], j, a[q][j]);
+    };
+    // One-byte values take as long to decode as 128 tokens to multiply: a group is decoded while the one before is
+    // multiplied. Narrower tiles need it less, and have no registers for it.
+    constexpr bool kOverlap = format_bytes(kFormat) == 1 && kTokens == 128;
+#pragma unroll
+    for (int q = 0; q < (kOverlap ? 1 : kGroups); ++q) decode_group(q);
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) pin(acc[n][i]);
     wgmma_fence();
 #pragma unroll
-    for (int q = 0; q < kGroups; ++q)
+    for (int q = 0; q < kGroups; ++q) {
+      if (kOverlap && q > 0) {
+        decode_group(q);
+        wgmma_fence();
+      }
 #pragma unroll
       for (int j = 0; j < kProducts; ++j) {
         const int slots = column + q * group_columns(kFormat) + 16 * j;
@@ -116,6 +125,7 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[kTokens / 8][4], con
 #pragma unroll
         for (int p = 0; p < kPlanes; ++p) Wgmma<kTokens, kFormat == kHalf>::run(acc, a[q][j][p], b);
       }
+    }
     wgmma_commit();
     wgmma_wait();
 #pragma unroll

@@ -72,6 +72,16 @@ def test_score_kernels_for_hopper_use_warpgroup_products_and_bulk_copies() -> No
     assert re.search(WIDE_LOAD, narrow)
 
 
+def test_one_byte_values_are_decoded_while_128_tokens_are_multiplied() -> None:
+    report, sass = compiled("client_scores_e4m3.cu", "90a")
+    (wide,) = kernels_named(sass, r"client_scores_kernelILi4ELi1ELi128ELb1ELb1E")
+    order = re.findall(r"\b(F2FP|HGMMA)\b", wide)
+    first = order.index("HGMMA")
+    assert order.count("HGMMA") == 16
+    assert order[first:].count("F2FP") >= 32  # half of them at least
+    assert "serialized" not in report
+
+
 def test_score_kernels_for_ampere_use_matrix_units_and_16_byte_loads() -> None:
     _, sass = compiled("client_scores_bf16.cu", "80")
     for code in kernels_named(sass, r"client_scores_kernelILi1ELi1ELi\d+ELb1ELb0E"):
