@@ -40,22 +40,22 @@ def plan(workdir: Path, site: Path, chosen: Sequence[str], dry_run: bool = False
     run = tools() | {"PYTHONPATH": str(site), "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(workdir / "triton")}
     if dry_run:
         run |= {"PROTOKEN_GPU_DRY_RUN": "1", "TRITON_INTERPRET": "1"}
-    # A dozen processes at once share the cores.
+    slow = 3 if dry_run else 1  # an interpreter on a busy machine
+    # Two dozen processes at once share the cores.
     together = run | {"OMP_NUM_THREADS": "2"}
 
     def python(name: str, seconds: float, wave: int, environment: dict[str, str], *prefix: str) -> Step:
         rows = workdir / f"{name.replace(':', '-')}.jsonl"
         action = "sanitize" if name in SANITIZERS else name
-        seconds *= 3 if dry_run else 1  # an interpreter on a busy machine
         command = [*prefix, sys.executable, str(HERE / "gpu_steps.py"), action, str(rows)]
-        return Step(name, command, seconds, wave, environment, rows, shows=name in SANITIZERS)
+        return Step(name, command, slow * seconds, wave, environment, rows, shows=name in SANITIZERS)
 
     cuda = os.environ.get("PROTOKEN_CUDA", "1") if dry_run else "1"
     build = tools() | {"PROTOKEN_CUDA": cuda, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 2)}
     steps = [Step("build", [sys.executable, str(HERE / "gpu_build.py"), str(site)], 180, 0, build)]
     steps += [python(f"{backend}:{op}", 140, 1, together) for backend in ("cuda", "triton") for op in OPS]
     steps += [python(f"graph:{backend}", 100, 1, together) for backend in ("cuda", "triton", "auto")]
-    steps += [python("trace", 120, 1, together), Step("tests", tests(), 140, 1, together, shows=True)]
+    steps += [python("trace", 120, 1, together), Step("tests", tests(), slow * 140, 1, together, shows=True)]
     for tool in SANITIZERS:
         steps.append(python(tool, 140, 1, together | sanitized(), *(() if dry_run else sanitizer(tool))))
     steps += [

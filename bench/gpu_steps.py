@@ -25,7 +25,7 @@ def main() -> int:
     name, path = sys.argv[1], Path(sys.argv[2])
     action, _, part = name.partition(":")
     seconds = float(os.environ["PROTOKEN_GPU_UNTIL"]) - time.time() - 4  # to end before it is ended
-    rows = Rows(path, seconds, patience=None if DRY_RUN else 60.0)
+    rows = Rows(path, seconds, patience=None if DRY_RUN or action == "sanitize" else 60.0)
     torch.backends.cuda.matmul.allow_tf32 = False
     {
         "cuda": lambda: check(rows, "cuda", part),
