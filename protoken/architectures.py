@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import PEFT_PREFIX
 from .errors import ArgumentError, LayerError, ModelError
 from .layers import base_of, is_linear, is_tied, layer_of, linear_names
 
@@ -159,7 +160,7 @@ class Architecture:
             relative = [
                 name
                 for name in self.linear_layers(number)
-                if any(fnmatchcase(name, p) or fnmatchcase(self.layer_name(number, name), p) for p in patterns)
+                if any(_is_named(p, name, self.layer_name(number, name)) for p in patterns)
             ]
         return [self.layer_name(number, name) for name in relative]
 
@@ -172,9 +173,9 @@ class Architecture:
     def _outside(self, pattern: str, names: Sequence[str]) -> list[str]:
         """The embeddings or head that a pattern names, if it names nothing inside the blocks."""
         relative = [name.removeprefix(self.blocks_name + ".").split(".", 1)[1] for name in names]
-        if any(fnmatchcase(n, pattern) for n in [*relative, *names]):
+        if _is_named(pattern, *relative, *names):
             return []
-        found = [n for n in (self.embeddings_name, self.head_name) if n and fnmatchcase(n, pattern)]
+        found = [n for n in (self.embeddings_name, self.head_name) if n and _is_named(pattern, n)]
         if not found:
             inside = self.linear_layers(len(self.blocks) - 1)
             raise LayerError(
@@ -184,6 +185,11 @@ class Architecture:
                 remedy="Use a name or shell pattern of one of these, or trace more blocks",
             )
         return found
+
+
+def _is_named(pattern: str, *names: str) -> bool:
+    """Whether the pattern names one of them, as PEFT calls it or as it was called before."""
+    return any(fnmatchcase(n, pattern) or fnmatchcase(n.removeprefix(PEFT_PREFIX), pattern) for n in names)
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:

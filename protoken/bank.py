@@ -10,7 +10,7 @@ so that memory does not grow with the number of clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
@@ -219,7 +219,7 @@ def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
     elif isinstance(rounds, str):
         raise ArgumentError("rounds", expected='"last", "all", a number or a sequence of numbers', got=rounds)
     else:
-        chosen = [rounds] if isinstance(rounds, int) else list(rounds)
+        chosen = list(rounds) if isinstance(rounds, Iterable) else [rounds]
     for number in chosen:
         if type(number) is not int or number not in ledger.rounds:
             ledger.round(number)

@@ -23,6 +23,11 @@ from .report.visible import name, visible
 app = typer.Typer(help="Fill, read and check a ledger.", no_args_is_help=True)
 
 LedgerPath = Annotated[Path, typer.Argument(help="The ledger's folder.")]
+_NAMES = ("client", "parameter", "rule", "codec", "quarantined", "signed_by")
+_RESIDUAL = (
+    "Residual: what a round's change is beyond the weighted sum of the clients' updates, relative to the change."
+)
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
@@ -34,14 +39,15 @@ def list_rounds(ledger: LedgerPath, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rounds)
         return
+    flagged = any(row["quarantined"] for row in rounds)
     rows = [
         {
             "round": row["round"],
-            "committed (UTC)": datetime.fromtimestamp(row["created"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
+            "committed (UTC)": datetime.fromtimestamp(row["created"], UTC).strftime("%Y-%m-%d %H:%M"),
             "rule": row["rule"],
             "codec": row["codec"],
             "clients": row["clients"],
-            "flagged": row["quarantined"] or None,
+            **({"flagged": row["quarantined"]} if flagged else {}),
             "tensors": row["parameters"],
             "residual": row["largest_relative_residual"],
             "size": "pruned" if row["pruned"] else decimal(row["bytes"]),
@@ -49,6 +55,7 @@ def list_rounds(ledger: LedgerPath, as_json: AsJson = False) -> None:
         for row in rounds
     ]
     _show(rows, title=f"{found['model'] or 'model not named'}, run {found['run']}")
+    Console().print(_RESIDUAL, style="dim")
 
 
 @app.command("show")
@@ -71,6 +78,7 @@ def show_round(
     columns = ("shape", "dtype", "form", "change_norm", "relative_residual")
     rows = [{"parameter": key, **{c: row[c] for c in columns}} for key, row in parameters.items()]
     _show(rows, title="Parameters")
+    Console().print(_RESIDUAL, style="dim")
 
 
 @app.command("verify")
@@ -101,6 +109,11 @@ def verify(
             f"{'sound' if report.ok else 'NOT SOUND'}: {report.rounds} rounds, {report.shards} shards, "
             f"{report.bytes:,} bytes, {report.signed} signatures, {len(report.leftovers)} leftovers"
         )
+        if report.ok and pinned is None and server_key is None:
+            console.print(
+                "Sound means that everything here fits together. Whether somebody has rewritten all of it, only a head "
+                "noted down earlier (--pinned) or the server's key (--server-key) can tell."
+            )
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -154,7 +167,8 @@ def prune(
 def _show(rows: list[dict[str, Any]], *, title: str) -> None:
     table = Table(title=Text(visible(title)), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in rows[0] if rows else ():
-        table.add_column(column.replace("_", " "), overflow="fold")
+        # Names are long and may be broken; figures are not read in pieces.
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column not in _NAMES)
     for row in rows:
         table.add_row(*(Text(name(_cell(value))) for value in row.values()))
     Console().print(table)
@@ -162,7 +176,7 @@ def _show(rows: list[dict[str, Any]], *, title: str) -> None:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
     if isinstance(value, str) and len(value) == 64:
         return value[:12]
     return "" if value is None else str(value)

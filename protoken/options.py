@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 from .bank import Rounds
 from .dispatch import ORDER
@@ -43,7 +43,8 @@ class Options:
     """The choices as the caller gave them; `protoken.trace` says what each means.
 
     Raises:
-        ArgumentError: a word that is none of those known, or a memory limit that is no size.
+        ArgumentError: a word that is none of those known, a count that is no whole number, one text in the place of a
+            list, or a memory limit that is no size.
     """
 
     rounds: Rounds = "last"
@@ -64,6 +65,12 @@ class Options:
         _check_word("granularity", self.granularity, get_args(Granularity))
         _check_word("backend", self.backend, ("auto", *ORDER))
         _check_word("objective", self.resolved_objective, get_args(Objective))
+        for argument in ("blocks", "nodes", "pairs"):
+            value = getattr(self, argument)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
+                raise ArgumentError(argument, expected="a whole number, or None", got=repr(value))
+        if isinstance(self.layers, str):
+            raise ArgumentError("layers", expected="a list of names or patterns", got=repr(self.layers))
         object.__setattr__(self, "memory_limit", bytes_of(self.memory_limit))
 
     @property

@@ -171,8 +171,15 @@ def refuse_inference_mode(model: nn.Module) -> None:
     """Relevance is a gradient: inference mode, and parameters created in it, cannot take part in one.
 
     Raises:
-        ModelError: inference mode is on, or a parameter was created in it.
+        ModelError: inference mode is on, a parameter was created in it, or this is no model at all.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            "model",
+            expected="a transformers causal language model",
+            got=f"a {type(model).__name__}",
+            remedy="Load it with AutoModelForCausalLM.from_pretrained",
+        )
     if torch.is_inference_mode_enabled():
         raise ModelError(
             "model",

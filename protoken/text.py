@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from .results import Token
 # Tokens decoded along before a new one, so that tokenizers which strip a leading space see that it does not lead.
 _CONTEXT = 8
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray[Any, Any]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int]:
@@ -30,10 +31,14 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int
     Raises:
         PromptError: empty, several prompts, of another type, or a chat template is needed and the tokenizer has none.
     """
+    if type(prompt) is np.ndarray:
+        prompt = torch.from_numpy(prompt)
     if isinstance(prompt, Tensor):
         prompt = _one_row("prompt", prompt)
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return _not_empty([int(token) for token in prompt])  # type: ignore[arg-type]
+    if not isinstance(prompt, str):
+        _check_sequence(prompt)
+        if all(isinstance(token, int | np.integer) for token in prompt):
+            return _not_empty([int(token) for token in prompt])  # type: ignore[arg-type]
     _need_tokenizer("prompt", tokenizer)
     if isinstance(prompt, str):
         if not prompt:
@@ -82,6 +87,25 @@ def _one_row(argument: str, ids: Tensor) -> list[int]:
             remedy="Trace one prompt per call, or a batch by model.generate inside protoken.tracing",
         )
     return [int(token) for token in ids.flatten().tolist()]
+
+
+def _check_sequence(prompt: Any) -> None:
+    """PromptError for what is no sequence of ids or turns, with where the ids are in what came instead."""
+    several = "Trace one prompt per call, or a batch by model.generate inside protoken.tracing"
+    if isinstance(prompt, Mapping):
+        remedy = 'Give its ids: prompt["input_ids"]' if "input_ids" in prompt else "A conversation is a list of turns"
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+        if not prompt or isinstance(prompt[0], int | np.integer | Mapping):
+            return
+        remedy = several
+    else:
+        remedy = ""
+    raise PromptError(
+        "prompt",
+        expected='text, the token ids of one prompt, or turns like {"role": "user", "content": "..."}',
+        got=f"a {type(prompt).__name__}" + (f" of {type(prompt[0]).__name__}" if remedy is several else ""),
+        remedy=remedy,
+    )
 
 
 def _encode_conversation(tokenizer: Any, conversation: Any) -> list[int]:

@@ -187,13 +187,14 @@ def test_adapted_embeddings_are_traced(tmp_path: Path, way: str) -> None:
     assert found.totals[0] == pytest.approx(slope, rel=1e-4)
 
 
-def test_head_that_peft_saves_whole_is_traced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["*lm_head", "lm_head"])
+def test_head_that_peft_saves_whole_is_traced(tmp_path: Path, pattern: str) -> None:
     """modules_to_save unties it: a copy of its own, recorded under its name in memory."""
     model = adapted("llama", target_modules=["o_proj"], modules_to_save=["lm_head"])
     name = "base_model.model.lm_head"
     parameter = f"{name}.modules_to_save.default.weight"
     path = commit(model, tmp_path / "ledger", [{parameter: torch.randn(97, 48) * 0.02} for _ in CLIENTS])
-    found = trace(model, path, layers=["*lm_head"])
+    found = trace(model, path, layers=[pattern])
     assert (found.info.layers, found.info.way) == ((name,), "local")
     equals_oracle(model, Ledger.open(path), found)
     assert found.conservation_residual < 1e-5

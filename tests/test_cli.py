@@ -109,7 +109,12 @@ def test_ledger_ls_show_and_verify(folder: Path) -> None:
     shown = json.loads(run(app, ["ledger", "show", ledger, "1", "--json"]).output)
     assert {client["client"] for client in shown["clients"]} == {"ada", "bob", "cleo", "null"}
     assert "ada" in run(app, ["ledger", "show", ledger]).output
-    assert run(app, ["ledger", "verify", ledger, "--conservation"]).exit_code == 0
+    assert "Residual: what a round's change is beyond" in run(app, ["ledger", "ls", ledger]).output
+    found = run(app, ["ledger", "verify", ledger, "--conservation"])
+    assert found.exit_code == 0
+    assert "--pinned" in found.output
+    head = (folder / "ledger" / "HEAD").read_text()
+    assert "rewritten" not in run(app, ["ledger", "verify", ledger, "--pinned", head.strip()]).output
 
 
 def test_verify_fails_on_a_changed_byte(folder: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_federation import TinyFederation, tiny_federation
@@ -82,6 +84,16 @@ BAD_CALLS: dict[str, tuple[type[errors.ProtokenError], dict[str, Any], Any]] = {
         [{"role": "user", "content": "hello"}],
     ),
     "turns without role": (errors.PromptError, {"tokenizer": WordTokenizer("x")}, [{"text": "hello"}]),
+    "several texts": (errors.PromptError, {}, ["hello", "good day"]),
+    "nested ids": (errors.PromptError, {}, [PROMPT]),
+    "what a tokenizer returns": (errors.PromptError, {}, {"input_ids": PROMPT, "attention_mask": [1] * 4}),
+    "bytes": (errors.PromptError, {}, b"hello"),
+    "nothing": (errors.PromptError, {}, None),
+    "blocks as text": (errors.ArgumentError, {"blocks": "2"}, PROMPT),
+    "blocks as a fraction": (errors.ArgumentError, {"blocks": 1.0}, PROMPT),
+    "nodes as text": (errors.ArgumentError, {"nodes": "4", "method": "aumann_shapley"}, PROMPT),
+    "rounds as a fraction": (errors.UnknownRoundError, {"rounds": 1.0}, PROMPT),
+    "one text for layers": (errors.ArgumentError, {"layers": "*.o_proj"}, PROMPT),
 }
 
 
@@ -181,6 +193,27 @@ def test_no_grad_around_the_call_is_fine(federation: TinyFederation) -> None:
         trace = protoken.trace(federation.model, PROMPT, ledger=federation.path, max_new_tokens=3)
         assert not torch.is_grad_enabled()
     assert trace.totals.any()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "remedy"),
+    [(["a", "b"], "protoken.tracing"), ({"input_ids": PROMPT}, 'prompt["input_ids"]'), (None, "a NoneType")],
+)
+def test_prompt_of_another_kind_is_named_as_what_it_is(federation: TinyFederation, prompt: Any, remedy: str) -> None:
+    with pytest.raises(errors.PromptError, match=re.escape(remedy)):
+        protoken.trace(federation.model, prompt, ledger=federation.path)
+
+
+@pytest.mark.parametrize("prompt", [np.array(PROMPT), np.array([PROMPT]), list(np.array(PROMPT))])
+def test_ids_may_come_from_numpy(federation: TinyFederation, prompt: Any) -> None:
+    found = protoken.trace(federation.model, prompt, ledger=federation.path, max_new_tokens=2)
+    assert found.prompt_ids == tuple(PROMPT)
+
+
+@pytest.mark.parametrize("model", ["gpt2", None, object()])
+def test_no_model_at_all_is_refused(federation: TinyFederation, model: Any) -> None:
+    with pytest.raises(errors.ModelError, match="AutoModelForCausalLM"):
+        protoken.trace(model, PROMPT, ledger=federation.path)
 
 
 def test_not_a_language_model_is_refused(federation: TinyFederation) -> None:

@@ -304,7 +304,12 @@ def _reading(name: str) -> Iterator[None]:
 
 def _unreadable(name: str, error: OSError) -> LedgerError:
     if isinstance(error, FileNotFoundError):
-        return LedgerFormatError(name, expected="a file of the ledger", got="nothing there")
+        return LedgerFormatError(
+            name,
+            expected="a file of the ledger",
+            got="nothing there",
+            remedy="Name the folder that holds ledger.json and rounds; if it does, the ledger is incomplete",
+        )
     kinds = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG, errno.EMLINK)
     if error.errno in kinds:
         return LedgerFormatError(name, expected="regular files and folders without links", got=error.strerror)
