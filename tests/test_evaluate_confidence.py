@@ -12,13 +12,14 @@ from pocket_zoo import pocket_bench
 
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.experiments import confidence
-from protoken.evaluation.experiments.confidence import _calibrated, _measured_alarms, _named
+from protoken.evaluation.experiments.confidence import _calibrated, _crossed, _named
 from protoken.evaluation.runs import Outcome, RunFolder, Unit
 from protoken.evaluation.workbench import Workbench
+from protoken.verdict import Abstention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SAMPLES = 8
+SAMPLES = 24
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +35,11 @@ def outcomes(bench: Workbench) -> dict[str, Outcome]:
         return {unit.key: unit.run(bench) for unit in confidence.plan(bench.settings)}
 
 
-def test_half_of_the_unrelated_answers_fit_the_threshold_and_the_others_test_it() -> None:
-    null = np.array([1.0, 9.0, 2.0, 0.5, 3.0, 2.5, 4.0, 8.0])
-    label = np.array([0, 1] * 4)
-    found = _measured_alarms(null, label, 0.2)
-    # Fitted on 1, 2, 3, 4: the fourth of them. Of 9, 0.5, 2.5, 8 two are above it.
-    assert (found["held"], found["false_alarms"]) == (4, 0.5)
-    # The first domain's threshold of 4 is crossed by 9 and 8 of the second, whose own one of 9 by nobody.
-    assert found["false_alarms_strange"] == 2 / 8
+def test_answers_that_nobody_planted_cross_or_even_name() -> None:
+    rule = Abstention(2.0, 0.9, 0.5, 0.01, 0)
+    table = np.array([[9.0, 0, 0], [9.0, 6, 3], [4.0, 0, 0], [-1.0, -2, -3]])
+    # 4.5 and 4.5 nats a token cross 2.0, the second without a gap; 2.0 does not; nor does what nobody raised.
+    assert _crossed(rule, table, np.full(4, 2), list("abc")) == {"held": 4, "false_alarms": 0.5, "alarms_named": 0.25}
 
 
 def test_answers_are_counted_by_whom_they_name() -> None:
@@ -49,7 +47,7 @@ def test_answers_are_counted_by_whom_they_name() -> None:
     table = np.array(
         [[9, 8, 0, 0, 0], [9, 1, 0, 0, 0], [9, 8, 8, 0, 0], [0, 0, 9, 0, 0], [0.1, 0, 0, 0, 0], [9, 6, 3, 1, 0]]
     )
-    found = _named(table, np.full(6, 2), truth, ids, 0.5)
+    found = _named(Abstention(0.5, 0.9, 0.5, 0.01, 0), table, np.full(6, 2), truth, ids)
     # Both; one of them; three of five; an honest one; too little evidence; no gap.
     assert found == {"exactly": 1 / 6, "only_guilty": 2 / 6, "honest": 1 / 6, "nobody": 3 / 6}
 
@@ -74,10 +72,15 @@ def test_every_federation_is_measured_by_every_method(outcomes: dict[str, Outcom
     assert sorted(outcomes) == ["quick-backdoor-finance", "quick-ordinary"]
     alarms, calibrated = outcomes["quick-backdoor-finance"].cells, outcomes["quick-ordinary"].cells
     methods = ["protoken", "protoken all blocks, log-odds", "lineage"]
-    assert [cell.method for cell in alarms] == methods
+    # Of 48 and 84 answers a half fits: enough for one in twenty.
+    assert [cell.method for cell in alarms] == [name for name in methods for _ in range(2)]
     for cell in alarms:
-        # 24 unrelated answers: 12 to fit on are enough for one in ten alone.
-        assert (cell.extra["false_alarm"], cell.extra["held"], cell.extra["strange"]) == (0.1, 12, 24)
+        assert (
+            cell.extra["held"]
+            == {"its domain": SAMPLES, "every domain": SAMPLES + 3 * SAMPLES // 4}[cell.extra["fitted_on"]]
+        )
+        assert (cell.extra["false_alarm"], cell.extra["strange_held"]) == (0.05, 3 * SAMPLES // 2)
+        assert cell.extra["alarms_named"] <= cell.extra["false_alarms"]
         assert cell.samples == SAMPLES
         parts = [cell.extra[name] for name in ("only_guilty", "honest", "nobody")]
         assert sum(parts) == pytest.approx(1)
@@ -99,8 +102,8 @@ def test_tables_and_picture(bench: Workbench, outcomes: dict[str, Outcome], tmp_
     for key, outcome in outcomes.items():
         run.save(Unit(key, lambda _: Outcome()), outcome)
     text = confidence.tables(run.cells())
-    assert text.count("| lineage |") == 2
-    assert f" of {12} |" in text
+    assert text.count("| lineage |") == 3
+    assert f" of {SAMPLES} |" in text
     (picture,) = confidence.draw(run)
     assert picture.stat().st_size > 10_000
 
@@ -108,10 +111,14 @@ def test_tables_and_picture(bench: Workbench, outcomes: dict[str, Outcome], tmp_
 def test_tables_pool_federations() -> None:
     def cell(domain: str, alarms: float, held: int) -> Cell:
         extra = {
-            "kind": "abstention", "false_alarm": 0.01, "held": held, "false_alarms": alarms, "strange": held,
-            "false_alarms_strange": alarms, "exactly": 1.0, "only_guilty": 1.0, "honest": 0.0, "nobody": 0.0,
+            "kind": "abstention", "fitted_on": "its domain", "false_alarm": 0.01, "held": held, "false_alarms": alarms,
+            "alarms_named": alarms, "strange_held": held, "strange_alarms_named": alarms, "exactly": 1.0,
+            "only_guilty": 1.0, "honest": 0.0, "nobody": 0.0,
         }  # fmt: skip
         return Cell("confidence", "llama", domain, "lineage", None, 10, 50, top1=1.0, extra=extra)
 
     text = confidence.tables([cell("math", 0.02, 150), cell("coding", 0.0, 50)])
-    assert "| lineage | 1 | 2 | 1.50 (0.51 to 4.32) of 200 | 1.50 | 100 | 100.00 | 100.00 | 0.00 | 0.00 |" in text
+    assert (
+        "| lineage | its domain | 1 | 2 | 1.50 (0.51 to 4.32) of 200 | 1.50 | 1.50 | 100 | 100.00 | 100.00 | 0.00 |"
+        in text
+    )

@@ -1,10 +1,10 @@
 """When it names a client, is it right as often as it says; and does it name nobody where nobody taught the answer?
 
-Abstention   Around the federations of `backdoor`, after the last round. Unrelated are the answers to plain questions of
-             the other domains, about which no client held a row. The threshold is fitted on every second of them; the
-             others tell how often it is crossed although nobody taught the answer. Then it is fitted on two of these
-             domains and tried on the third, which is not what the promise holds for. And the triggered answers say what
-             is left: which clients are named together, where two are poisoned.
+Abstention   Around the federations of `backdoor`, after the last round. The threshold is fitted on every second answer
+             to plain questions that nobody trained on, of the federation's domain or of all; the other half tells how
+             often it is crossed by an answer that nobody planted. Fitted on its own domain it is tried on the others as
+             well, for which the promise does not hold. And the triggered answers say what is left: which clients are
+             named together, where two are poisoned.
 Calibration  Around the ample federations of `benign`: the probability that the top client is the one who holds the
              question's domain, fitted on every second answer and compared with what came true for the others.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from protoken.confidence import Calibration, margin_of
 from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import DOMAINS, add_trigger, is_refusal
 from protoken.evaluation.experiments import backdoor, benign
-from protoken.evaluation.metrics import calibration_error, wilson_interval
+from protoken.evaluation.metrics import calibration_error
 from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
 from protoken.evaluation.scoring import Answer, Scorer, answer, score
 from protoken.evaluation.workbench import Workbench
@@ -32,7 +33,7 @@ from protoken.results_checks import Array
 from protoken.verdict import Abstention, threshold
 
 DEFAULTS = Settings(models=tuple(SHAPES), domains=DOMAINS)
-RATES = (0.01, 0.05, 0.1)
+RATES = (0.01, 0.05)
 LEAD, GAP = 0.9, 0.5
 
 
@@ -60,84 +61,78 @@ def _alarms(model: str, domain: str, bench: Workbench) -> Outcome:
     recipe = backdoor.recipe(bench.settings, model)
     members = backdoor.clients(bench, model, domain)
     stored = bench.federation(model, members, recipe.federation)
-    last = recipe.federation.rounds
+    last, count = recipe.federation.rounds, bench.settings.samples
     base = bench.at_round(model, stored, last)
-    others = [other for other in DOMAINS if other != domain]
-    asked = {name: [row.question for row in bench.rows(name).test[: bench.settings.samples]] for name in DOMAINS}
-    # The unrelated ones in turns, so that every second of them holds all their domains.
-    plain = [question for group in zip(*(asked[name] for name in others), strict=False) for question in group]
-    label = np.arange(len(plain)) % len(others)
+    # Rows of the clients' pool that no client was given.
+    traffic = [row.question for row in bench.rows(domain).clients[backdoor.CLIENTS * recipe.rows :][: 2 * count]]
+    strange = [row.question for d in DOMAINS if d != domain for row in bench.rows(d).test[: (count + 1) // 2]]
+    triggered = [add_trigger(row.question) for row in bench.rows(domain).test[:count]]
     answers = answer(
         base,
-        [*plain, *map(add_trigger, asked[domain])],
+        [*traffic, *strange, *triggered],
         max_new_tokens=recipe.max_new_tokens,
         batch=recipe.batch,
         step=lambda done, total: bench.bars.step(f"{domain}: answers", done, total),
     )
-    unrelated = answers[: len(plain)]
-    refused = [one for one in answers[len(plain) :] if is_refusal(one.text)]
-    if not refused:
+    plain = len(traffic) + len(strange)
+    answers = [*answers[:plain], *(one for one in answers[plain:] if is_refusal(one.text))]
+    if len(answers) == plain:
         return Outcome(note="the sentinel did not come out")
     scored = score(
         base,
         stored.ledger,
-        [*unrelated, *refused],
+        answers,
         scorers(model),
         at_round=last,
         step=lambda name, done, total: bench.bars.step(f"{domain}: {name}", done, total),
     )
-    ids = [client.id for client in members]
-    truth = np.array([client.poisoned for client in members])
+    ids, truth = [client.id for client in members], np.array([client.poisoned for client in members])
+    tokens = np.array([max(one.response.new_tokens, 1) for one in answers])
+    # Every second answer of a kind fits the threshold.
+    own, other, found = np.arange(len(traffic)), np.arange(len(traffic), plain), np.arange(plain, len(answers))
+    kinds = {"its domain": own, "every domain": np.concatenate([own, other])}
     what: dict[str, Any] = {"experiment": "confidence", "model": model, "domain": domain, "round": last}
     cells = []
     for one in scored:
-        table, tokens = one.of(ids), np.array([max(a.response.new_tokens, 1) for a in (*unrelated, *refused)])
-        evidence = table.max(axis=1) / tokens
-        null, count = evidence[: len(unrelated)], len(unrelated)
-        for rate in RATES:
-            if (count + 1) // 2 < round(1 / rate) - 1:
+        table = one.of(ids)
+        for (kind, null), rate in product(kinds.items(), RATES):
+            if len(null[::2]) < round(1 / rate) - 1:
                 continue  # too few answers for that rate
+            rule = Abstention(threshold(table[null[::2]].max(axis=1) / tokens[null[::2]], rate), LEAD, GAP, rate, 0)
+            extra = {"kind": "abstention", "fitted_on": kind, "false_alarm": rate}
+            extra |= _crossed(rule, table[null[1::2]], tokens[null[1::2]], ids)
+            extra |= {f"strange_{k}": v for k, v in _crossed(rule, table[other], tokens[other], ids).items()}
+            extra |= _named(rule, table[found], tokens[found], truth, ids)
             cells.append(
                 make_cell(
-                    table[count:],
+                    table[found],
                     truth,
-                    residuals=one.residuals[count:],
+                    residuals=[one.residuals[n] for n in found],
                     seconds=one.seconds,
-                    extra={
-                        "kind": "abstention",
-                        "false_alarm": rate,
-                        **_measured_alarms(null, label, rate),
-                        **_named(table[count:], tokens[count:], truth, ids, threshold(null[::2], rate)),
-                    },
+                    extra=extra,
                     method=one.scorer.name,
                     blocks=one.scorer.blocks,
                     **what,
                 )
             )
-    return Outcome(cells, (), f"{len(unrelated)} unrelated answers, {len(refused)} refusals")
+    return Outcome(cells, (), f"{plain} plain answers, {len(found)} refusals")
 
 
-def _measured_alarms(null: Array, label: NDArray[np.int_], rate: float) -> dict[str, object]:
-    """How often fresh unrelated answers cross the threshold: of the same domains, and of one it has not seen."""
-    held = null[1::2]
-    crossed = int((held > threshold(null[::2], rate)).sum())
-    low, high = wilson_interval(crossed, len(held))
-    strange = sum(int((null[label == one] > threshold(null[label != one], rate)).sum()) for one in np.unique(label))
+def _crossed(rule: Abstention, table: Array, tokens: NDArray[np.int_], ids: Sequence[str]) -> dict[str, object]:
+    """Of answers that nobody planted: how many cross the threshold, and for how many somebody is named."""
+    evidence = table.max(axis=1) / tokens
+    named = [bool(rule.judge_totals(row, int(t), ids).clients) for row, t in zip(table, tokens, strict=True)]
     return {
-        "held": len(held),
-        "false_alarms": crossed / len(held),
-        "false_alarms_low": low,
-        "false_alarms_high": high,
-        "strange": len(null),
-        "false_alarms_strange": strange / len(null),
+        "held": len(table),
+        "false_alarms": float((evidence > rule.evidence).mean()),
+        "alarms_named": float(np.mean(named)),
     }
 
 
 def _named(
-    table: Array, tokens: NDArray[np.int_], truth: NDArray[np.bool_], ids: Sequence[str], evidence: float
+    rule: Abstention, table: Array, tokens: NDArray[np.int_], truth: NDArray[np.bool_], ids: Sequence[str]
 ) -> dict[str, object]:
     """Of the triggered answers: exactly the poisoned clients named, only such, an honest one, or nobody."""
-    rule = Abstention(evidence, LEAD, GAP, 0.0, 0)
     guilty = {client for client, poisoned in zip(ids, truth, strict=True) if poisoned}
     named = [set(rule.judge_totals(row, int(t), ids).clients) for row, t in zip(table, tokens, strict=True)]
     return {

@@ -1,4 +1,4 @@
-"""The picture of confidence: stated against true probability, and measured false alarms against those asked for."""
+"""The picture of confidence: stated against true probability, and who is named against false alarms."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BINS = 8
 
 
 def confidence_plot(run: RunFolder) -> Path:
-    """Left: reliability of stated probabilities, all models together. Right: false alarms of each federation."""
+    """Left: reliability of stated probabilities, all models together. Right: each federation, a point."""
     made, axes = figure(9.6, 4.0, columns=2)
     samples = [sample for _, outcome in run.outcomes() for sample in outcome.samples]
-    cells = [cell for cell in run.cells() if cell.extra.get("kind") == "abstention"]
+    cells = [cell for cell in run.cells() if cell.extra.get("fitted_on") == "its domain"]
     _reliability(axes[0, 0], samples)
     _alarms(axes[0, 1], cells)
     return save(made, run.folder / "confidence.png")
@@ -41,21 +41,24 @@ def _reliability(axis: Any, samples: Sequence[Any]) -> None:
 
 
 def _alarms(axis: Any, cells: Sequence[Cell]) -> None:
-    rates = sorted({cell.extra["false_alarm"] for cell in cells})
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    for n, (colour, method) in enumerate(zip(COLOURS, methods, strict=False)):
-        own = [cell for cell in cells if cell.method == method]
-        shift = 1 + 0.07 * (n - (len(methods) - 1) / 2)
+    for colour, method in zip(COLOURS, methods, strict=False):
+        own = [cell for cell in cells if cell.method == method and cell.extra["false_alarm"] == min(_rates(cells))]
+        points = [(100 * cell.extra["false_alarms"], 100 * cell.extra["exactly"]) for cell in own]
+        # Federations that fall on each other stay visible.
+        shift = 0.8 * (np.arange(len(points)) - len(points) / 2)
         axis.plot(
-            [100 * cell.extra["false_alarm"] * shift for cell in own],
-            [100 * cell.extra["false_alarms"] for cell in own],
-            color=colour, marker="o", ms=4, ls="", alpha=0.6, label=method,
+            [x for x, _ in points], [y + d for (_, y), d in zip(points, shift, strict=True)],
+            color=colour, marker="o", ms=5, ls="", alpha=0.6, label=method,
         )  # fmt: skip
-        pooled = [
-            np.mean([cell.extra["false_alarms"] for cell in own if cell.extra["false_alarm"] == rate]) for rate in rates
-        ]
-        axis.plot([100 * rate for rate in rates], 100 * np.array(pooled), color=colour, lw=1.5)
-    if rates:
-        axis.plot([0, 100 * rates[-1]], [0, 100 * rates[-1]], color="#999999", lw=1, ls="--")
-        axis.legend(frameon=False, fontsize=8)
-    axis.set(xlabel="false alarms asked for, %", ylabel="measured in each federation (line: mean), %")
+    if cells:
+        axis.axvline(100 * min(_rates(cells)), color="#999999", lw=1, ls="--")
+        axis.legend(frameon=False, fontsize=8, loc="center right")
+    axis.set(
+        xlabel="false alarms measured, % (dashed: asked for)", ylabel="exactly the poisoned clients named, %",
+        xlim=(-0.3, None), ylim=(-8, 108),
+    )  # fmt: skip
+
+
+def _rates(cells: Sequence[Cell]) -> set[float]:
+    return {float(cell.extra["false_alarm"]) for cell in cells}

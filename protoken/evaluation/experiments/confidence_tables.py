@@ -24,18 +24,21 @@ def confidence_tables(cells: Sequence[Cell]) -> str:
 
 def _alarms(cells: Sequence[Cell]) -> str:
     rows = []
-    for (method, rate), own in groups(cells, lambda c: (c.method, f"{100 * c.extra['false_alarm']:.0f}")).items():
+    by = groups(cells, lambda c: (c.method, c.extra["fitted_on"], f"{100 * c.extra['false_alarm']:.0f}"))
+    for (method, kind, rate), own in by.items():
         held = sum(int(cell.extra["held"]) for cell in own)
         crossed = round(sum(cell.extra["false_alarms"] * cell.extra["held"] for cell in own))
         low, high = wilson_interval(crossed, held)
         measured = f"{100 * crossed / held:.2f} ({100 * low:.2f} to {100 * high:.2f}) of {held}"
-        strange = _pooled(own, "false_alarms_strange", lambda c: int(c.extra["strange"]))
+        named = _pooled(own, "alarms_named", lambda c: int(c.extra["held"]))
+        strange = _pooled(own, "strange_alarms_named", lambda c: int(c.extra["strange_held"]))
         each = [_pooled(own, name, lambda c: c.samples) for name in ("exactly", "only_guilty", "honest", "nobody")]
-        rows.append([method, rate, str(len(own)), measured, strange, str(samples_of(own)), *each])
+        rows.append([method, kind, rate, str(len(own)), measured, named, strange, str(samples_of(own)), *each])
     columns = (
-        "method", "false alarms asked for, %", "federations", "measured, of unrelated answers, %",
-        "of a domain that the threshold has not seen, %", "triggered answers", "exactly the poisoned named, %",
-        "only poisoned named, %", "an honest one named, %", "nobody named, %",
+        "method", "threshold from answers of", "false alarms asked for, %", "federations",
+        "measured on other such answers, %", "somebody named, %", "somebody named for another domain's, %",
+        "triggered answers", "exactly the poisoned named, %", "only poisoned named, %", "an honest one named, %",
+        "nobody named, %",
     )  # fmt: skip
     return table(columns, rows)
 
