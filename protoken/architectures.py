@@ -210,14 +210,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             remedy="Load it with AutoModelForCausalLM.from_pretrained",
         )
     _refuse_wrapped(model)
-    for adapter, settings in getattr(model, "peft_config", {}).items():
-        if getattr(settings, "is_prompt_learning", False):
-            raise ModelError(
-                "model",
-                expected="an adapter that changes weights (LoRA)",
-                got=f"adapter {adapter!r} of type {settings.peft_type}, which puts virtual tokens before the prompt",
-                remedy="Trace the base model: model.get_base_model()",
-            )
+    _refuse_virtual_tokens(model)
     blocks = _find_blocks(decoder)
     names = {id(module): name for name, module in model.named_modules()}
     family = decoder.config.model_type if hasattr(decoder, "config") else config.model_type
@@ -237,17 +230,19 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         embeddings_name=names.get(id(embeddings), "") if isinstance(base_of(embeddings), nn.Embedding) else "",
         tied=is_tied(model),
     )
-    last = len(blocks) - 1
-    inside = found.linear_layers(last)
-    for relative in (found.out_projection, found.final_of(last)):
-        if relative not in inside:
+    _check_final_layers(found)
+    return found
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    for adapter, settings in getattr(model, "peft_config", {}).items():
+        if getattr(settings, "is_prompt_learning", False):
             raise ModelError(
                 "model",
-                expected=f"a linear layer at {found.layer_name(last, relative)} in a model of family {family!r}",
-                got=f"a block with the linear layers {inside}",
-                remedy="This version of transformers names it differently, or an adapter of another kind wraps it",
+                expected="an adapter that changes weights (LoRA)",
+                got=f"adapter {adapter!r} of type {settings.peft_type}, which puts virtual tokens before the prompt",
+                remedy="Trace the base model: model.get_base_model()",
             )
-    return found
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -259,6 +254,20 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 expected="a model that was compiled in place, by module.compile()",
                 got=f"torch.compile's wrapper around {name or 'the model'}",
                 remedy=f"Use {name or 'model'}.compile(), or trace what it wraps: {name or 'model'}._orig_mod",
+            )
+
+
+def _check_final_layers(found: Architecture) -> None:
+    """ModelError unless the last block has both layers where the table, or its structure, says."""
+    last = len(found.blocks) - 1
+    inside = found.linear_layers(last)
+    for relative in (found.out_projection, found.final_of(last)):
+        if relative not in inside:
+            raise ModelError(
+                "model",
+                expected=f"a linear layer at {found.layer_name(last, relative)} in a model of family {found.family!r}",
+                got=f"a block with the linear layers {inside}",
+                remedy="This version of transformers names it differently, or an adapter of another kind wraps it",
             )
 
 

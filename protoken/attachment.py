@@ -17,7 +17,7 @@ from .errors import LayerError, LedgerMismatchError, ModelError
 from .layers import layer_of
 from .ledger import Ledger, tensor_digest
 from .methods.weights import Updates, parameter_of, read_updates
-from .verification import check_layer
+from .verification import check_layer, compare
 
 
 @dataclass
@@ -93,14 +93,7 @@ class Attachment:
                 continue
             if self.checked.get(name) == _state([known[own]]):
                 continue
-            digest = tensor_digest(known[own].detach())
-            if digest != recorded[name]:
-                raise LedgerMismatchError(
-                    "ledger",
-                    expected=f"{name} with the model's digest {digest[:12]}",
-                    got=f"{recorded[name][:12]} after round {self.round}",
-                    remedy=self._remedy(name, digest),
-                )
+            compare(name, tensor_digest(known[own].detach()), name, self.ledger, self.round)
             self.checked[name] = _state([known[own]])
 
     def _own_name(self, model: nn.Module, known: Collection[str], name: str) -> str:
@@ -111,7 +104,7 @@ class Attachment:
                     "ledger",
                     expected=f"a ledger of this model's parameters, {name} among them",
                     got=f"a {type(model).__name__} without it",
-                    remedy=self._remedy(name, ""),
+                    remedy="Pass the global model this ledger was written for",
                 )
             self.own_names[name] = found
         return self.own_names[name]
@@ -121,15 +114,6 @@ class Attachment:
         if self.checked.get(name) != state:
             check_layer(model, layer, self.ledger, self.round)
             self.checked[name] = state
-
-    def _remedy(self, name: str, digest: str) -> str:
-        for number in self.ledger.rounds:
-            if self.ledger.round(number).aggregate_digest.get(name) == digest:
-                return f"These are the weights after round {number}: attach(..., at_round={number})"
-        return (
-            "Pass the global model this ledger was written for, in the dtype it was recorded in, "
-            "or verify=False if the weights differ on purpose (quantised, merged)"
-        )
 
 
 def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, torch.dtype]]:

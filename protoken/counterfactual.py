@@ -101,7 +101,8 @@ def counterfactual(
         without: a client, or several that are absent together.
         reaggregate: the others' weights scaled up to sum to 1 (FedAvg without the absent); otherwise their
             contribution is taken out and nothing put in its place.
-        generate: also answer the prompt anew, with the trace's own generation arguments and seed.
+        generate: also answer the prompt anew, with the trace's own generation arguments and seed. The model holds the
+            others' weights for that long: nobody else may be using it in another thread.
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:

@@ -78,32 +78,57 @@ def attention_tangent(
     for start in range(first, last, step):
         stop = min(start + step, last)
         seen = stop if causal else keys
-        own = qs[..., start:stop, :].flatten(2, 3)  # [B, H', group * r, e]
         bias = None if mask is None else mask[..., start:stop, :seen].flatten(2, 3)
-        scores = (own @ ks[:, :, :seen].mT) * scale
         if causal:
             bias = torch.ones(stop - start, seen, dtype=torch.bool, device=vs.device).tril_(start)
             bias = bias.repeat(group, 1)
-        weights = _softmax(scores, bias)
-        parts = []
-        if dq is not None or dk is not None:
-            moved = torch.zeros((), dtype=wide, device=vs.device)
-            if dq is not None:
-                moved = dq[..., start:stop, :].flatten(3, 4) @ ks[:, :, :seen].mT
-            if dk is not None:
-                other = own @ dk[..., :seen, :].mT
-                moved = moved.add_(other) if moved.dim() else other
-            moved = moved.mul_(weights)
-            moved.addcmul_(weights, moved.sum(-1, keepdim=True), value=-1).mul_(scale)
-            parts.append(moved @ vs[:, :, :seen])
-        if dv is not None:
-            parts.append(weights @ dv[..., :seen, :])
-        total = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+        total = _of_rows(
+            qs[..., start:stop, :].flatten(2, 3),
+            ks[:, :, :seen],
+            vs[:, :, :seen],
+            None if dq is None else dq[..., start:stop, :].flatten(3, 4),
+            None if dk is None else dk[..., :seen, :],
+            None if dv is None else dv[..., :seen, :],
+            bias,
+            scale,
+        )
         out[..., start:stop, :] = total.reshape(*total.shape[:3], group, stop - start, -1)
     return out.flatten(2, 3).to(value_of(q).dtype)
 
 
+def _of_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """do_k of a run of n query rows, [K, B, H', n, e'].
+
+    Args:
+        q, k, v: [B, H', n, e], [B, H', S, e], [B, H', S, e']; their tangents likewise behind K, or None: at least one.
+        bias: as `_softmax` takes it, broadcasting to [B, H', n, S].
+    """
+    weights = _softmax((q @ k.mT) * scale, bias)
+    moved = None if dq is None else dq @ k.mT
+    if dk is not None:
+        other = q @ dk.mT
+        moved = other if moved is None else moved.add_(other)
+    direct = None if dv is None else weights @ dv
+    if moved is None:
+        assert direct is not None
+        return direct
+    moved.mul_(weights)
+    moved.addcmul_(weights, moved.sum(-1, keepdim=True), value=-1).mul_(scale)
+    through_scores = moved @ v
+    return through_scores if direct is None else through_scores.add_(direct)
+
+
 def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """P for scores [.., S] that nobody else needs; bias is bool (True: may look), or added."""
     if bias is None:
         return scores.softmax(-1)
     if bias.dtype == torch.bool:

@@ -56,7 +56,7 @@ def _check_weight(layer: Layer, parameter: str, ledger: Ledger, at_round: int) -
         )
     with at_hand(layer.owner):
         digest = tensor_digest(layer.weight.detach())
-    _compare(layer.parameter, digest, parameter, ledger, at_round)
+    compare(layer.parameter, digest, parameter, ledger, at_round)
 
 
 def _check_pair(layer: Layer, pair: Pair, ledger: Ledger, at_round: int) -> None:
@@ -64,7 +64,7 @@ def _check_pair(layer: Layer, pair: Pair, ledger: Ledger, at_round: int) -> None
         factors = factors_of(layer.module, pair.adapter)
         digests = {pair.a: tensor_digest(factors.a), pair.b: tensor_digest(factors.b)}
     for name, digest in digests.items():
-        _compare(name, digest, name, ledger, at_round)
+        compare(name, digest, name, ledger, at_round)
 
 
 def _check_adapter(layer: Layer, parameter: str, ledger: Ledger, at_round: int) -> None:
@@ -104,7 +104,8 @@ def _turned(factors: LowRank) -> LowRank:
     return LowRank(factors.b.T.contiguous(), factors.a.T.contiguous(), factors.scale)
 
 
-def _compare(name: str, digest: str, parameter: str, ledger: Ledger, at_round: int) -> None:
+def compare(name: str, digest: str, parameter: str, ledger: Ledger, at_round: int) -> None:
+    """LedgerMismatchError unless `digest`, of the model's tensor `name`, is that of the recorded `parameter`."""
     recorded = ledger.round(at_round).aggregate_digest[parameter]
     if digest == recorded:
         return

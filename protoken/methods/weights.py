@@ -160,6 +160,7 @@ def weights_at(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[None]:
 
     The parameters' own storage is set aside, not written to: afterwards every parameter holds the tensor it held
     before, bit for bit, whatever happened inside. Parameter objects stay the same, so tied weights move together.
+    Whoever uses the model in another thread meanwhile uses it at these weights.
     """
     own: dict[str, tuple[nn.Parameter, Tensor]] = {}
     try:
