@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,6 +53,24 @@ def check_arguments(model: Any, arguments: Mapping[str, Any]) -> None:
         value = arguments.get(name, harmless)
         if value is not harmless and value != harmless:
             raise ArgumentError(name, expected=harmless, got=value, remedy=remedy)
+    for name in ("max_new_tokens", "max_length"):
+        value = arguments.get(name)
+        if value is not None and not _is_whole(value):
+            raise ArgumentError(name, expected="a whole number of tokens", got=value)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what torch's generators cannot be seeded with.
+
+    Raises:
+        ArgumentError: neither None nor a whole number from 0 to 2^64 - 1.
+    """
+    if seed is not None and not (_is_whole(seed) and 0 <= int(seed) < 2**64):  # type: ignore[call-overload]
+        raise ArgumentError("seed", expected="None, or a whole number from 0 to 2^64 - 1", got=seed)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def refuse_paged(model: Any, arguments: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .attachment import attachment_of, make_attachment
 from .bank import Rounds, select_rounds
 from .dispatch import choose
-from .generation import complete_arguments
+from .generation import check_seed, complete_arguments
 from .handover import pulled
 from .layers import input_device
 from .ledger import Ledger
@@ -120,6 +120,7 @@ def stream(
     """
     refuse_inference_mode(model)
     arguments = checked_arguments(model, prompt, generate_arguments)
+    check_seed(seed)
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
     options = Options(rounds, 1, layers, "local", "token", objective, "protoken", backend)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .bank import Rounds
 from .errors import ArgumentError
 from .estimate import estimate
-from .generation import bound_of, check_arguments, complete_arguments
+from .generation import bound_of, check_arguments, check_seed, complete_arguments
 from .layers import input_device
 from .ledger import Ledger
 from .options import Granularity, Method, Options, Way
@@ -100,7 +100,8 @@ def trace(
         response: attribute this response instead of generating one, an answer from a log, say: its token ids as they
             were generated, or text, which is encoded as it stands (no end of turn is added). `info.forced` says so.
         chat: wrap a text prompt in the tokenizer's chat template; None: if it has one.
-        seed: seed of this generation alone.
+        seed: of this generation alone. torch's generators are the process's: other threads that sample meanwhile draw
+            from them as well.
         **generate_arguments: for the model's own `generate`. Without a length, 64 new tokens at most.
 
     Returns:
@@ -117,6 +118,7 @@ def trace(
     """
     refuse_inference_mode(model)
     check_arguments(model, generate_arguments)
+    check_seed(seed)
     options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
     session = Session.of(model, ledger, tokenizer, options, seed=seed)
     ids = encode_prompt(session.tokenizer, prompt, chat)
