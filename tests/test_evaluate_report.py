@@ -101,3 +101,15 @@ def test_long_tables_are_folded_away(rows: int, folded: bool) -> None:
         # Markdown inside HTML needs its empty lines.
         assert f"<summary>{rows} rows</summary>\n\n| a | b |" in text
         assert text.endswith("|\n\n</details>\n")
+
+
+def test_a_second_run_of_an_experiment_has_a_place_of_its_own(tmp_path: Path) -> None:
+    first = results(tmp_path, [cell("protoken", 2, 1.0, 30)])
+    second = first.with_name("backdoor-seed-1.json")
+    second.write_text(first.read_text().replace('"seed": 0', '"seed": 1'))
+    plain = first.with_name("results.json")
+    plain.write_text(first.read_text())
+    found = sections([first, second])
+    assert list(found) == ["backdoor", "backdoor-seed-1"]
+    assert "seed 1;" in found["backdoor-seed-1"]
+    assert list(sections([plain])) == ["backdoor"]

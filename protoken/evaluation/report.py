@@ -91,7 +91,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def sections(files: Sequence[Path]) -> dict[str, str]:
-    """Tables of runs by experiment, with what is needed to know what was run."""
+    """Tables of runs, with what is needed to know what was run, by the file's name; results.json by its experiment's."""
     from protoken.evaluation.harness import experiment_of
 
     found = {}
@@ -100,12 +100,12 @@ def sections(files: Sequence[Path]) -> dict[str, str]:
         name = str(header["experiment"])
         own = getattr(experiment_of(name), "tables", None)
         shown = own(cells) if own is not None else table(_COLUMNS, overview(cells))
-        found[name] = f"{_heading(header, cells)}\n{shown}"
+        found[name if file.stem == "results" else file.stem] = f"{_heading(header, cells)}\n{shown}"
     return found
 
 
 def write_into(document: Path, found: Mapping[str, str]) -> None:
-    """Put each section between `<!-- report: <experiment> -->` and `<!-- end -->` of a Markdown file.
+    """Put each section between `<!-- report: <name> -->` and `<!-- end -->` of a Markdown file.
 
     Raises:
         ArgumentError: the document has no such place.
