@@ -91,7 +91,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def sections(files: Sequence[Path]) -> dict[str, str]:
-    """Tables of runs, with what is needed to know what was run, by the file's name; results.json by its experiment's."""
+    """Tables of runs, with what is needed to know what was run, by the file's name; results.json by its experiment."""
     from protoken.evaluation.harness import experiment_of
 
     found = {}
