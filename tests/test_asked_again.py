@@ -19,6 +19,7 @@ from tolerances import close
 import protoken
 from protoken.errors import ArgumentError, LedgerMismatchError, ModelError, PromptError
 from protoken.methods.paper import paper_scores
+from protoken.report.view import timing
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 UNLIKELY = [40, 3, 77, 12]
@@ -94,7 +95,11 @@ def test_that_it_was_handed_in_is_kept_and_shown(llama: TinyFederation, tmp_path
     for trace in (given, given.lineage()):
         trace.save(tmp_path / "trace.json")
         assert protoken.Trace.load(tmp_path / "trace.json") == trace
-        assert "handed in, not generated" in trace.to_html()
+        page = trace.to_html()
+        assert "handed in, not generated" in page
+        assert "nothing was generated" in page
+        assert "to generate" not in page
+        assert timing(trace).startswith("attributed in ")
     assert "handed in, not generated" not in made.to_html()
     assert not made.lineage().info.forced
 

@@ -47,7 +47,13 @@ def figures(trace: Trace, view: View) -> list[tuple[str, str, str]]:
         figures.append(("Log-probability", f"{trace.objective_values.sum():+.4g} nats", note))
     plain, whole = info.seconds_generate, info.seconds_trace
     extra = f", +{(whole / plain - 1) * 100:.0f}\u00a0% to trace" if 0 < plain <= whole else ""
-    figures.append(("Time, traced", seconds(whole), f"{seconds(plain)} to generate{extra}"))
+    figures.append(
+        (
+            "Time, traced",
+            seconds(whole),
+            f"{seconds(plain)} to generate{extra}" if plain > 0 else "nothing was generated",
+        )
+    )
     return figures
 
 

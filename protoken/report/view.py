@@ -154,8 +154,9 @@ def seconds(value: float) -> str:
 def timing(trace: Trace) -> str:
     """What tracing cost: "generated in 1.80 s, traced in 1.84 s (+2 %)"."""
     plain, whole = trace.info.seconds_generate, trace.info.seconds_trace
-    if plain <= 0 and whole <= 0:
-        return "not timed"
+    if plain <= 0:
+        # Handed in, or asked again: nothing was generated.
+        return f"attributed in {seconds(whole)}" if whole > 0 else "not timed"
     extra = f" ({(whole / plain - 1) * 100:+.0f} %)" if 0 < plain <= whole else ""
     return f"generated in {seconds(plain)}, traced in {seconds(whole)}{extra}"
 
