@@ -6,6 +6,7 @@
 >>> trace.show()
 """
 
+from . import confidence, verdict
 from .account import Account, account
 from .attachment import attach, detach
 from .counterfactual import Counterfactual
@@ -35,10 +36,12 @@ __all__ = [
     "Trace",
     "account",
     "attach",
+    "confidence",
     "detach",
     "estimate",
     "record_probe",
     "stream",
     "trace",
     "tracing",
+    "verdict",
 ]

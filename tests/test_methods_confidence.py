@@ -156,6 +156,10 @@ def test_false_alarms_stay_below_the_rate_asked_for() -> None:
     assert np.mean(alarms) < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 960) + 0.005
 
 
+def test_the_documented_names_need_one_import() -> None:
+    assert (protoken.verdict.leading, protoken.confidence.intervals) == (leading, intervals)
+
+
 def test_verdicts() -> None:
     rule = Abstention.fit([noise(i) for i in range(99)], false_alarm=0.01)
     assert rule.judge(noise(500, lead=3.0)).client == "b"

@@ -35,7 +35,7 @@ def headline(trace: Trace) -> Text:
     best = build_view(trace).clients[0]
     line = Text.assemble(("Trace", "bold"), f" {len(trace.token_list)} tokens, {len(trace.client_ids)} clients, top ")
     line.append(best.client, Style(color=_colour(best.slot), bold=True))
-    line.append(f" {best.score} {trace.unit}, share {best.share}")
+    line.append(f" {best.score} {trace.unit}")
     return line
 
 
