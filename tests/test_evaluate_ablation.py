@@ -39,12 +39,13 @@ def test_units_have_a_key_each(bench: Workbench) -> None:
     assert [unit.key for unit in overhead.plan(bench.settings)] == ["quick-finance"]
 
 
-def test_every_block_stands_by_itself_three_times(bench: Workbench) -> None:
+def test_every_block_stands_by_itself_with_every_gradient_and_without(bench: Workbench) -> None:
     architecture = architecture_of(bench.base("quick").model)
     found = variants(architecture, [0, 1, 2], clients=4, rounds="all", few=2)
     alone = [variant for variant in found if variant.study == "block"]
-    assert [variant.block for variant in alone] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [variant.gradient for variant in alone] == [True, True, False] * 3
+    assert [variant.block for variant in alone] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [variant.gradient for variant in alone] == [True, True, True, False] * 3
+    assert [variant.scorer.objective for variant in alone] == ["log_prob", "log_odds", "logit", None] * 3
     for variant in alone:
         names = architecture.traced_layers(variant.scorer.blocks or 0, variant.scorer.layers)
         assert {architecture.block_of(name) for name in names} == {variant.block}
@@ -66,9 +67,22 @@ def test_blocks_by_themselves_add_up_to_all_of_them(ordinary: Outcome) -> None:
     scores: dict[str, list[np.ndarray]] = {}
     for record in ordinary.samples:
         scores.setdefault(str(record["method"]), []).append(np.array(record["scores"]))
-    (together,) = scores["last 3 blocks"]
-    alone = np.stack(scores["block, log-probability"])
-    np.testing.assert_allclose(alone.sum(0), together, atol=2e-3 * np.abs(alone).max())
+    for suffix, weighting in (("", "log-probability"), (", log-odds", "log-odds")):
+        (together,) = scores[f"last 3 blocks{suffix}"]
+        alone = np.stack(scores[f"block, {weighting}"])
+        np.testing.assert_allclose(alone.sum(0), together, atol=2e-3 * np.abs(alone).max())
+
+
+def test_each_objective_is_compared_with_its_own_exact_values(ordinary: Outcome) -> None:
+    scores = {str(record["method"]): np.array(record["scores"]) for record in ordinary.samples}
+    cells = {cell.method: cell for cell in ordinary.cells}
+    assert np.abs(scores["shapley"] - scores["shapley, log-odds"]).max() > 0
+    for suffix in ("", ", log-odds"):
+        exact, path = scores[f"shapley{suffix}"], scores[f"path, m = 8{suffix}"]
+        each = [np.corrcoef(a, b)[0, 1] for a, b in zip(path, exact, strict=True)]
+        # Kept scores are rounded to four digits.
+        assert cells[f"path, m = 8{suffix}"].extra["pearson_shapley_each"] == pytest.approx(each, abs=1e-3)
+        assert cells[f"shapley{suffix}"].pearson_shapley == pytest.approx(1)
 
 
 def test_cells_of_ordinary_answers(ordinary: Outcome) -> None:
@@ -127,6 +141,7 @@ def test_poisoned_clients_are_the_ground_truth_of_triggered_answers(
 def test_tables_stand_beside_the_published_figures(ordinary: Outcome) -> None:
     text = ablation.tables(list(ordinary.cells))
     assert "Ordinary answers, each block by itself" in text
+    assert "Ordinary answers, log-odds, against its exact Shapley values" in text
     assert "published" not in text
     triggered = [replace(c, extra={**c.extra, "answers": "triggered"}) for c in ordinary.cells]
     assert "| published, without (arXiv 2601.19672) | 35.71 |" in ablation.tables(triggered)

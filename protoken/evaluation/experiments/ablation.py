@@ -5,8 +5,9 @@ After the last round of two federations, with what every method is compared with
     triggered   the backdoor's federation: six clients, two of them poisoned, the last round's updates
     ordinary    a client per domain and nobody poisoned, the updates of all rounds; the question's domain is responsible
 
-Every block is traced by itself, with the gradient of the log-probability, of the raw logit, and without any; then the
-last n blocks together; then what moves everything on record, against the exact Shapley values and by its cost.
+Every block is traced by itself, with the gradient of the log-probability, of the log-odds, of the raw logit, and
+without any; then the last n blocks together; then what moves everything on record, by its cost: in log-probability
+and in log-odds, each against the exact Shapley values of the same objective.
 """
 
 from __future__ import annotations
@@ -122,7 +123,13 @@ def _cell(
     one: Scored, variant: Variant, here: Ground, found: Sequence[Scored], what: dict[str, object], kind: str
 ) -> Cell:
     scores = one.of(here.ids)
-    by_method = {s.scorer.method: s.of(here.ids) for s in found if s.scorer.method in backdoor.REFERENCES}
+    # The raw logit and the score without gradient have no exact values of their own: log-probability's stand in.
+    odds = one.scorer.objective == "log_odds"
+    by_method = {
+        s.scorer.method: s.of(here.ids)
+        for s in found
+        if s.scorer.method in backdoor.REFERENCES and (s.scorer.objective == "log_odds") == odds
+    }
     extra = {**variant.record(), "answers": kind, "residual_worst": quantile(one.residuals, 1.0)}
     return make_cell(
         scores,

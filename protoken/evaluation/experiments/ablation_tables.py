@@ -9,6 +9,7 @@ from protoken.evaluation.metrics import quantile
 from protoken.evaluation.report import PUBLISHED, groups, mean, samples_of, table, top1_of
 
 KINDS = ("triggered", "ordinary")
+OBJECTIVES = {"log_prob": "log-probability", "log_odds": "log-odds"}
 
 
 def ablation_tables(cells: Sequence[Cell]) -> str:
@@ -18,8 +19,18 @@ def ablation_tables(cells: Sequence[Cell]) -> str:
         own = [cell for cell in cells if cell.extra.get("answers") == kind]
         if own:
             parts += [f"{kind.capitalize()} answers, each block by itself, top-1 %:\n", _alone(own, kind)]
-            parts += [f"{kind.capitalize()} answers, against exact Shapley values, by cost:\n", _cost(own)]
+            parts += _agreement(own, kind)
     return "\n".join(parts)
+
+
+def _agreement(cells: Sequence[Cell], kind: str) -> list[str]:
+    """A table per objective: exact values of one say nothing of the other's."""
+    parts = []
+    for objective, name in OBJECTIVES.items():
+        own = [c for c in cells if c.extra.get("study") != "block" and c.extra.get("objective") == objective]
+        if own:
+            parts += [f"{kind.capitalize()} answers, {name}, against its exact Shapley values, by cost:\n", _cost(own)]
+    return parts
 
 
 def _alone(cells: Sequence[Cell], kind: str) -> str:
@@ -43,14 +54,13 @@ def _chance(cells: Sequence[Cell]) -> str:
 
 def _cost(cells: Sequence[Cell]) -> str:
     """Pooled over models: every answer's correlation, and the residual as a part of the change."""
-    own = [cell for cell in cells if cell.extra.get("study") != "block"]
     rows = []
-    for (method,), some in groups(own, lambda c: (c.method,)).items():
+    for (method,), some in groups(cells, lambda c: (c.method,)).items():
         each = [v for cell in some for v in cell.extra.get("pearson_shapley_each", ()) if v is not None]
         passes = {int(cell.extra["forward_passes"]) for cell in some if cell.extra.get("forward_passes") is not None}
         rows.append(
             [
-                method,
+                method.removesuffix(", log-odds"),
                 ", ".join(str(number) for number in sorted(passes)),
                 mean((cell.seconds for cell in some), 3),
                 str(samples_of(some)),

@@ -6,13 +6,17 @@ that moves, a gradient counted as three (one forward, and a backward of twice it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from protoken.architectures import Architecture
 from protoken.bank import Rounds
 from protoken.evaluation.scoring import Scorer
+from protoken.relevance import Objective
 
+OBJECTIVES: dict[str, Objective] = {"": "log_prob", ", log-odds": "log_odds"}
+"""What is compared with the exact values of the same objective, by the suffix of its name."""
 NODES = (1, 2, 4, 8)
 PAIRS = (0, None)
 GRADIENT = 3
@@ -58,60 +62,60 @@ def variants(
         numbers: the blocks whose weights are on record, ascending.
         few: samples for what is compared with exact values, and for these.
     """
-    return [
-        *_single(architecture, numbers, rounds),
-        *_together(len(numbers), rounds),
-        *_cost(len(numbers), clients, rounds, few),
-    ]
+    found = _single(architecture, numbers, rounds)
+    for suffix, objective in OBJECTIVES.items():
+        shared = {"rounds": rounds, "objective": objective}
+        found += _together(len(numbers), suffix, shared)
+        found += _cost(len(numbers), clients, suffix, {**shared, "limit": few})
+    return found
 
 
 def _single(architecture: Architecture, numbers: Sequence[int], rounds: Rounds) -> list[Variant]:
-    """Each block by itself: its out-projection and its MLP's last layer, three ways."""
+    """Each block by itself: its out-projection and its MLP's last layer, by every objective and without gradient."""
     reach = len(architecture.blocks)
+    weightings: dict[str, Objective] = {"log-probability": "log_prob", "log-odds": "log_odds", "logit": "logit"}
     found = []
     for number in numbers:
         layers = tuple(
             architecture.layer_name(number, name)
             for name in (architecture.out_projection, architecture.final_of(number))
         )
-        where = {"blocks": reach, "layers": layers, "rounds": rounds}
-        for name, objective in (("log-probability", "log_prob"), ("logit", "logit")):
-            scorer = Scorer(f"block, {name}", way="reverse", objective=objective, **where)  # type: ignore[arg-type]
-            found.append(Variant(scorer, "block", number))
-        plain = Scorer("block, activation only", "activation_only", **where)  # type: ignore[arg-type]
+        where: dict[str, Any] = {"blocks": reach, "layers": layers, "rounds": rounds}
+        for name, objective in weightings.items():
+            found.append(
+                Variant(Scorer(f"block, {name}", way="reverse", objective=objective, **where), "block", number)
+            )
+        plain = Scorer("block, activation only", "activation_only", **where)
         found.append(Variant(plain, "block", number, gradient=False))
     return found
 
 
-def _together(count: int, rounds: Rounds) -> list[Variant]:
+def _together(count: int, suffix: str, shared: Mapping[str, Any]) -> list[Variant]:
     """The last n blocks, for every n, and every linear layer of all blocks."""
     found = [
-        Variant(Scorer(f"last {n} blocks", blocks=n, way="reverse", rounds=rounds), "blocks")
+        Variant(Scorer(f"last {n} blocks{suffix}", blocks=n, way="reverse", **shared), "blocks")
         for n in range(1, count + 1)
     ]
-    every = Scorer("every linear layer", blocks=count, layers=("*",), way="reverse", rounds=rounds)
+    every = Scorer(f"every linear layer{suffix}", blocks=count, layers=("*",), way="reverse", **shared)
     return [*found, Variant(every, "blocks")]
 
 
-def _cost(count: int, clients: int, rounds: Rounds, few: int) -> list[Variant]:
+def _cost(count: int, clients: int, suffix: str, shared: Mapping[str, Any]) -> list[Variant]:
     """Everything that moves, by the path's nodes and the sampled coalitions; the path over fewer layers, too."""
     found = [
-        Variant(
-            Scorer(f"path, m = {m}", "aumann_shapley", nodes=m, rounds=rounds, limit=few), "cost", passes=GRADIENT * m
-        )
+        Variant(Scorer(f"path, m = {m}{suffix}", "aumann_shapley", nodes=m, **shared), "cost", passes=GRADIENT * m)
         for m in NODES
     ]
     found += [
-        Variant(Scorer(f"path, last {n} blocks", "aumann_shapley", blocks=n, rounds=rounds, limit=few), "cost")
+        Variant(Scorer(f"path, last {n} blocks{suffix}", "aumann_shapley", blocks=n, **shared), "cost")
         for n in sorted({1, count})
     ]
     for pairs in PAIRS:
         sampled = clients if pairs is None else pairs
-        name = f"paired, {sampled} pairs"
-        scorer = Scorer(name, "paired_shapley", pairs=pairs, rounds=rounds, limit=few)
+        scorer = Scorer(f"paired, {sampled} pairs{suffix}", "paired_shapley", pairs=pairs, **shared)
         found.append(Variant(scorer, "cost", passes=min(2 * clients + 2 + 2 * sampled, 2**clients)))
     return [
         *found,
-        Variant(Scorer("leave_one_out", "leave_one_out", rounds=rounds, limit=few), "cost", passes=clients + 2),
-        Variant(Scorer("shapley", "shapley", rounds=rounds, limit=few), "cost", passes=2**clients),
+        Variant(Scorer(f"leave_one_out{suffix}", "leave_one_out", **shared), "cost", passes=clients + 2),
+        Variant(Scorer(f"shapley{suffix}", "shapley", **shared), "cost", passes=2**clients),
     ]
