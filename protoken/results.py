@@ -12,7 +12,7 @@ They satisfy conservation:
 
     sum_k totals[k] + residual == change        change = sum over layers, tokens of <(G - G_prev) x, g>
 
-Nothing here imports torch or transformers: a saved trace opens on a machine that has neither.
+Nothing here imports torch or transformers: a trace is text and numbers, whatever made it.
 """
 
 from __future__ import annotations

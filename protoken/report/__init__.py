@@ -2,6 +2,7 @@
 
 view.py       what there is to show, computed once: colours, leads, bars, figures
 html.py       the page, from trace.html.jinja, trace.css and script.html.jinja
+sections.py   the page's tables and lists below the answer, as plain data
 terminal.py   rich output, and the same as SVG
 palette.py    colours that survive colour blindness
 visible.py    text from strangers, made harmless and visible

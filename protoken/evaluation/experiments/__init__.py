@@ -1,4 +1,8 @@
-"""One module per experiment, named like it; evaluation/harness.py says what a module must offer."""
+"""One module per experiment, named like it; evaluation/harness.py says what a module must offer.
+
+Its tables and pictures are in `<experiment>_tables` and `<experiment>_plots` (backdoor and scale share tables.py); what
+else begins with its name is a part of it.
+"""
 
 EXPERIMENTS = {
     "ablation": "Which blocks know, what is the gradient worth, and how close to exact values at what cost?",

@@ -1,0 +1,153 @@
+"""The tree as CONTRIBUTING.md and the packages describe it: every module on a map, every import in its direction."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "protoken"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Packages whose own docstring is their map.
+MAPPED = ("benchmarks", "evaluation", "integrations", "ledger", "methods", "ops", "report")
+# What these may import of the package outside themselves. The ledger and the ops stand on their own, and a trace is
+# numbers and text, whatever made it.
+BELOW = {
+    "ledger": {"errors"},
+    "ops": {"dispatch", "errors", "versions"},
+    "kernels": {"ops"},
+    "results": {"errors"},
+    "report": {"results", "errors"},
+    "integrations": {"ledger", "errors"},
+}
+# Who may train federations, which is no part of tracing.
+TRAINING = {"evaluation", "benchmarks", "demo", "demo_report", "cli", "cli_evaluate", "cli_records"}
+
+
+def sources() -> dict[str, Path]:
+    """Every module by its dotted name; kernels/ is installed as protoken.kernels."""
+    found = {}
+    for folder, prefix in ((PACKAGE, "protoken"), (ROOT / "kernels", "protoken.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([prefix, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = path
+    return found
+
+
+SOURCES = sources()
+
+
+def imports(module: str, *, at_import: bool = False) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import; `at_import`: only of those that run when the module is imported."""
+    path = SOURCES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            if not (at_import and (later or typing)):
+                yield child
+                yield from walk(child)
+
+    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, [above, node.module or ""]))
+            for alias in node.names:
+                inside = f"{base}.{alias.name}"
+                yield (inside, "") if inside in SOURCES else (base, alias.name)
+
+
+def room(module: str) -> str:
+    """The package or module right below protoken; what a trace is made of counts as one room."""
+    first = module.split(".")[1]
+    return "results" if first.startswith("results_") else first
+
+
+def test_every_module_is_on_the_map_of_contributing() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    mapped = text.partition("## Where things live")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(?:protoken/)?(\w+(?:\.py|/))", mapped))
+    modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    folders = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert modules | folders <= named, f"not on the map: {sorted((modules | folders) - named)}"
+
+
+@pytest.mark.parametrize("package", MAPPED)
+def test_every_module_of_a_package_is_on_its_own_map(package: str) -> None:
+    init = ast.parse((PACKAGE / package / "__init__.py").read_text(encoding="utf-8"))
+    mapped = set(re.findall(r"\w+\.py", ast.get_docstring(init) or ""))
+    assert mapped == {path.name for path in (PACKAGE / package).glob("*.py")} - {"__init__.py"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_names_is_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./-]+\.(?:py|pyi|cpp|cu|cuh|h|md|cmake))`", text))
+    linked = {link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)} - {""}
+    places = (ROOT, PACKAGE, ROOT / "csrc")
+    assert {name for name in named if not any((place / name).exists() for place in places)} == set()
+    assert {link for link in linked if not (document.parent / link).exists()} == set()
+
+
+def test_no_module_takes_a_private_name_of_another() -> None:
+    private = {
+        (module, base, name)
+        for module in SOURCES
+        for base, name in imports(module)
+        if base.startswith("protoken.") and name.startswith("_")
+    }
+    assert private == set()
+
+
+def test_importing_a_module_never_comes_back_to_it() -> None:
+    graph = {
+        module: {base for base, _ in imports(module, at_import=True) if base in SOURCES and base != "protoken"}
+        for module in SOURCES
+    }
+    # A package imports its modules; that these were imported through it is no circle of theirs.
+    inner = {module: {base for base in bases if not module.startswith(f"{base}.")} for module, bases in graph.items()}
+    assert list(TopologicalSorter(inner).static_order())  # CycleError names the circle
+
+
+@pytest.mark.parametrize("upper", BELOW)
+def test_imports_point_downwards(upper: str) -> None:
+    taken = {
+        (module, base)
+        for module in SOURCES
+        if module != "protoken" and room(module) == upper
+        for base, _ in imports(module, at_import=True)
+        if base in SOURCES and base != "protoken" and room(base) not in BELOW[upper] | {upper}
+    }
+    assert taken == set()
+
+
+def test_tracing_needs_no_training() -> None:
+    taken = {
+        (module, base)
+        for module in SOURCES
+        if module not in ("protoken", "protoken.__main__") and room(module) not in TRAINING
+        for base, _ in imports(module)
+        if base.startswith("protoken.evaluation")
+    }
+    assert taken == set()
+
+
+@pytest.mark.parametrize("module", ["results", "report.html", "account", "confidence", "verdict", "record_scores"])
+def test_a_saved_trace_is_read_and_judged_without_torch(module: str) -> None:
+    """By all that the module imports in its turn; what its calls import later is their own affair."""
+    seen, coming = set(), [f"protoken.{module}"]
+    while coming:
+        now = coming.pop()
+        seen.add(now)
+        coming += [base for base, _ in imports(now, at_import=True) if base in SOURCES and base not in seen]
+    taken = {(now, base) for now in seen for base, _ in imports(now, at_import=True)}
+    assert {pair for pair in taken if pair[1].partition(".")[0] in ("torch", "transformers")} == set()
