@@ -132,6 +132,8 @@ def draw(run: RunFolder) -> list[Path]:
         axes[0, 1].plot(numbers, hits, color=colour, marker="o", ms=4)
     axes[0, 0].set(xlabel="traced blocks", ylabel="attribution, % of generating the answer", yscale="log")
     axes[0, 1].set(xlabel="traced blocks", ylabel="top client is poisoned, %", ylim=(0, 103))
+    for axis in axes.flat:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].legend(frameon=False, fontsize=8)
     return [save(made, run.folder / "overhead.png")]
 
