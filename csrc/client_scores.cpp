@@ -1,3 +1,10 @@
+// client_scores on the CPU: cut a group of layers into tasks, run an instruction set's kernels, add up what they leave.
+//
+// A task is kChunkRows = 96 rows of one client's matrix of one layer, with all tokens; tasks go layer by layer and
+// client by client, so that the bank is read once and in order. Each leaves one number per token in a place of its own,
+// and a client's are added in one order: neither the number of threads nor other clients change a bit. A bank stored as
+// (in, out) is read along its contiguous dimension with x and grad exchanged; one that is contiguous in neither is
+// copied chunk by chunk. The arithmetic is in dense_kernels.inc.h.
 #include "client_scores.h"
 
 #include <algorithm>

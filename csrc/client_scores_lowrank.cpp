@@ -1,3 +1,11 @@
+// client_scores_lowrank on the CPU: A x and B^T grad of some clients, one after the other, and their product per token.
+//
+// A task is as many whole clients as fit 96 ranks. Up to kFewTokens tokens it passes through all A of its clients, then
+// all B: each is one piece of memory where the clients lie in one tensor, and both products stay in cache. With more
+// tokens these come in blocks of 384, whose products a core can hold, and a panel of tokens, once in cache, serves all
+// clients of the task. Ranks above 64 are taken in parts. A client's sum never depends on who shares its task, nor on
+// threads. Factors that are contiguous in neither dimension are copied first. The arithmetic is in
+// lowrank_kernels.inc.h.
 #include "client_scores_lowrank.h"
 
 #include <algorithm>

@@ -1,3 +1,9 @@
+// client_totals on the CPU: tiles of m, each against every client's same tile.
+//
+// A tile has at most 32,768 numbers of m (128 KB, half a core's cache), whole rows where they fit: it stays there while
+// all clients pass, so m is read from memory once and every client once. Sums are doubles, each tile and client in a
+// place of its own, added in one order: the same bits for any number of threads and order of clients. Up to four
+// clients are read at once (dot_clients in dense_kernels.inc.h), since one alone leaves half of the bandwidth unused.
 #include "client_totals.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Asked once, at the first call: the processor by cpuid, the system by xgetbv (does it save the wide registers?) and,
+// for AMX's tiles, by the permission that Linux wants to be asked for.
 #include "cpu_features.h"
 
 #include <atomic>

@@ -1,4 +1,14 @@
-// client_scores of some rows, written once over Simd; included by each instruction set's file after its Simd.
+// client_scores of some rows, and inner products of whole matrices, written once over Simd; included by each
+// instruction set's file after its Simd. Three forms:
+//
+//   dense_dot     up to kDotTokens = 16 tokens: lanes run along the row. A register tile is R rows by TB tokens, with
+//                 as many rows as registers hold (at most 8; 12 or 16 for one token in fp32, which waits for memory
+//                 alone). The R rows are not neighbours but R streams a step apart.
+//   dense_panel   more: lanes run along the tokens, tiles of 8 rows by 3 vectors (AVX-512), over blocks of kBlock = 256
+//                 columns that are converted to fp32 once for all tokens.
+//   dot           client_totals: up to 4 clients against one read of m, each in 4 running sums.
+//
+// What the next step reads is prefetched: the hardware's own streams end with every page.
 #pragma once
 
 #include "kernels.h"
@@ -144,7 +154,7 @@ void dense_dot(const DenseChunk& c, float* partial, float*) {
           case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums, nan); break;
           case 4: dense_dot_block<Dtype, 4>(c, row, row_end, column, n, token, sums, nan); break;
           case 5:
-            dense_dot_block < Dtype, kDotBlock<5 ? kDotBlock : 5>(c, row, row_end, column, n, token, sums, nan);
+            dense_dot_block<Dtype, (kDotBlock < 5 ? kDotBlock : 5)>(c, row, row_end, column, n, token, sums, nan);
             break;
           default: dense_dot_block<Dtype, kDotBlock>(c, row, row_end, column, n, token, sums, nan); break;
         }

@@ -1,3 +1,7 @@
+// gated_tail on the CPU: three vector-matrix products, W_down first, then W_gate and W_up side by side.
+//
+// Each is v^T W: 16 parts of a matrix's rows are pulled, each for itself and along the rows as they lie, and joined in
+// order, so that sums do not depend on the number of threads. Sums over a norm's d numbers are doubles.
 #include "gated_tail.h"
 
 #include <algorithm>

@@ -1,4 +1,9 @@
-// Projections onto the factors of a low-rank update, written once over Simd.
+// Projections of the tokens onto the factors of a low-rank update, written once over Simd. By how the factor lies:
+//
+//   project_rows    few tokens, n contiguous: rows of the factor like the rows of a dense matrix
+//   project_lanes   few tokens, ranks adjacent (B as [O, r]): lanes run along the rank
+//   project_run     the same with 4 or 8 ranks: a vector holds several n, the tokens' values are spread over its lanes
+//   project_panel   many tokens: lanes along the tokens, several clients' factors against one panel
 #pragma once
 
 #include "dense_kernels.inc.h"

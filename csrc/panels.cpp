@@ -1,3 +1,5 @@
+// Few tokens: rows, padded by one cache line more than needed. Many: panels, [columns, width] of tokens side by side,
+// transposed 16 columns at a time so that each token's cache line is read once.
 #include "panels.h"
 
 #include <algorithm>

@@ -1,3 +1,6 @@
+// No pool of our own: two teams of threads on the same cores wait for each other. The team is borrowed from the OpenMP
+// runtime that torch has loaded, found among the loaded libraries by name and called through GOMP_parallel, which
+// libgomp, libomp and libiomp5 all export; so nothing is linked against any of them.
 #include "parallel.h"
 
 #include <dlfcn.h>

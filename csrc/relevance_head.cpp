@@ -1,3 +1,10 @@
+// relevance_head's sums over the vocabulary on the CPU, for up to 16 tokens: each row of the head is read once.
+//
+// The vocabulary is cut into at most 64 spans, a task each, whatever the number of threads: so results are the same
+// bits for any. A span goes through its rows in pieces of about 192 KB: their logits, the running maximum, then the
+// same rows again, still in cache, for the mean of rows under the softmax. Spans are joined in order, each rescaled to
+// the common maximum. More tokens are left to the torch backend. Norm and own rows are done by Python around this
+// (ops/cpp.py).
 #include "relevance_head.h"
 
 #include <algorithm>

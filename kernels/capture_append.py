@@ -1,6 +1,7 @@
 """capture_append in Triton: one launch per buffer casts and places a step's rows; the cursor moves afterwards.
 
-The row's place is computed from the cursor on the device, so nothing waits and a CUDA graph can hold the call.
+A program takes one row and up to 1024 columns. The row's place is computed from the cursor on the device, so nothing
+waits and a CUDA graph can hold the call.
 """
 
 from __future__ import annotations

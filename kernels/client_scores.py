@@ -110,39 +110,13 @@ def why_not_client_scores(xs: list[Tensor], grads: list[Tensor], banks: list[Den
 def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[DenseBank]) -> None:
     """Two launches per kind of layer: the scores' parts, and their sum."""
     clients, tokens = out.shape[1:]
-    keys = [
-        (
-            bank.rows,
-            bank.columns,
-            bank.dtype,
-            bank.stride_o,
-            bank.stride_i,
-            x.stride(),
-            x.dtype,
-            grad.stride(),
-            grad.dtype,
-            bank_aligned(bank),
-        )
-        for x, grad, bank in zip(xs, grads, banks, strict=True)
-    ]
-    for layers in alike(keys):
+    for layers in alike([_kind(x, grad, bank) for x, grad, bank in zip(xs, grads, banks, strict=True)]):
         x, grad, bank = xs[layers[0]], grads[layers[0]], banks[layers[0]]
         programs = triton.cdiv(bank.rows, ROWS_PER_PROGRAM)
         parts = torch.empty(len(layers), clients, programs, tokens, dtype=torch.float32, device=out.device)
         block = token_block(tokens)
         rows, columns, warps, stages = (FP32_CONFIGS if torch.float32 in (bank.dtype, x.dtype) else CONFIGS)[block]
-        table = device_rows(
-            (
-                (
-                    xs[n].data_ptr(),
-                    grads[n].data_ptr(),
-                    banks[n].device_pointers().data_ptr(),
-                    _address(banks[n].scale),
-                )
-                for n in layers
-            ),
-            out.device,
-        )
+        table = device_rows([_addresses(xs[n], grads[n], banks[n]) for n in layers], out.device)
         _client_scores_kernel[(len(layers) * clients * programs * triton.cdiv(tokens, block),)](
             table,
             parts,
@@ -176,6 +150,12 @@ def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], ban
             scatter(out, layers, summed)
 
 
+def _kind(x: Tensor, grad: Tensor, bank: DenseBank) -> tuple[object, ...]:
+    """Layers of one kind share a launch: same shapes, strides, dtypes and alignment."""
+    stored = (bank.rows, bank.columns, bank.dtype, bank.stride_o, bank.stride_i, bank_aligned(bank))
+    return (*stored, x.stride(), x.dtype, grad.stride(), grad.dtype)
+
+
 def scatter(out: Tensor, layers: list[int], values: Tensor) -> None:
     """out[layers] <- values; one copy when the layers stand in a row or evenly apart."""
     step = layers[1] - layers[0]
@@ -193,5 +173,7 @@ def bank_aligned(bank: DenseBank) -> bool:
     return bool(bank.cache["aligned16"])
 
 
-def _address(value: Tensor | None) -> int:
-    return 0 if value is None else value.data_ptr()
+def _addresses(x: Tensor, grad: Tensor, bank: DenseBank) -> tuple[int, int, int, int]:
+    """A layer's row of the kernel's table."""
+    scale = 0 if bank.scale is None else bank.scale.data_ptr()
+    return x.data_ptr(), grad.data_ptr(), bank.device_pointers().data_ptr(), scale

@@ -1,7 +1,9 @@
 """client_scores_lowrank in Triton: a program takes the clients whose ranks fill 64 rows, and a block of tokens.
 
-s[k, t] = scale[k] sum_r <A_k[r], x_t> <B_k[:, r], g_t>. Both inner products [rows, tokens] stay in registers; their
-product is summed over each client's rows. Clients of a layer are grouped by rank and strides.
+s[k, t] = scale[k] sum_r <A_k[r], x_t> <B_k[:, r], g_t>. Both inner products [rows, tokens] are taken 64 columns at a
+time and stay in registers; their product is summed over each client's rows. Clients of a layer are grouped by rank and
+strides, one launch per group: within one, row (client, r) of a factor is found by arithmetic alone. A program has at
+most 16 clients, since it goes through them one by one to add up their rows; a rank above 64 has a wider tile.
 """
 
 from __future__ import annotations
@@ -102,54 +104,15 @@ def _client_scores_lowrank_kernel(
     first = (tl.program_id(0) // tiles).to(tl.int64) * CLIENTS
     t = (tl.program_id(0) % tiles) * BT + tl.arange(0, BT)
     t_in = t < tokens
+    # Columns 0 and 3 of the table are the addresses of A and B.
     left = _inner_products(
-        table,
-        0,
-        numbers,
-        first,
-        clients,
-        a_r,
-        a_i,
-        x,
-        x_t,
-        x_i,
-        columns,
-        t,
-        t_in,
-        rank,
-        BANK,
-        X,
-        MODE_X,
-        CLIENTS,
-        BR,
-        BT,
-        BC,
-        DEPTH,
-    )
+        table, 0, numbers, first, clients, a_r, a_i, x, x_t, x_i, columns,
+        t, t_in, rank, BANK, X, MODE_X, CLIENTS, BR, BT, BC, DEPTH,
+    )  # fmt: skip
     right = _inner_products(
-        table,
-        3,
-        numbers,
-        first,
-        clients,
-        b_r,
-        b_o,
-        grad,
-        g_t,
-        g_o,
-        rows,
-        t,
-        t_in,
-        rank,
-        BANK,
-        G,
-        MODE_G,
-        CLIENTS,
-        BR,
-        BT,
-        BC,
-        DEPTH,
-    )
+        table, 3, numbers, first, clients, b_r, b_o, grad, g_t, g_o, rows,
+        t, t_in, rank, BANK, G, MODE_G, CLIENTS, BR, BT, BC, DEPTH,
+    )  # fmt: skip
     product = left * right
     slot = tl.arange(0, BR) // rank
     for client in tl.static_range(CLIENTS):

@@ -1,7 +1,7 @@
 """client_totals in Triton: S[k] = <m, delta_k>, each program a block of rows of one client.
 
-Programs of neighbouring clients read the same rows of m one after another, so m comes from the cache. Partial sums
-are added in order.
+A program takes 8 rows of one client, 512 columns at a time, and leaves one number; these are added in order. Programs
+are numbered client first: neighbours read the same rows of m one after another, so m comes from the cache.
 """
 
 from __future__ import annotations

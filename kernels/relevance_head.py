@@ -15,7 +15,7 @@ import triton.language as tl
 from protoken.kernels.common import dot_mode, exact_dot, on_its_device, token_block
 from torch import Tensor
 
-from protoken.ops.relevance_head import Head, known_targets, normalise, pull_through_norm, softcapped
+from protoken.ops.relevance_head import Head, normalise, own_rows, pull_through_norm
 
 CHUNK, BLOCK_V, BLOCK_D = 16384, 64, 64
 
@@ -159,20 +159,9 @@ def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str |
 @on_its_device
 def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: Tensor, head: Head) -> None:
     normed, direction, inverse = normalise(hidden, head)
-    weight = head.weight.detach()
-    targets, known = known_targets(targets, weight.shape[0])
-    rows = weight[targets].float()
-    own = (rows * normed).sum(-1)
-    if head.bias is not None:
-        own = own + head.bias.detach()[targets].float()
-    own = own * head.scale
-    slope = torch.full_like(own, head.scale)
-    if head.softcap is not None:
-        own, slope = softcapped(own, head)
-    torch.mul(own, known, out=value)
-    upstream = rows * (slope * known)[:, None]
+    upstream = own_rows(value, normed, targets, head)
     if head.objective == "logprob":
-        mean, log_mass = _expected_row(normed.contiguous(), weight, head)
+        mean, log_mass = _expected_row(normed.contiguous(), head.weight.detach(), head)
         upstream -= mean * head.scale
         value.sub_(log_mass)
     pull_through_norm(grad, upstream, direction, inverse, head)
