@@ -48,40 +48,13 @@ class Chunks:
 
 def bytes_by_part(plan: Plan, sizes: Sizes, chunks: Chunks) -> dict[str, int]:
     """The formulas above, in bytes."""
-    s, t, e, w = sizes.positions, sizes.new_tokens, sizes.element, sizes.wide
-    clients = sizes.clients if chunks.kept else min(chunks.clients, sizes.clients)
-    deep = plan.way != "local" and bool(sizes.deep)
-    capture = t * (3 * sizes.width + sizes.projected) * e + (2 * s * sizes.width * e if deep else 0)
-    tokens = min(chunks.tokens, t)
-    head = 3 * sizes.width if sizes.gathered_head else 5 * sizes.vocabulary
-    replay: float = tokens * (2 * sizes.activations * e + head * w)
-    near = sum(layer.rows + layer.columns for layer in sizes.near) + 3 * sizes.width
-    relevance, tangents = t * near * e * 2, 0
-    layers = len(sizes.near) + (len(sizes.deep) if plan.granularity == "layer" else 1)
-    rows = s if plan.granularity == "position" else t
-    result = 4 * 8 * rows * (sizes.clients + 1) * layers
-    if deep and plan.way == "forward":
-        pushed = min(chunks.clients, sizes.clients, TANGENTS) + 1
-        rows_deep = sum(layer.rows for layer in sizes.deep)
-        relevance += s * sum(layer.rows + layer.columns for layer in sizes.deep) * e
-        pairs = 4 * sizes.heads * s * s
-        tangents = (pushed + 1) * (s * (3 * sizes.activations + rows_deep) + pairs) * e
-        replay += s * 2 * sizes.activations * e
-    elif deep:
-        extra, gradients = _reverse(plan, sizes, chunks)
-        replay, relevance = replay + extra, relevance + gradients
-    change = sum(4 * layer.numbers for layer in _at_once(plan, sizes, chunks))
-    widest = max(layer.numbers for layer in sizes.layers)
-    bank = clients * sum(
-        layer.client_bytes for layer in (sizes.layers if chunks.kept else _at_once(plan, sizes, chunks))
-    )
     return {
-        "capture": capture,
-        "replay": int(replay),
-        "relevance": int(relevance),
-        "tangents": tangents,
-        "bank": bank + change + 2 * 4 * widest,
-        "result": result,
+        "capture": _capture(plan, sizes),
+        "replay": int(_replay(plan, sizes, chunks)),
+        "relevance": _relevance(plan, sizes, chunks),
+        "tangents": _tangents(plan, sizes, chunks),
+        "bank": _bank(plan, sizes, chunks),
+        "result": _result(plan, sizes),
     }
 
 
@@ -148,22 +121,78 @@ def readable(count: int) -> str:
     return f"{size:.4g} TiB"
 
 
-def _reverse(plan: Plan, sizes: Sizes, chunks: Chunks) -> tuple[float, int]:
-    """Replay and relevance of the blocks that are run with gradients."""
-    s, e, w = sizes.positions, sizes.element, sizes.wide
+def _runs_blocks(plan: Plan, sizes: Sizes) -> bool:
+    """Whether whole blocks are run again, not only the last one's second half."""
+    return plan.way != "local" and bool(sizes.deep)
+
+
+def _capture(plan: Plan, sizes: Sizes) -> int:
+    rows = sizes.new_tokens * (3 * sizes.width + sizes.projected)
+    joined = 2 * sizes.positions * sizes.width if _runs_blocks(plan, sizes) else 0
+    return (rows + joined) * sizes.element
+
+
+def _replay(plan: Plan, sizes: Sizes, chunks: Chunks) -> float:
+    s, e = sizes.positions, sizes.element
+    head = 3 * sizes.width if sizes.gathered_head else 5 * sizes.vocabulary
+    local = min(chunks.tokens, sizes.new_tokens) * (2 * sizes.activations * e + head * sizes.wide)
+    if not _runs_blocks(plan, sizes):
+        return local
+    if plan.way == "forward":
+        return local + s * 2 * sizes.activations * e
     blocks = min(chunks.blocks, sizes.blocks)
     pairs = 2 * sizes.heads * s * s if sizes.plain_attention else 0
-    replay = (blocks + 1) * (s * 1.5 * sizes.activations + pairs) * e
-    replay += -(-sizes.blocks // blocks) * s * sizes.width * e
+    with_gradients = (blocks + 1) * (s * 1.5 * sizes.activations + pairs) * e
+    entrances = -(-sizes.blocks // blocks) * s * sizes.width * e
+    return local + with_gradients + entrances
+
+
+def _relevance(plan: Plan, sizes: Sizes, chunks: Chunks) -> int:
+    near = sum(layer.rows + layer.columns for layer in sizes.near) + 3 * sizes.width
+    local = sizes.new_tokens * near * sizes.element * 2
+    if not _runs_blocks(plan, sizes):
+        return local
+    if plan.way == "forward":
+        return local + sizes.positions * sum(layer.rows + layer.columns for layer in sizes.deep) * sizes.element
+    return local + _gradients(plan, sizes, chunks)
+
+
+def _gradients(plan: Plan, sizes: Sizes, chunks: Chunks) -> int:
+    """Of the layers in the blocks that the reverse way runs at once."""
+    s, e, w = sizes.positions, sizes.element, sizes.wide
     layers = _at_once(plan, sizes, chunks)
     if plan.granularity == "sequence":
-        return replay, sum(s * (layer.rows + layer.columns) * e + 2 * layer.numbers * w for layer in layers)
+        return sum(s * (layer.rows + layer.columns) * e + 2 * layer.numbers * w for layer in layers)
     groups = 1 if plan.granularity == "position" else min(chunks.tokens, max(sizes.new_tokens, 1))
-    gradients = sum(s * (2 * groups * layer.rows + layer.columns) * e for layer in layers)
+    rows = sum(s * (2 * groups * layer.rows + layer.columns) * e for layer in layers)
     # Both sides of the last inner product are widened.
-    products = (2 * directions_at_once(s * layer.rows * w, chunks.clients) + groups for layer in layers)
-    gradients += max(n * s * layer.rows * w for n, layer in zip(products, layers, strict=True))
-    return replay, gradients + 4 * groups * s * sizes.width * e
+    products = (
+        (2 * directions_at_once(s * layer.rows * w, chunks.clients) + groups) * s * layer.rows * w for layer in layers
+    )
+    return rows + max(products) + 4 * groups * s * sizes.width * e
+
+
+def _tangents(plan: Plan, sizes: Sizes, chunks: Chunks) -> int:
+    if plan.way != "forward" or not sizes.deep:
+        return 0
+    s, pushed = sizes.positions, min(chunks.clients, sizes.clients, TANGENTS) + 1
+    rows = sum(layer.rows for layer in sizes.deep)
+    return (pushed + 1) * (s * (3 * sizes.activations + rows) + 4 * sizes.heads * s * s) * sizes.element
+
+
+def _bank(plan: Plan, sizes: Sizes, chunks: Chunks) -> int:
+    together = _at_once(plan, sizes, chunks)
+    clients = sizes.clients if chunks.kept else min(chunks.clients, sizes.clients)
+    updates = clients * sum(layer.client_bytes for layer in (sizes.layers if chunks.kept else together))
+    change = sum(4 * layer.numbers for layer in together)
+    widest = max(layer.numbers for layer in sizes.layers)
+    return updates + change + 2 * 4 * widest
+
+
+def _result(plan: Plan, sizes: Sizes) -> int:
+    layers = len(sizes.near) + (len(sizes.deep) if plan.granularity == "layer" else 1)
+    rows = sizes.positions if plan.granularity == "position" else sizes.new_tokens
+    return 4 * 8 * rows * (sizes.clients + 1) * layers
 
 
 def _at_once(plan: Plan, sizes: Sizes, chunks: Chunks) -> tuple[LayerSize, ...]:

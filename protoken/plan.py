@@ -185,39 +185,48 @@ def _check_unlimited(options: Options) -> None:
 
 
 def _replay_plan(architecture: Architecture, options: Options, settings: Settings) -> Plan:
-    """Of a method that replays the response: totals (reverse) or tokens (forward) for aumann_shapley alone."""
+    """Of a method that replays the response; only the path integral offers ways and granularities."""
     path = options.method == "aumann_shapley"
-    ways = ("auto", "reverse", "forward") if path else ("auto",)
-    if options.way not in ways:
-        raise ArgumentError("way", expected=f'one of {", ".join(ways)} for method "{options.method}"', got=options.way)
-    levels = ("auto", "sequence", "token") if path else ("auto",)
-    if options.granularity not in levels:
-        raise ArgumentError(
-            "granularity",
-            expected=f'one of {", ".join(levels)} for method "{options.method}"',
-            got=options.granularity,
-        )
+    _check_offered("way", options.way, options, ("reverse", "forward") if path else ())
+    _check_offered("granularity", options.granularity, options, ("sequence", "token") if path else ())
     _check_unlimited(options)
     if options.blocks is not None or options.layers is not None:
+        # What they name is found again when the updates are read; a wrong name is refused here, before generating.
         blocks = len(architecture.blocks) if options.blocks is None else options.blocks
         architecture.traced_layers(blocks, options.layers)
-    tokens = path and (options.way == "forward" or (options.way == "auto" and options.granularity == "token"))
-    if path and options.granularity != "auto" and tokens != (options.granularity == "token"):
-        raise ArgumentError(
-            "granularity",
-            expected='"token" with way "forward", "sequence" with way "reverse"',
-            got=f"{options.granularity} with {options.way}",
-        )
+    if path:
+        per_token = _path_per_token(options)
+        way, granularity = ("forward", "token") if per_token else ("reverse", "sequence")
+    else:
+        way, granularity, per_token = "replay", "token", False
     return Plan(
         layers=(),
         first_block=len(architecture.blocks) - 1,
-        way="replay" if not path else "forward" if tokens else "reverse",
-        granularity="token" if tokens or not path else "sequence",
+        way=way,
+        granularity=granularity,
         reason="the response is replayed at other weights",
         objective=options.resolved_objective,
         method=options.method,
         backend=options.backend,
         blocks=options.blocks,
         patterns=None if options.layers is None else tuple(options.layers),
-        settings=replace(settings, per_token=tokens),
+        settings=replace(settings, per_token=per_token),
     )
+
+
+def _path_per_token(options: Options) -> bool:
+    """Whether the path integral scores every token (the forward way) or the whole response (the reverse way)."""
+    per_token = options.way == "forward" or (options.way == "auto" and options.granularity == "token")
+    if options.granularity != "auto" and per_token != (options.granularity == "token"):
+        raise ArgumentError(
+            "granularity",
+            expected='"token" with way "forward", "sequence" with way "reverse"',
+            got=f"{options.granularity} with {options.way}",
+        )
+    return per_token
+
+
+def _check_offered(argument: str, value: str, options: Options, offered: tuple[str, ...]) -> None:
+    if value not in ("auto", *offered):
+        known = ", ".join(("auto", *offered))
+        raise ArgumentError(argument, expected=f'one of {known} for method "{options.method}"', got=value)

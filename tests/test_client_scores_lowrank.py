@@ -128,3 +128,7 @@ def test_bad_input_is_named() -> None:
         client_scores_lowrank(x, grad, a)
     with pytest.raises(ArgumentError, match="LowRankBank"):
         client_scores_lowrank(x, grad, LowRankBank.of(a, b), b)
+    with pytest.raises(ShapeError, match="grads: expected 2 entries, one per layer as in xs, got 1"):
+        client_scores_lowrank_grouped([x, x], [grad], [(a, b, scale), (a, b, scale)])
+    with pytest.raises(ShapeError, match=r"bank\[1\]: expected 3 clients as bank\[0\], got 2.*absent client"):
+        client_scores_lowrank_grouped([x, x], [grad, grad], [(a, b, scale), (a[:2], b[:2], scale[:2])])

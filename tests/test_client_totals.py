@@ -110,3 +110,5 @@ def test_bad_input_is_named() -> None:
         client_totals(m.int(), bank)
     with pytest.raises(ShapeError, match="banks"):
         client_totals_grouped([m, m], [bank])
+    with pytest.raises(ShapeError, match=r"bank\[1\]: expected 3 clients as bank\[0\], got 2.*absent client"):
+        client_totals_grouped([m, m], [bank, bank[:2]])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from op_cases import normal
@@ -116,10 +119,26 @@ def test_bad_input_is_named() -> None:
         relevance_head(hidden, torch.tensor([0, 10, 1]), head)
     with pytest.raises(ArgumentError, match=r"head\.norm: expected one of rms, layer, none"):
         relevance_head(hidden, targets, Head(head.weight, norm="batch"))
-    with pytest.raises(ArgumentError, match="softcap"):
-        relevance_head(hidden, targets, Head(head.weight, softcap=0.0))
+    with pytest.raises(ArgumentError, match=r"head\.objective: expected one of logprob, logit"):
+        relevance_head(hidden, targets, Head(head.weight, objective="loss"))
     with pytest.raises(ShapeError, match="norm_weight"):
         relevance_head(hidden, targets, Head(head.weight, norm_weight=torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "expected"),
+    [
+        ("softcap", 0.0, "a finite number above 0, or None"),
+        ("softcap", -30.0, "a finite number above 0, or None"),
+        ("softcap", math.nan, "a finite number above 0, or None"),
+        ("eps", -1e-6, "a finite number, not negative"),
+        ("scale", math.inf, "a finite number"),
+    ],
+)
+def test_a_number_that_makes_no_head_is_named(name: str, number: float, expected: str) -> None:
+    hidden, targets, head = case(3, 8, 10)
+    with pytest.raises(ArgumentError, match=rf"head\.{name}: expected {expected}, got {number}"):
+        relevance_head(hidden, targets, replace(head, **{name: number}))
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])

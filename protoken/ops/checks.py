@@ -113,6 +113,24 @@ def check_inputs(
             check_device(name + where, value.device, anchor, "the bank")
 
 
+def check_layers(anchor: str, count: int, **values: Sequence[object] | None) -> None:
+    """Every sequence has one entry per layer, as the one called ``anchor`` has; None is left out."""
+    for name, entries in values.items():
+        if entries is not None and len(entries) != count:
+            raise ShapeError(name, expected=f"{count} entries, one per layer as in {anchor}", got=len(entries))
+
+
+def check_same_clients(layer: int, got: int, expected: int) -> None:
+    """A call's layers share their clients."""
+    if got != expected:
+        raise ShapeError(
+            f"bank[{layer}]",
+            expected=f"{expected} clients as bank[0]",
+            got=got,
+            remedy="Give an absent client an update of zeros, or call once per layer.",
+        )
+
+
 def narrow(value: Tensor) -> Tensor:
     """float64 becomes fp32, in which every op computes; all else stays as it is. No autograd graph is kept, and no
     sign that torch only remembers (the imaginary part of a conjugate), since kernels read what is stored."""

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from protoken.dispatch import launcher, shortcut
-from protoken.errors import ShapeError
 from protoken.ops.banks import DenseBank
-from protoken.ops.checks import check_inputs, check_size, check_tensor, narrow, spread
+from protoken.ops.checks import (
+    check_inputs,
+    check_layers,
+    check_same_clients,
+    check_size,
+    check_tensor,
+    narrow,
+    spread,
+)
 from protoken.ops.library import flatten
 
 Bank = DenseBank | Tensor | Sequence[Tensor]
@@ -85,9 +92,7 @@ def wrap_banks(
     scales: Sequence[Tensor | None] | None,
 ) -> list[DenseBank]:
     """The layers' banks, checked, with one number of clients."""
-    for name, values in (("grads", grads), ("banks", banks), ("scales", scales)):
-        if values is not None and len(values) != len(xs):
-            raise ShapeError(name, expected=f"{len(xs)} entries, one per layer as in xs", got=len(values))
+    check_layers("xs", len(xs), grads=grads, banks=banks, scales=scales)
     wrapped: list[DenseBank] = []
     for layer, bank in enumerate(banks):
         scale = scales[layer] if scales else None
@@ -101,13 +106,7 @@ def wrap_banks(
                 xs[layer].shape[-1] if xs[layer].dim() else 0,
             )
             wrapped.append(DenseBank.of(bank, scale, shape=shape))
-        if wrapped[-1].clients != wrapped[0].clients:
-            raise ShapeError(
-                f"bank[{layer}]",
-                expected=f"{wrapped[0].clients} clients as bank[0]",
-                got=wrapped[-1].clients,
-                remedy="Give an absent client a zero matrix, or score the layers apart.",
-            )
+        check_same_clients(layer, wrapped[-1].clients, wrapped[0].clients)
     return wrapped
 
 

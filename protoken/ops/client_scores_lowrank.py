@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from protoken.dispatch import launcher, shortcut
-from protoken.errors import ShapeError
 from protoken.ops.banks import LowRankBank
-from protoken.ops.checks import check_inputs, check_size, check_tensor, narrow, spread
+from protoken.ops.checks import (
+    check_inputs,
+    check_layers,
+    check_same_clients,
+    check_size,
+    check_tensor,
+    narrow,
+    spread,
+)
 from protoken.ops.library import flatten_lowrank
 
 Factors = Tensor | Sequence[Tensor]
@@ -84,13 +91,10 @@ def client_scores_lowrank_grouped(
     if torch.compiler.is_compiling():
         a, b, counts, scales = flatten_lowrank(banks)
         return torch.ops.protoken.client_scores_lowrank(xs, grads, a, b, counts, scales, backend)  # type: ignore[no-any-return]
-    for name, values in (("grads", grads), ("banks", banks)):
-        if len(values) != len(xs):
-            raise ShapeError(name, expected=f"{len(xs)} entries, one per layer as in xs", got=len(values))
+    check_layers("xs", len(xs), grads=grads, banks=banks)
     wrapped = [bank if isinstance(bank, LowRankBank) else LowRankBank.of(*bank) for bank in banks]
     for layer, bank in enumerate(wrapped):
-        if bank.clients != wrapped[0].clients:
-            raise ShapeError(f"bank[{layer}]", expected=f"{wrapped[0].clients} clients as bank[0]", got=bank.clients)
+        check_same_clients(layer, bank.clients, wrapped[0].clients)
         check_tensor(f"x[{layer}]", xs[layer])
     clients = wrapped[0].clients if wrapped else 0
     tokens = xs[0].shape[0] if xs and xs[0].dim() else 0

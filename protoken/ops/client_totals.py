@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from protoken.dispatch import launcher, shortcut
-from protoken.errors import ShapeError
 from protoken.ops.banks import DenseBank
 from protoken.ops.checks import (
     FLOATS,
     check_device,
     check_dtype,
+    check_layers,
     check_matrix,
+    check_same_clients,
     check_size,
     check_tensor,
     is_plain,
@@ -65,15 +66,12 @@ def client_totals_grouped(
     if torch.compiler.is_compiling():
         tensors, counts, kept = flatten(banks, scales)
         return torch.ops.protoken.client_totals(ms, tensors, counts, kept, backend)  # type: ignore[no-any-return]
-    for name, values in (("banks", banks), ("scales", scales)):
-        if values is not None and len(values) != len(ms):
-            raise ShapeError(name, expected=f"{len(ms)} entries, one per layer as in ms", got=len(values))
+    check_layers("ms", len(ms), banks=banks, scales=scales)
     wrapped = [_wrap(layer, ms[layer], bank, scales[layer] if scales else None) for layer, bank in enumerate(banks)]
     clients = wrapped[0].clients if wrapped else 0
     device = wrapped[0].device if wrapped else torch.device("cpu")
     for layer, bank in enumerate(wrapped):
-        if bank.clients != clients:
-            raise ShapeError(f"bank[{layer}]", expected=f"{clients} clients as bank[0]", got=bank.clients)
+        check_same_clients(layer, bank.clients, clients)
     check_size("totals", len(wrapped), clients, 4)
     full = [layer for layer, bank in enumerate(wrapped) if clients and bank.rows and bank.columns]
     if not full:

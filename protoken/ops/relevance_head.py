@@ -104,34 +104,44 @@ def _check(hidden: Tensor, targets: Tensor, head: Head) -> None:
     check_matrix("head.weight", head.weight, "[V, d]")
     vocabulary, width = head.weight.shape
     check_matrix("hidden", hidden, f"[T, {width}] to match head.weight", None, width)
-    check_tensor("targets", targets)
-    if tuple(targets.shape) != (hidden.shape[0],):
-        raise ShapeError("targets", expected=f"[T] = ({hidden.shape[0]},)", got=tuple(targets.shape))
-    check_dtype("targets", targets.dtype, (torch.int64,))
-    check_device("targets", targets.device, hidden.device, "hidden")
     check_dtype("hidden", hidden.dtype, FLOATS)
-    for name, length in (
-        ("weight", None),
-        ("bias", vocabulary),
-        ("norm_weight", width),
-        ("norm_bias", width),
-    ):
+    _check_tensors(head, hidden.device)
+    _check_choices(head)
+    _check_targets(targets, hidden, vocabulary)
+
+
+def _check_tensors(head: Head, device: torch.device) -> None:
+    vocabulary, width = head.weight.shape
+    lengths = {"weight": None, "bias": vocabulary, "norm_weight": width, "norm_bias": width}
+    for name, length in lengths.items():
         value = getattr(head, name)
         if value is None:
             continue
         if length is not None and tuple(value.shape) != (length,):
             raise ShapeError(f"head.{name}", expected=f"({length},)", got=tuple(value.shape))
         check_dtype(f"head.{name}", value.dtype, FLOATS)
-        check_device(f"head.{name}", value.device, hidden.device, "hidden")
+        check_device(f"head.{name}", value.device, device, "hidden")
+
+
+def _check_choices(head: Head) -> None:
     if head.norm not in NORMS:
         raise ArgumentError("head.norm", expected=f"one of {', '.join(NORMS)}", got=repr(head.norm))
     if head.objective not in OBJECTIVES:
         raise ArgumentError("head.objective", expected=f"one of {', '.join(OBJECTIVES)}", got=repr(head.objective))
-    for name, number in (("eps", head.eps), ("scale", head.scale), ("softcap", head.softcap)):
-        if number is not None and not (math.isfinite(number) and (name == "scale" or number >= 0)):
-            raise ArgumentError(f"head.{name}", expected="a finite number, not negative", got=number)
-    if head.softcap == 0:
-        raise ArgumentError("head.softcap", expected="a number above 0, or None", got=0)
+    if not math.isfinite(head.scale):
+        raise ArgumentError("head.scale", expected="a finite number", got=head.scale)
+    if not (math.isfinite(head.eps) and head.eps >= 0):
+        raise ArgumentError("head.eps", expected="a finite number, not negative", got=head.eps)
+    if head.softcap is not None and not (math.isfinite(head.softcap) and head.softcap > 0):
+        raise ArgumentError("head.softcap", expected="a finite number above 0, or None", got=head.softcap)
+
+
+def _check_targets(targets: Tensor, hidden: Tensor, vocabulary: int) -> None:
+    check_tensor("targets", targets)
+    if tuple(targets.shape) != (hidden.shape[0],):
+        raise ShapeError("targets", expected=f"[T] = ({hidden.shape[0]},)", got=tuple(targets.shape))
+    check_dtype("targets", targets.dtype, (torch.int64,))
+    check_device("targets", targets.device, hidden.device, "hidden")
     if targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocabulary:
