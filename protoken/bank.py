@@ -230,13 +230,6 @@ def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
     return tuple(sorted(set(chosen)))
 
 
-def build_bank(
-    ledger: Ledger, model: nn.Module, layers: Sequence[str], rounds: Sequence[int], at_round: int | None = None
-) -> Bank:
-    """Lay out the updates of `rounds` for the `layers` of `model`; see `LedgerBank`, whose whole this is."""
-    return LedgerBank(ledger, model, layers, rounds, at_round).read(model, layers)
-
-
 def check_shape(record: Round, layer: Layer, recorded: Recorded) -> None:
     """LedgerMismatchError when the round's parameter has another shape than the model's layer."""
     if recorded.direct is None:

@@ -1,6 +1,10 @@
 """`trace(model, prompt)`: generate once, then say which client taught which token. Read this file first.
 
     prompt ─▶ generate, capturing the traced blocks' inputs ─▶ relevance ─▶ projection onto the clients' deltas ─▶ Trace
+    text.py   generation.py, capture.py                        relevance.py bank.py, projection.py            results.py
+
+What the caller chose is in options.py, what follows from it in plan.py; session.py, attribution.py and first_order.py
+take these steps one after the other. CONTRIBUTING.md has the whole map.
 
 Scores are s[k, t] = rho_k * sum_layers <g_t, delta_k x_t>, in the unit of the objective (nats for the
 log-probability). They are first order at the global model G: the contribution of client k's weighted update to the

@@ -7,14 +7,14 @@ from tolerances import close
 from torch import nn
 
 import protoken
-from protoken.bank import build_bank
+from protoken.bank import LedgerBank
 from protoken.ledger import Ledger
-from protoken.methods.paper import _objective_and_taps, paper_scores
+from protoken.methods.paper import objective_and_taps, paper_scores
 
 
 def oracle(model: nn.Module, ledger: Ledger, trace: protoken.Trace) -> torch.Tensor:
     """rho_k * (updates in the published double loop), [L, T, K]."""
-    bank = build_bank(ledger, model, trace.info.layers, trace.info.rounds)
+    bank = LedgerBank(ledger, model, trace.info.layers, trace.info.rounds).read(model, trace.info.layers)
     ids = torch.tensor([[*trace.prompt_ids, *(token.id for token in trace.token_list)]])
     scores, _ = paper_scores(model, ids, len(trace.prompt_ids), bank.deltas, trace.info.objective)
     return scores * bank.weights
@@ -22,11 +22,11 @@ def oracle(model: nn.Module, ledger: Ledger, trace: protoken.Trace) -> torch.Ten
 
 def oracle_positions(model: nn.Module, ledger: Ledger, trace: protoken.Trace) -> torch.Tensor:
     """rho_k * sum_t sum_l <g_t[pos], delta_k x[pos]> in the same loop, [S, K]; linear layers only."""
-    bank = build_bank(ledger, model, trace.info.layers, trace.info.rounds)
+    bank = LedgerBank(ledger, model, trace.info.layers, trace.info.rounds).read(model, trace.info.layers)
     ids = torch.tensor([[*trace.prompt_ids, *(token.id for token in trace.token_list)]])
     found = torch.zeros(ids.shape[1] - 1, len(bank.clients), dtype=torch.float64)
     for end in range(len(trace.prompt_ids), ids.shape[1]):
-        value, taps = _objective_and_taps(
+        value, taps = objective_and_taps(
             model, ids[:, :end], int(ids[0, end]), list(trace.info.layers), trace.info.objective
         )
         grads = torch.autograd.grad(value, [y for _, y in taps.values()])

@@ -29,6 +29,7 @@ from tolerances import close
 
 import protoken
 from protoken import errors
+from protoken.bank import LedgerBank
 from protoken.ledger import Ledger
 
 
@@ -50,7 +51,7 @@ def test_factors_averaged_apart_are_split_exactly(
     before_a = a - record.change(f"{found.info.layers[0]}.lora_A.default.weight")
     before_b = b - record.change(f"{found.info.layers[0]}.lora_B.default.weight")
     change = (b @ a - before_b @ before_a) * layer.scaling["default"]
-    bank = protoken.bank.build_bank(Ledger.open(path), model, found.info.layers[:1], [1])
+    bank = LedgerBank(Ledger.open(path), model, found.info.layers[:1], [1]).read(model, found.info.layers[:1])
     close(bank.change[found.info.layers[0]], change, torch.float32)
 
 
@@ -178,7 +179,7 @@ def test_adapted_embeddings_are_traced(tmp_path: Path, way: str) -> None:
     assert found.info.layers == (name,)
     assert found.conservation_residual < 1e-5
     # The slope of the objective along one client's contribution, by autograd through the whole model.
-    bank = protoken.bank.build_bank(Ledger.open(path), model, [name], [1])
+    bank = LedgerBank(Ledger.open(path), model, [name], [1]).read(model, [name])
     ids = torch.tensor([[*found.prompt_ids, *(token.id for token in found.token_list)]])
     table = model.get_submodule(name).base_layer.weight.requires_grad_()
     logits = model(input_ids=ids[:, :-1]).logits[0, len(PROMPT) - 1 :].log_softmax(-1)

@@ -33,7 +33,6 @@ from protoken.errors import ArgumentError, LedgerError, LedgerFormatError, NonFi
 from protoken.ledger import ClientUpdate, Ledger, parsing
 from protoken.ledger import manifest as m
 from protoken.ledger.files import FileLayer
-from protoken.ledger.names import escape_terminal
 from protoken.ledger.verification import verify
 
 
@@ -205,14 +204,6 @@ def test_a_hundred_thousand_clients_are_parsed_and_one_more_is_refused(path):
     more = data.replace(b'"clients":[', b'"clients":[{},', 1)
     with pytest.raises(LedgerFormatError, match="1 to 100000 clients, got 100001"):
         parsing.parse_manifest(more, "more")
-
-
-@pytest.mark.parametrize("text", ["\x1b]0;pwned\x07", "a\u202eb", "tab\t", "back\\slash", "\x9b31m"])
-def test_escaped_text_is_printable_ascii(text):
-    escaped = escape_terminal(text)
-    assert escaped.isascii()
-    assert escaped.isprintable()
-    assert escape_terminal("plain text <>") == "plain text <>"
 
 
 def test_free_text_of_a_ledger_never_reaches_a_terminal_as_it_is(tmp_path):

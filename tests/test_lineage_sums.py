@@ -18,7 +18,7 @@ from tolerances import close
 
 import protoken
 from protoken import lineage_sums
-from protoken.bank import LedgerBank, build_bank
+from protoken.bank import LedgerBank
 from protoken.layer_bank import Stored
 from protoken.layers import layer_of
 from protoken.ledger import ClientUpdate, Ledger, LowRank, chain
@@ -60,7 +60,7 @@ def adapters(path: Path, rounds: int, clients: int = 6, rank: int = 8, codec: st
 def equals_lineage(federation: TinyFederation, layers: tuple[str, ...], rounds: tuple[int, ...]) -> None:
     ledger = federation.ledger
     records = [ledger.round(number) for number in rounds]
-    bank = build_bank(ledger, federation.model, layers, rounds)
+    bank = LedgerBank(ledger, federation.model, layers, rounds).read(federation.model, layers)
     assert bank.clients == lineage_clients(records)
     for name in layers:
         layer = layer_of(federation.model, name)

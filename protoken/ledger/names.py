@@ -1,4 +1,4 @@
-"""Names that may stand in a ledger, so that none can leave its folder, fool a reader or steer a terminal.
+"""Names that may stand in a ledger, so that none can leave its folder or fool a reader.
 
     client      [A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}   unique in the whole ledger, letter case ignored
     parameter   [A-Za-z0-9_][A-Za-z0-9_.-]{0,255}     the in-memory name, e.g. model.layers.3.mlp.down_proj.weight
@@ -54,15 +54,6 @@ def first_duplicate(clients: Iterable[str]) -> tuple[str, str] | None:
             return seen[fold(client)], client
         seen[fold(client)] = client
     return None
-
-
-def escape_terminal(text: str) -> str:
-    """Text safe to print: everything but printable ASCII becomes a backslash escape.
-
-    >>> escape_terminal("a\\x1b[2J")
-    'a\\\\x1b[2J'
-    """
-    return "".join(c if " " <= c <= "~" and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _check(argument: str, value: object, pattern: re.Pattern[str], remedy: str) -> str:

@@ -1,7 +1,7 @@
 """What `protoken ledger ls` and `show` print: plain JSON values, nothing but manifests read.
 
-Names follow the ledger's charset; free text (model, metadata, reasons of quarantine) does not: escape it with
-names.escape_terminal before it reaches a terminal.
+Names follow the ledger's charset; free text (model, metadata, reasons of quarantine) does not: draw it with
+protoken.report.visible before it reaches a terminal.
 """
 
 from __future__ import annotations

@@ -56,15 +56,14 @@ def paper_scores(
     """
     scores, values = [], []
     for end in range(prompt_length, ids.shape[1]):
-        value, taps = _objective_and_taps(model, ids[:, :end], int(ids[0, end]), list(weights), objective)
+        value, taps = objective_and_taps(model, ids[:, :end], int(ids[0, end]), list(weights), objective)
         grads = torch.autograd.grad(value, [y for _, y in taps.values()])
         found = {name: (x, grad) for (name, (x, _)), grad in zip(taps.items(), grads, strict=True)}
         scores.append([[_inner(weight, *found[name]) for weight in weights[name]] for name in weights])
         values.append(value.item())
     shape = (len(scores), len(weights), len(next(iter(weights.values()))))
-    return torch.tensor(scores, dtype=torch.float64).reshape(shape).transpose(0, 1), torch.tensor(
-        values, dtype=torch.float64
-    )
+    by_token = torch.tensor(scores, dtype=torch.float64).reshape(shape)
+    return by_token.transpose(0, 1), torch.tensor(values, dtype=torch.float64)
 
 
 def client_weights(model: PreTrainedModel, layer: str, change: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
@@ -73,7 +72,7 @@ def client_weights(model: PreTrainedModel, layer: str, change: Tensor, deltas: S
     return [sent + delta.float() for delta in deltas]
 
 
-def _objective_and_taps(
+def objective_and_taps(
     model: PreTrainedModel, context: Tensor, token: int, layers: list[str], objective: Objective
 ) -> tuple[Tensor, dict[str, tuple[Tensor | None, Tensor]]]:
     """f_t, and per layer (x, y) of the module, or (None, [O, I] weight) where the weight itself is the leaf."""
