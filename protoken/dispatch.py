@@ -1,24 +1,20 @@
 """The only place that picks a backend, and the contract that every backend serves.
 
-Order of ``backend="auto"``: cuda, triton, cpp, torch. A backend asked for by name raises `BackendError` with
-its reason when it cannot serve the call; an error inside a launch is raised and never turned into another
-backend.
+Order of ``backend="auto"``: cuda, triton, cpp, torch. A backend asked for by name raises `BackendError` with its reason
+when it cannot serve the call; an error inside a launch is raised and never turned into another backend.
 
-Contract of a launcher
-----------------------
-A backend is a module with one function ``launch_<op>(out..., operands...)`` per op it has. Operands arrive
-validated (`protoken.ops` raised every typed error already), all on one device, none of T, K, O, I is 0; the
-launcher fills every element of the outputs, which arrive uninitialised, C-contiguous and fp32. It allocates
-through torch, launches on the current stream, never synchronises, and keeps no state but compiled code and
-what it caches on a bank object (`DenseBank.cache`, `LowRankBank.cache`: plain dicts for tables living as long
-as the bank).
+Contract of a launcher ---------------------- A backend is a module with one function ``launch_<op>(out...,
+operands...)`` per op it has. Operands arrive validated (`protoken.ops` raised every typed error already), all on one
+device, none of T, K, O, I is 0; the launcher fills every element of the outputs, which arrive uninitialised,
+C-contiguous and fp32. It allocates through torch, launches on the current stream, never synchronises, and keeps no
+state but compiled code and what it caches on a bank object (`DenseBank.cache`, `LowRankBank.cache`: plain dicts for
+tables living as long as the bank).
 
     launch_client_scores(out, xs, grads, banks)
         out    fp32 [L, K, T]
         xs     list of L tensors [T, I_l], fp32 / bf16 / fp16, any strides (float64 was cast to fp32)
         grads  list of L tensors [T, O_l], likewise
-        banks  list of L `DenseBank`: .tensor [K, O, I] any strides, or None when the clients' matrices lie
-        apart;
+        banks  list of L `DenseBank`: .tensor [K, O, I] any strides, or None when the clients' matrices lie apart;
                .pointers int64 [K] on the CPU and .device_pointers() int64 [K] on the bank's device (cached),
                one address per client; .stride_o, .stride_i strides in elements, shared by all clients of the
                bank; .dtype fp32 / bf16 / fp16 / int8 / float8_e4m3fn; .scale fp32 [K, O] contiguous, or None;

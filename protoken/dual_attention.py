@@ -5,9 +5,8 @@
     o = P v                       do_k = dP_k v + P dv_k
 
 P is computed once for all directions, a run of query rows at a time, so that memory does not grow with the square of
-the length; under a causal mask later keys are never touched. Heads that share a key head stay together as rows of
-one matmul. Half precision is computed in fp32. The fused attention that the value itself comes from has no forward
-mode.
+the length; under a causal mask later keys are never touched. Heads that share a key head stay together as rows of one
+matmul. Half precision is computed in fp32. The fused attention that the value itself comes from has no forward mode.
 """
 
 from __future__ import annotations

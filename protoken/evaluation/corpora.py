@@ -95,9 +95,8 @@ def generate_rows(domain: str, count: int, *, seed: int = 0) -> list[ChatRow]:
 def load_jsonl(path: str | Path, *, label: str | None = None) -> list[ChatRow]:
     """Chat rows from a file of one JSON object a line: ``{"messages": [{"role", "content"}, ...]}``.
 
-    Every row must end with an assistant message and hold a user message. The row's own "label" is kept unless
-    ``label`` replaces it; other keys are ignored. Raises ArgumentError naming the file, the line and what is
-    wrong with it.
+    Every row must end with an assistant message and hold a user message. The row's own "label" is kept unless ``label``
+    replaces it; other keys are ignored. Raises ArgumentError naming the file, the line and what is wrong with it.
     """
     path = Path(path)
     try:

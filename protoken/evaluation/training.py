@@ -1,10 +1,9 @@
 """Local training of a client: AdamW on the answers' tokens, the frozen lower blocks run once and remembered.
 
-When only the last blocks learn, everything below them gives the same hidden states in every step, epoch and
-round. They are computed once per example and handed to the first trained block; each step then costs the
-trained blocks and the head on the answer's positions. Both passes go through the model's own forward, so
-masks, rotary embeddings, norms and soft-caps are the family's own, and a step's gradient is that of an
-ordinary step.
+When only the last blocks learn, everything below them gives the same hidden states in every step, epoch and round. They
+are computed once per example and handed to the first trained block; each step then costs the trained blocks and the
+head on the answer's positions. Both passes go through the model's own forward, so masks, rotary embeddings, norms and
+soft-caps are the family's own, and a step's gradient is that of an ordinary step.
 """
 
 from __future__ import annotations
@@ -144,8 +143,7 @@ class LocalTrainer:
         seed: int,
         step: Callable[[int, int, float], None] | None = None,
     ) -> list[float]:
-        """Run `settings.epochs` epochs of AdamW from the parameters' present values; the mean loss of every
-        step.
+        """Run `settings.epochs` epochs of AdamW from the parameters' present values; the mean loss of every step.
 
         Loss: mean over the batch's answer tokens of -log p(token | what is before it), in nats. Batches are
             shuffled by `seed`; dropout is off. `step(done, total, loss)` is called after every step. The
@@ -202,8 +200,7 @@ class LocalTrainer:
 
     @torch.no_grad()
     def _boundary(self, batch: Sequence[Example]) -> Tensor:
-        """Hidden states [B, t, d] that enter the first trained block; the blocks from there on are passed
-        through."""
+        """Hidden states [B, t, d] that enter the first trained block; the blocks from there on are passed through."""
         ids, mask = _padded([e.ids for e in batch], self.model.device)
         seen: list[Tensor] = []
 
@@ -224,8 +221,7 @@ class LocalTrainer:
 
     @contextmanager
     def _from_boundary(self, states: Sequence[Tensor]) -> Iterator[None]:
-        """Within: the frozen blocks are skipped, and the first trained one is handed `states` ([t_i, d]
-        each)."""
+        """Within: the frozen blocks are skipped, and the first trained one is handed `states` ([t_i, d] each)."""
         hidden = nn.utils.rnn.pad_sequence(list(states), batch_first=True)
 
         def enter(
@@ -251,8 +247,7 @@ class LocalTrainer:
 
 
 def _first_trained_block(architecture: Architecture, parameters: Sequence[str]) -> int:
-    """Number of the lowest block with a trained parameter; 0 when one stands outside the blocks (an
-    embedding)."""
+    """Number of the lowest block with a trained parameter; 0 when one stands outside the blocks (an embedding)."""
     inside = [name for name in parameters if name.startswith(f"{architecture.blocks_name}.")]
     if len(inside) < len(parameters):
         return 0
@@ -274,8 +269,7 @@ def _only_these_learn(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iter
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids [B, t] and mask [B, t], padded on the right. What stands in the padding is masked and never
-    scored."""
+    """Ids [B, t] and mask [B, t], padded on the right. What stands in the padding is masked and never scored."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()

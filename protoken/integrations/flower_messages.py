@@ -107,8 +107,7 @@ def named(arrays: Arrays, names: Sequence[str] | None) -> Arrays:
 def tensors(arrays: Arrays, dtypes: Mapping[str, torch.dtype]) -> dict[str, Value]:
     """The server's floating arrays; counters and the like are not recorded.
 
-    ``dtypes`` are those of the model: some strategies return fp64 for fp32 weights, which clients load as
-    fp32 again.
+    ``dtypes`` are those of the model: some strategies return fp64 for fp32 weights, which clients load as fp32 again.
     """
     found = {key: _decode(key, array) for key, array in arrays.items()}
     return {key: value.to(dtypes.get(key, value.dtype)) for key, value in found.items() if value is not None}

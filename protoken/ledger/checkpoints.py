@@ -68,8 +68,7 @@ def load_through_model(path: str | os.PathLike[str], parameters: Patterns = None
 
 
 def load_adapter(path: str | os.PathLike[str]) -> dict[str, Value]:
-    """A PEFT LoRA folder: target weights as LowRank (alpha / r, or alpha / sqrt(r) with rsLoRA), modules_to_save
-    dense.
+    """A PEFT LoRA folder: target weights as LowRank (alpha / r, or alpha / sqrt(r) with rsLoRA), modules_to_save dense.
 
     ArgumentError for what is no sum of B A: DoRA, other PEFT types, LoRA on convolutions, LoRA biases.
     """

@@ -37,9 +37,7 @@ VALUES, SCALE, FACTOR_A, FACTOR_B = "::values", "::scale", "::a", "::b"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One parameter as it is stored: the layout's name, its parts by suffix, and the stated error
-    (Frobenius).
-    """
+    """One parameter as it is stored: the layout's name, its parts by suffix, and the stated error (Frobenius)."""
 
     layout: str
     parts: dict[str, Tensor]
@@ -92,8 +90,7 @@ def factors(parts: dict[str, Tensor]) -> LowRank:
 def expected_parts(
     layout: object, shape: tuple[int, ...], what: str
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Suffix -> (dtypes allowed, shape; -1 is the rank) of a parameter of this shape; LedgerFormatError if
-    impossible.
+    """Suffix -> (dtypes allowed, shape; -1 is the rank) of a parameter of this shape; LedgerFormatError if impossible.
     """
     if layout in _PLAIN:
         return {"": ((_PLAIN_NAMES[str(layout)],), shape)}

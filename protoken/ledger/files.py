@@ -1,15 +1,13 @@
 """Every file operation of the ledger, in one small object.
 
-Names are relative to the ledger's folder, with "/" between parts. Each part is opened by its parent's
-descriptor without following links, so a symlink anywhere below the folder is an error and never a way out of
-it. Regular files must have one name only: with a second hard link somebody outside could rewrite what is
-called immutable.
+Names are relative to the ledger's folder, with "/" between parts. Each part is opened by its parent's descriptor
+without following links, so a symlink anywhere below the folder is an error and never a way out of it. Regular files
+must have one name only: with a second hard link somebody outside could rewrite what is called immutable.
 
 Reads go through pread into memory of ours, after fstat: a file that shrinks under a mapping kills the process
 with SIGBUS, a short pread is an exception. The page cache is the same either way.
 
-All changes pass through ``_change``, the one place where tests inject faults and where OSError becomes
-DurabilityError.
+All changes pass through ``_change``, the one place where tests inject faults and where OSError becomes DurabilityError.
 """
 
 from __future__ import annotations
@@ -36,8 +34,7 @@ _CHUNK = 1 << 26
 class FileLayer:
     """File operations below one folder.
 
-    ``sync=False`` skips fsync: only for throw-away ledgers in tests and benchmarks; a crash may then lose
-    anything.
+    ``sync=False`` skips fsync: only for throw-away ledgers in tests and benchmarks; a crash may then lose anything.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, sync: bool = True) -> None:

@@ -57,10 +57,9 @@ def import_round(
 ) -> Round:
     """Commit one round from checkpoints, adapters, files or state dicts (see checkpoints.load). One client in memory.
 
-    ``base`` may be None for the first round of adapters that started at B = 0. ``parameters`` chooses what is
-    recorded (names, patterns, a function; None: all). ``lora`` says what the server averaged: "factors" A and B
-    apart, or "products" B A; "auto" looks. Parameters that no file changed cost space: choose the layers you will
-    trace.
+    ``base`` may be None for the first round of adapters that started at B = 0. ``parameters`` chooses what is recorded
+    (names, patterns, a function; None: all). ``lora`` says what the server averaged: "factors" A and B apart, or
+    "products" B A; "auto" looks. Parameters that no file changed cost space: choose the layers you will trace.
     """
     after = load(aggregate, parameters)
     before = load(base, parameters) if base is not None else _empty(after)

@@ -1,8 +1,8 @@
 """The ledger: a folder of rounds that only grows.
 
 >>> ledger = Ledger.create("ledger", model="my-model")
->>> ledger.commit_round(before, after, [ClientUpdate("alice", 0.6, state=alice), ClientUpdate("bob", 0.4,
-state=bob)])
+>>> updates = [ClientUpdate("alice", 0.6, state=alice), ClientUpdate("bob", 0.4, state=bob)]
+>>> ledger.commit_round(before, after, updates)
 >>> ledger.round("last").delta("alice", "model.layers.29.self_attn.o_proj.weight")
 
 An open ledger is a snapshot: it shows the rounds that were committed when it was opened, whatever a writer
@@ -124,8 +124,7 @@ class Ledger:
         check: bool = True,
         files: FileLayer | None = None,
     ) -> Ledger:
-        """Open for reading, and for writing when the folder allows it. Reads two small files; the rest is
-        lazy.
+        """Open for reading, and for writing when the folder allows it. Reads two small files; the rest is lazy.
 
         ``pinned`` is a head noted earlier (str(ledger.head)): StaleSnapshot when the ledger does not contain
         it. ``server_key`` is the server's public key from a trusted place: SignatureError when the ledger is
@@ -186,9 +185,7 @@ class Ledger:
 
     @property
     def head(self) -> m.Head:
-        """Number and hash of the last round; note str(head) elsewhere to notice a ledger that was rolled
-        back.
-        """
+        """Number and hash of the last round; note str(head) elsewhere to notice a ledger that was rolled back."""
         return self._chain.head
 
     @property
@@ -212,9 +209,7 @@ class Ledger:
         return Round(self._chain.manifest(number), self._cache, pruned=number in self._pruned)
 
     def select(self, rounds: RoundChoice = "last") -> tuple[Round, ...]:
-        """Rounds by "last", "all", a number, a slice of the tuple of rounds, or an iterable of numbers;
-        ascending.
-        """
+        """Rounds by "last", "all", a number, a slice of the tuple of rounds, or an iterable of numbers; ascending."""
         if isinstance(rounds, int) or rounds == "last":
             return (self.round(rounds),)
         if isinstance(rounds, slice):

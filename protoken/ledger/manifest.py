@@ -1,8 +1,8 @@
-"""The JSON of a ledger: ledger.json (written once), one manifest per round, and HEAD. Dataclasses;
-parsing.py reads them back.
+"""The JSON of a ledger as dataclasses: ledger.json (written once), one manifest per round, and HEAD.
 
-A manifest's hash is SHA-256 of its file's bytes. Round 1 names the hash of ledger.json as its previous one,
-round r that of manifest r - 1, HEAD that of the last: one hash fixes the whole history.
+They write themselves; parsing.py reads them back. A manifest's hash is SHA-256 of its file's bytes. Round 1 names the
+hash of ledger.json as its previous one, round r that of manifest r - 1, HEAD that of the last: one hash fixes the whole
+history.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ WEIGHT_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Genesis:
-    """ledger.json: what holds for the whole run. ``server_key`` is the server's Ed25519 public key in hex, or
-    None.
-    """
+    """ledger.json: what holds for the whole run. ``server_key`` is the server's Ed25519 public key in hex, or None."""
 
     run: str
     model: str = ""
@@ -63,8 +61,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One recorded parameter. ``form`` is "dense", or "lowrank" when base and aggregate were given as
-    factors.
+    """One recorded parameter. ``form`` is "dense", or "lowrank" when base and aggregate were given as factors.
 
     ``base`` and ``aggregate`` are digests of G_{r-1} and G_r; norms are Frobenius.
     """
@@ -82,9 +79,8 @@ class ParameterSpec:
 class ClientRecord:
     """One client's part in a round. ``weight`` is rho_k as applied; ``norm`` that of the stored update.
 
-    ``quarantined`` is None, or why the update cannot be used although the server aggregated it; its effect is
-    then part of the residual. ``key`` and ``signature`` are the client's Ed25519 public key and signature in
-    hex, or None.
+    ``quarantined`` is None, or why the update cannot be used although the server aggregated it; its effect is then part
+    of the residual. ``key`` and ``signature`` are the client's Ed25519 public key and signature in hex, or None.
     """
 
     client: str

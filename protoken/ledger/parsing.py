@@ -1,5 +1,6 @@
-"""Reading ledger.json, HEAD and manifests back, trusting nothing: presence, type and range of every field are checked,
-and nothing may be left over.
+"""Reading ledger.json, HEAD and manifests back, trusting nothing.
+
+Presence, type and range of every field are checked, and nothing may be left over.
 """
 
 from __future__ import annotations

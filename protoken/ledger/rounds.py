@@ -150,9 +150,7 @@ class Round:
         return found.a, found.b, found.scale
 
     def quantised(self, client: str, parameter: str) -> tuple[Tensor, Tensor]:
-        """(values int8 or fp8 [O, I], scale fp32 [O]) with delta = values * scale. DtypeError for other
-        layouts.
-        """
+        """(values int8 or fp8 [O, I], scale fp32 [O]) with delta = values * scale. DtypeError for other layouts."""
         layout, parts = self.stored(client, parameter)
         if layout not in ("int8", "fp8"):
             raise DtypeError(f"{client}: {parameter}", expected="int8 or fp8", got=layout, remedy="Use delta().")
@@ -211,9 +209,7 @@ class Round:
         return rest
 
     def quarantined_tensor(self, client: str, parameter: str) -> Tensor:
-        """What a quarantined client sent for one parameter, unchecked: it may hold NaN or have a shape of its
-        own.
-        """
+        """What a quarantined client sent for one parameter, unchecked: it may hold NaN or have a shape of its own."""
         record = self.client(client)
         index = self._index(record.shard, client)
         if record.quarantined is None or parameter not in index.entries:
@@ -301,9 +297,7 @@ def check_binding(index: ShardIndex, manifest: Manifest, base: str, client: str 
 
 
 def check_layout(index: ShardIndex, parameter: str, spec: ParameterSpec) -> str:
-    """The layout of a parameter in a shard, once its parts are known to have the dtypes and shapes it
-    demands.
-    """
+    """The layout of a parameter in a shard, once its parts are known to have the dtypes and shapes it demands."""
     try:
         layout = index.info["layout"][parameter]
         wanted = codecs.expected_parts(layout, spec.shape, index.file)

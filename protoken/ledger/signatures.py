@@ -6,8 +6,7 @@ What is signed is canonical JSON, so that a signature holds for one purpose, run
              whose header names run, round, base hash and client (see protoken.ledger.shards)
     server   {"manifest": hash of the round's manifest, "purpose": "protoken round 1", "round", "run"}
 
-The server's public key stands in ledger.json, a client's beside its signature; a reader pins the keys it
-trusts.
+The server's public key stands in ledger.json, a client's beside its signature; a reader pins the keys it trusts.
 """
 
 from __future__ import annotations

@@ -21,9 +21,7 @@ MAX_ITEMS = 4_000_000
 
 
 def dump(value: object) -> bytes:
-    """Canonical bytes: keys sorted, no spaces, ASCII only, floats in Python's shortest form, one newline at
-    the end.
-    """
+    """Canonical bytes: keys sorted, no spaces, ASCII only, floats in Python's shortest form, one newline at the end."""
     try:
         text = json.dumps(
             value,

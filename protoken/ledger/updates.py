@@ -98,9 +98,7 @@ def deltas_of(update: ClientUpdate, base: Mapping[str, Value]) -> dict[str, Valu
 
 
 def delta_of(argument: str, value: Value, before: Value, is_state: bool) -> Value:
-    """One parameter's delta: as given, or state - base. Subtracted in fp32 (fp64 for fp64 models), LowRank
-    exactly.
-    """
+    """One parameter's delta: as given, or state - base. Subtracted in fp32 (fp64 for fp64 models), LowRank exactly."""
     check_dtype(argument, value)
     if tuple(value.shape) != tuple(before.shape):
         raise ShapeError(argument, expected=f"{tuple(before.shape)} as in base", got=tuple(value.shape))

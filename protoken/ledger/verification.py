@@ -44,9 +44,7 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """What verify() found. ``leftovers`` are files of unfinished writers: harmless, gone with the next
-    commit.
-    """
+    """What verify() found. ``leftovers`` are files of unfinished writers: harmless, gone with the next commit."""
 
     path: str
     head: m.Head | None = None

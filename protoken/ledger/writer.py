@@ -109,9 +109,8 @@ class RoundWriter:
     def add(self, update: ClientUpdate, *, on_bad: OnBad = "raise") -> m.ClientRecord:
         """Write one client's update to disk.
 
-        ``on_bad="quarantine"`` keeps an update that cannot be used (NaN, infinity, wrong shape, missing or
-        unknown parameters) as it came, flagged, instead of raising: for updates that the server has
-        aggregated already.
+        ``on_bad="quarantine"`` keeps an update that cannot be used (NaN, infinity, wrong shape, missing or unknown
+        parameters) as it came, flagged, instead of raising: for updates that the server has aggregated already.
         """
         self._require_open()
         self._check_new(update.client)

@@ -2,8 +2,7 @@
 
     buffers[j][(cursor + t) mod C] = steps[j][t]   for t = 0 .. T-1,   then cursor <- cursor + T
 
-The cursor is a tensor where the buffers are, so that no step waits for the device and a CUDA graph can hold
-the call.
+The cursor is a tensor where the buffers are, so that no step waits for the device and a CUDA graph can hold the call.
 """
 
 from __future__ import annotations

@@ -58,8 +58,7 @@ def check_device(name: str, got: torch.device, expected: torch.device, anchor: s
 
 
 def check_matrix(name: str, value: Tensor, shape: str, rows: int | None = None, columns: int | None = None) -> None:
-    """A 2-D tensor; ``shape`` is how the message calls it, ``rows``/``columns`` what they must be where
-    given."""
+    """A 2-D tensor; ``shape`` is how the message calls it, ``rows``/``columns`` what they must be where given."""
     check_tensor(name, value)
     fits = value.dim() == 2 and rows in (None, value.shape[0]) and columns in (None, value.shape[1])
     if not fits:

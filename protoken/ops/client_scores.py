@@ -46,8 +46,7 @@ def client_scores(x: Tensor, grad: Tensor, bank: Bank, *, scale: Tensor | None =
     Returns fp32 [K, T], accumulated in fp32; the same bits on every run, for every order of clients and
     number of threads. NaN and infinity pass through.
 
-    Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError`, `BackendError` (see
-    `protoken.dispatch`).
+    Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError`, `BackendError` (see `protoken.dispatch`).
     """
     if backend == "auto" and scale is None and not torch.compiler.is_compiling() and type(bank) is DenseBank:
         serve = shortcut("client_scores")

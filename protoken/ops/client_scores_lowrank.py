@@ -37,8 +37,7 @@ def client_scores_lowrank_reference(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """s[k, t] = scale[k] sum_r (sum_o grad[t, o] b[k, o, r]) (sum_i a[k, r, i] x[t, i]); [K, T] in
-    ``dtype``."""
+    """s[k, t] = scale[k] sum_r (sum_o grad[t, o] b[k, o, r]) (sum_i a[k, r, i] x[t, i]); [K, T] in ``dtype``."""
     x, grad = x.to(dtype), grad.to(dtype)
     rows = [((grad @ right.to(dtype)) * (x @ left.to(dtype).T)).sum(-1) for left, right in zip(a, b, strict=True)]
     scores = torch.stack(rows) if rows else x.new_zeros(0, x.shape[0])

@@ -80,9 +80,8 @@ def relevance_head(hidden: Tensor, targets: Tensor, head: Head, *, backend: str 
     hidden [T, d]: output of the last block, before the final norm; fp32, bf16, fp16 or fp64. targets int64
     [T]: the generated tokens' ids. Returns fp32 (grad [T, d], value [T]); value in nats for "logprob".
 
-    Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError` (unknown norm or objective, a target
-    outside the vocabulary, checked on the CPU only since a look at a GPU's memory would wait for it),
-    `BackendError`.
+    Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError` (unknown norm or objective, a target outside the
+    vocabulary, checked on the CPU only since a look at a GPU's memory would wait for it), `BackendError`.
     """
     if torch.compiler.is_compiling():
         tensors = head.weight, head.bias, head.norm_weight, head.norm_bias
@@ -150,8 +149,7 @@ def _check_targets(targets: Tensor, hidden: Tensor, vocabulary: int) -> None:
 
 
 def normalise(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 (norm(h) [T, d], its unit direction before the weight [T, d], reciprocal root mean square [T,
-    1])."""
+    """fp32 (norm(h) [T, d], its unit direction before the weight [T, d], reciprocal root mean square [T, 1])."""
     direction = hidden.float()
     if head.norm == "layer":
         direction = direction - direction.mean(-1, keepdim=True)
@@ -179,8 +177,7 @@ def pull_through_norm(grad: Tensor, upstream: Tensor, direction: Tensor, inverse
 
 
 def softcapped(logits: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(softcap * tanh(z / softcap), scale times its slope). The slope is 1 / cosh^2, since 1 - tanh^2
-    cancels."""
+    """(softcap * tanh(z / softcap), scale times its slope). The slope is 1 / cosh^2, since 1 - tanh^2 cancels."""
     assert head.softcap is not None
     inner = logits / head.softcap
     return torch.tanh(inner) * head.softcap, torch.cosh(inner).square_().reciprocal_().mul_(head.scale)
@@ -197,8 +194,7 @@ def _logits(normed: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> 
 
 
 def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: Tensor, head: Head) -> None:
-    """The torch backend: vocabulary chunks with a running maximum, two matmuls per chunk while it is in
-    cache."""
+    """The torch backend: vocabulary chunks with a running maximum, two matmuls per chunk while it is in cache."""
     normed, direction, inverse = normalise(hidden, head)
     own = own_rows(value, normed, targets, head)
     if head.objective == "logit":
