@@ -1,9 +1,10 @@
 """Where each model family keeps its decoder blocks, attention out-projection and MLP-final layer.
 
 The one table of families. The blocks themselves are found by structure (the `ModuleList` of `model.get_decoder()`),
-so a family needs a row only for the two names inside a block. A family without a row is tried by structure, too:
-the last linear layer of the block's attention and the last one of its MLP. What counts as a linear layer, experts kept
-as one parameter and adapters included, is said in layers.py.
+so a family needs a row only for the two names inside a block. A family without a row is tried by structure, too: the
+layers that write a block's attention (or what mixes positions in its place: a convolution, a state-space model) and
+its MLP back to the residual stream. Blocks that differ from the last one are each looked at for themselves. What
+counts as a linear layer, experts kept as one parameter and adapters included, is said in layers.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -97,6 +99,7 @@ class Architecture:
     """What tracing needs to know about one model: its blocks in order, the family's two names, embeddings and head.
 
     `tied`: the head's weight is the embeddings': one tensor that acts twice, and is traced at both places or at none.
+    `width`: of the residual stream, where the configuration says it.
     """
 
     family: str
@@ -110,6 +113,7 @@ class Architecture:
     head_name: str = ""
     embeddings_name: str = ""
     tied: bool = False
+    width: int | None = None
 
     def layer_name(self, block: int, relative: str) -> str:
         """Full module name of a layer inside block number `block` (0-based)."""
@@ -155,7 +159,7 @@ class Architecture:
 
     def _in_block(self, number: int, patterns: Sequence[str] | None) -> list[str]:
         if patterns is None:
-            relative = [self.out_projection, self.final_of(number)]
+            relative = list(self.written_by(number))
         else:
             relative = [
                 name
@@ -166,9 +170,21 @@ class Architecture:
 
     def final_of(self, number: int) -> str:
         """The block's MLP-final layer: some mixture-of-experts models have a plain MLP in some blocks."""
-        if self.dense_final is not None and self.mlp_final not in self.linear_layers(number):
-            return self.dense_final
-        return self.mlp_final
+        return self.written_by(number)[1]
+
+    def written_by(self, number: int) -> tuple[str, str]:
+        """The block's out-projection and MLP-final layer, relative to it: the family's where it has them.
+
+        Raises:
+            ModelError: the block is made otherwise, and its structure does not tell either.
+        """
+        inside = self.linear_layers(number)
+        finals = [name for name in (self.mlp_final, self.dense_final) if name in inside]
+        if self.out_projection in inside and finals:
+            return self.out_projection, str(finals[0])
+        own = _by_structure(self.blocks[number], self.family, self.width)
+        projection = self.out_projection if self.out_projection in inside else own.out_projection
+        return projection, str(finals[0]) if finals else own.mlp_final
 
     def _outside(self, pattern: str, names: Sequence[str]) -> list[str]:
         """The embeddings or head that a pattern names, if it names nothing inside the blocks."""
@@ -200,7 +216,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             modules is wrapped by torch.compile.
     """
     config = getattr(model, "config", None)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = decoder_of(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if config is None or decoder is None or head is None:
         raise ModelError(
@@ -213,9 +229,10 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     _refuse_virtual_tokens(model)
     blocks = _find_blocks(decoder)
     names = {id(module): name for name, module in model.named_modules()}
-    family = decoder.config.model_type if hasattr(decoder, "config") else config.model_type
+    own: Any = getattr(decoder, "config", config)
+    family, width = own.model_type, getattr(own, "hidden_size", None)
     known = FAMILIES.get(family)
-    layers = known or _by_structure(blocks[-1], family)
+    layers = known or _by_structure(blocks[-1], family, width)
     embeddings = model.get_input_embeddings()
     found = Architecture(
         family,
@@ -229,6 +246,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         head_name=names.get(id(head), ""),
         embeddings_name=names.get(id(embeddings), "") if isinstance(base_of(embeddings), nn.Embedding) else "",
         tied=is_tied(model),
+        width=width,
     )
     _check_final_layers(found)
     return found
@@ -261,7 +279,8 @@ def _check_final_layers(found: Architecture) -> None:
     """ModelError unless the last block has both layers where the table, or its structure, says."""
     last = len(found.blocks) - 1
     inside = found.linear_layers(last)
-    for relative in (found.out_projection, found.final_of(last)):
+    finals = (found.mlp_final, found.dense_final)
+    for relative in (found.out_projection, next((name for name in finals if name in inside), found.mlp_final)):
         if relative not in inside:
             raise ModelError(
                 "model",
@@ -271,8 +290,21 @@ def _check_final_layers(found: Architecture) -> None:
             )
 
 
+def decoder_of(model: Any) -> nn.Module | None:
+    """What holds the blocks: some families call another part of the model their decoder, or the model itself."""
+    named: nn.Module | None = model.get_decoder() if hasattr(model, "get_decoder") else None
+    parts = (named, getattr(named, "model", None), getattr(model, "base_model", None))
+    return next((part for part in parts if isinstance(part, nn.Module) and _block_lists(part)), named)
+
+
+def _block_lists(decoder: nn.Module) -> list[nn.ModuleList]:
+    found = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
+    # Lists of single layers belong to something else: Gemma 3n has one beside its blocks.
+    return [m for m in found if any(True for _ in m[0].children())] or found
+
+
 def _find_blocks(decoder: nn.Module) -> nn.ModuleList:
-    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = _block_lists(decoder)
     if not lists:
         found = ", ".join(f"{name}: {type(child).__name__}" for name, child in decoder.named_children())
         raise ModelError(
@@ -284,18 +316,40 @@ def _find_blocks(decoder: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _by_structure(block: nn.Module, family: str) -> Family:
-    """The last linear layers back to the block's width: one under a child named like attention, one elsewhere."""
+def _by_structure(block: nn.Module, family: str, width: int | None) -> Family:
+    """The layers back to the block's width: of the child that mixes positions, and of what comes after it.
+
+    Among several of that width in the attention (gates have it, too) the one that is called an output counts, and in
+    a mixture the experts, not what all tokens share.
+    """
     layers = {name: layer_of(block, name) for name in linear_names(block)}
-    attention = [n for n in layers if "attn" in n.split(".")[0] or "attention" in n.split(".")[0]]
-    rest = [name for name in layers if name not in attention and layers[name].kind != "router"]
-    width = layers[rest[-1]].rows if rest else None
-    attention = [name for name in attention if layers[name].rows == width]
-    if not attention or not rest:
+    mixers = {name.split(".")[0] for name in layers if _mixes(name.split(".")[0])}
+    rest = [name for name in layers if name.split(".")[0] not in mixers and not _crosses(name)]
+    if width is None and rest:
+        width = layers[rest[-1]].rows
+    inside = [name for name in layers if name.split(".")[0] in mixers and layers[name].rows == width]
+    rest = [name for name in rest if layers[name].rows == width and layers[name].kind != "router"]
+    if len(mixers) != 1 or not inside or not rest:
         raise ModelError(
             "model",
-            expected=f"one of the families {sorted(FAMILIES)}, or a block with an attention and an MLP",
-            got=f"family {family!r} with linear layers {list(layers)}",
+            expected=f"one of the families {sorted(FAMILIES)}, or blocks of one attention and an MLP",
+            got=f"family {family!r} with linear layers {list(layers)} in a block",
             remedy="protoken models lists what is known; open an issue with this message for others",
         )
-    return Family(attention[-1], rest[-1])
+    outputs = [name for name in inside if name.split(".")[-1].lower() in _OUTPUTS]
+    experts = [name for name in rest if layers[name].kind == "experts"]
+    return Family((outputs or inside)[-1], (experts or rest)[-1])
+
+
+# How families call what mixes positions, and its layer that writes to the residual stream.
+_MIXERS = ("attn", "attention", "mamba", "conv", "recurrent", "temporal")
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "output", "wo", "o_b_proj", "out", "o")
+
+
+def _mixes(child: str) -> bool:
+    return any(part in child for part in _MIXERS) and not _crosses(child)
+
+
+def _crosses(name: str) -> bool:
+    """Attention to an encoder, which a decoder on its own never runs."""
+    return "cross" in name or name.startswith("encoder")

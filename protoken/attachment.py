@@ -17,6 +17,7 @@ from .errors import LayerError, LedgerMismatchError, ModelError
 from .layers import layer_of
 from .ledger import Ledger, tensor_digest
 from .methods.weights import Updates, parameter_of, read_updates
+from .text import check_tokenizer
 from .verification import check_layer, compare
 
 
@@ -50,6 +51,7 @@ class Attachment:
         key = (tuple(layers), tuple(rounds))
         found = self.banks.get(key)
         if found is None:
+            self._refuse_shared(model, layers)
             found = LedgerBank(self.ledger, model, layers, rounds, self.round)
             # One bank at a time: alternating between many selections must not pile up memory.
             self.banks = {key: found}
@@ -65,6 +67,22 @@ class Attachment:
             found = read_updates(self.ledger, model, rounds, names)
             self.updates = {key: found}
         return found
+
+    def _refuse_shared(self, model: nn.Module, layers: Sequence[str]) -> None:
+        """LayerError for a weight that acts at several places: what is seen at one is not all that it does."""
+        ends = {self.architecture.embeddings_name, self.architecture.head_name}
+        users: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            users.setdefault(id(parameter), []).append(name)
+        for name in layers:
+            places = users.get(id(layer_of(model, name).weight), [])
+            if len(places) > 1 and name not in ends:
+                raise LayerError(
+                    "layers",
+                    expected="layers with a weight of their own",
+                    got=f"{name}, whose weight also acts as {', '.join(places)}",
+                    remedy="Name other layers, or take a method that replays the response at other weights",
+                )
 
     def _check_layers(self, model: nn.Module, layers: Sequence[str]) -> None:
         for layer in layers:
@@ -151,6 +169,7 @@ def attach(
 
     Raises:
         ModelError: not a causal language model, or of an unknown structure.
+        ArgumentError, LedgerFormatError: `ledger` is no ledger, or damaged; `tokenizer` is none.
         UnknownRoundError: `at_round` is not in the ledger, or it has no round yet.
         LedgerMismatchError: (when it is traced) the ledger was written for other weights.
     """
@@ -171,6 +190,7 @@ def make_attachment(
     verify: bool = True,
 ) -> Attachment:
     """What `attach` stores, for one call that brings its own ledger."""
+    check_tokenizer(tokenizer)
     opened = ledger if isinstance(ledger, Ledger) else Ledger.open(ledger)
     number = opened.round("last" if at_round is None else at_round).number
     return Attachment(opened, tokenizer, architecture_of(model), number, verify)

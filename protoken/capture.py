@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Architecture
+from .errors import ModelError
 from .patching import after, before, hooks
 
 
@@ -101,6 +102,7 @@ def capturing(
 
     def enter_last(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
+        check_one_stream(hidden)
         kept.steps.append((hidden.shape[0], hidden.shape[1]))
         kept.hidden.append(rows(hidden))
 
@@ -124,6 +126,21 @@ def capturing(
         handles.append(before(first, enter_first))
     with hooks(*handles):
         yield kept
+
+
+def check_one_stream(hidden: Tensor) -> None:
+    """Refuse families that keep several residual streams side by side.
+
+    Raises:
+        ModelError: what enters a block is not [B, s, d].
+    """
+    if hidden.dim() != 3:
+        raise ModelError(
+            "model",
+            expected="one residual stream, hidden states [B, s, d] between the blocks",
+            got=f"hidden states of shape {tuple(hidden.shape)}",
+            remedy="protoken models lists the families that are known",
+        )
 
 
 def run_whole(model: nn.Module, ids: Tensor, attention_mask: Tensor | None = None, **extra: Any) -> Any:

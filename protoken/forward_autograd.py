@@ -22,9 +22,9 @@ from .layer_bank import LayerBank, directions
 from .layers import Layer, layer_of
 from .patching import after, before, hooks, replaced_method
 from .quantised import linearised, recorded
-from .relevance import LocalRelevance, Response
-from .replay import Tap, passed_through, replaced_input, replay
-from .sites import visited
+from .relevance import LocalRelevance, Response, replay_error
+from .replay import Tap, on_hidden_states_alone, passed_through, replaced_input, replay
+from .sites import check_first_visit, check_visited, visited
 
 
 class _Reached(Exception):
@@ -42,7 +42,7 @@ def scores_by_autograd(
     *,
     chunk: int = 64,
 ) -> Tensor:
-    """Raw scores [K, T]; arguments as of `forward_mode.forward_scores`."""
+    """Raw scores [K, T]; arguments and errors as of `forward_mode.forward_scores`."""
     prompt, length = response.prompt_length, response.prompt_length - 1 + response.new_tokens
     rows = slice(prompt - 1, length)
     hidden = capture.sequence(length)
@@ -80,6 +80,9 @@ def _layer_taps(
         blocks_return_tuples=capture.returns_tuples,
         logits_rows=torch.zeros(1, dtype=torch.long, device=hidden.device),
     )
+    prompt, count = response.prompt_length, response.new_tokens
+    left = replayed.output[:, prompt - 1 : prompt - 1 + count]
+    replay_error(left, capture.deciding(capture.outputs, prompt, count))
     return {name: Tap(tap.x, tap.y.detach(), tap.route) for name, tap in replayed.taps.items()}
 
 
@@ -105,6 +108,7 @@ def _push(
 
     def run(*added: Tensor) -> tuple[Tensor, Tensor]:
         reached: dict[str, Tensor] = {}
+        met: set[str] = set()
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             reached["h"] = args[0] if args else kwargs["hidden_states"]
@@ -116,6 +120,8 @@ def _push(
         values = dict(zip(layers, added, strict=True))
 
         def add(layer: Layer, _x: Tensor, y: Tensor, _route: Tensor | None) -> Tensor:
+            check_first_visit(layer.name, met)
+            met.add(layer.name)
             return y + values[layer.name].reshape(y.shape)
 
         handles = []
@@ -128,8 +134,9 @@ def _push(
             stack.enter_context(hooks(after(projection, leave)))
             for block in architecture.blocks[first:]:
                 use_plain_formulas(block, stack)
-            with suppress(_Reached):
+            with suppress(_Reached), on_hidden_states_alone():
                 run_whole(model, response.seen)
+        check_visited(layers, met)
         return reached["h"], reached["y"]
 
     primals = tuple(torch.zeros_like(direction[0]) for direction in directions)

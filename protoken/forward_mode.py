@@ -34,8 +34,8 @@ from .layers import Layer, layer_of
 from .patching import before, current_method, hooks, replaced_method
 from .quantised import dequantised, quantised_linears, straight_through
 from .relevance import LocalRelevance, Response, replay_error
-from .replay import by_position, passed_through, replaced_input
-from .sites import visited
+from .replay import by_position, on_hidden_states_alone, passed_through, replaced_input
+from .sites import check_first_visit, check_visited, visited
 
 # Bytes of one activation with all its tangents: more directions at once bring no more speed, only memory.
 _AT_ONCE = 128 << 20
@@ -73,7 +73,7 @@ def forward_scores(
         chunk: how many clients' tangents run at once at most; bounds the memory, not the result.
 
     Raises:
-        GenerationError: the blocks compute something else than they did while generating.
+        GenerationError: the blocks compute something else than they did while generating, or a layer did not run.
     """
     clients = len(banks[layers[0]].updates)
     chunk = max(1, min(chunk, _AT_ONCE // _bytes_per_direction(model, capture, response, layers)))
@@ -86,8 +86,9 @@ def forward_scores(
                 reached = _pushed(model, architecture, capture, response, layers, banks, some)
                 if upstream is None:
                     upstream = _through_projection(architecture, _rows(reached.a[0], response), local.projection_grad)
-                    decided = capture.deciding(capture.hidden, response.prompt_length, response.new_tokens)
-                    replay_error(_rows(reached.h[0], response), decided)
+                    for found_there, kept in ((reached.h, capture.hidden), (reached.a, capture.projection_inputs)):
+                        decided = capture.deciding(kept, response.prompt_length, response.new_tokens)
+                        replay_error(_rows(found_there[0], response), decided)
                 size = min(chunk, clients - start)
                 found.append(
                     _paired(reached.h[0], local.hidden_grad, response, size)
@@ -119,8 +120,11 @@ def _pushed(
     hidden, arrived = capture.sequence(length), _Arrived()
     first = min(architecture.block_of(name) for name in layers)
     running, last = architecture.blocks[first:], architecture.blocks[-1]
+    met: set[str] = set()
 
     def add(layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
+        check_first_visit(layer.name, met)
+        met.add(layer.name)
         bank = banks[layer.name]
         if _is_still(bank):
             return y
@@ -150,8 +154,9 @@ def _pushed(
             stack.enter_context(replaced_method(module, "forward", _with_tangents(module)))
         for block in running:
             use_plain_formulas(block, stack)
-        with suppress(_Reached):
+        with suppress(_Reached), on_hidden_states_alone():
             run_whole(model, response.seen)
+    check_visited(layers, met)
     return arrived
 
 

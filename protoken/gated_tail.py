@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .architectures import Architecture
+from .architectures import Architecture, decoder_of
 from .dispatch import native
 from .ops.gated_tail import GatedBlock, GatedValues
 from .patching import hooks
@@ -143,7 +143,7 @@ class GatedTail:
 
 def _modules(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module] | None:
     """The parts by role, if they are all there, of the plain kinds, and nobody's code runs around them."""
-    block, decoder = architecture.blocks[-1], model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    block, decoder = architecture.blocks[-1], decoder_of(model)
     mlp = getattr(block, "mlp", None)
     projection = block.get_submodule(architecture.out_projection)
     found = {

@@ -79,13 +79,13 @@ def layer_of(model: nn.Module, name: str) -> Layer:
         return Layer(name, "embedding", module, owner, "weight", where, owner.embedding_dim, owner.num_embeddings, True)
     if isinstance(owner, Conv1D):
         return Layer(name, "linear", module, owner, "weight", where, int(owner.nf), int(owner.nx), True)
-    if isinstance(owner, nn.Linear):
-        # Packed weights (4 bits) have shapes of their own: the features are the truth.
-        return Layer(name, "linear", module, owner, "weight", where, owner.out_features, owner.in_features)
     if is_router(owner):
         weight: Any = owner.weight
         rows, columns = map(int, weight.shape)
         return Layer(name, "router", module, owner, "weight", where, rows, columns)
+    if isinstance(owner, nn.Linear):
+        # Packed weights (4 bits) have shapes of their own: the features are the truth.
+        return Layer(name, "linear", module, owner, "weight", where, owner.out_features, owner.in_features)
     raise LayerError("layers", expected="a linear layer", got=f"{name}, a {type(owner).__name__}")
 
 
@@ -117,7 +117,7 @@ def is_experts(module: nn.Module | None) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """A gate in front of experts: a matrix [E, d] that the module applies itself."""
+    """A gate in front of experts: a matrix [E, d] that the module applies itself, on its way to more than a product."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and "Router" in type(module).__name__
 

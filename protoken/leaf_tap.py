@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from .architectures import Architecture
-from .capture import Capture
+from .capture import Capture, check_one_stream
 from .errors import GenerationError
 from .gated_tail import GatedTail
 from .generation import Generated
@@ -200,6 +200,7 @@ class LeafTap:
         if not self._own_thread:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
+        check_one_stream(hidden)
         batch, length = hidden.shape[:2]
         if batch != 1:
             raise GenerationError(

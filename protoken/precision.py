@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .architectures import Architecture, architecture_of
+from .architectures import Architecture, architecture_of, decoder_of
 from .bank import Bank, BankInParts
 from .capture import Capture
 from .errors import ProtokenWarning
@@ -111,7 +111,7 @@ def _wide(capture: Capture) -> Capture:
 @contextmanager
 def _widened(model: Any, architecture: Architecture) -> Iterator[None]:
     """fp32 copies of all that stands behind the last block's entrance, and of what the embeddings give."""
-    decoder = model.get_decoder()
+    decoder: Any = decoder_of(model)
     embeddings = model.get_input_embeddings()
     behind = [child for child in decoder.children() if not isinstance(child, nn.ModuleList) and child is not embeddings]
     kept: list[tuple[dict[str, Any], str, Any]] = []

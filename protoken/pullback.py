@@ -26,9 +26,9 @@ from .capture import Capture, run_whole
 from .layers import Layer, layer_of
 from .patching import after, before, hooks
 from .quantised import straight_through
-from .relevance import LocalRelevance, Response
-from .replay import Tap, by_position, passed_through, replaced_input
-from .sites import visited
+from .relevance import LocalRelevance, Response, replay_error
+from .replay import Tap, by_position, on_hidden_states_alone, passed_through, replaced_input
+from .sites import check_first_visit, check_visited, visited
 
 
 @dataclass
@@ -138,6 +138,7 @@ class PulledBack:
             raise _Reached
 
         def visit(layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
+            check_first_visit(layer.name, piece.taps)
             if not y.requires_grad:
                 y = y.detach().requires_grad_()
             slots = None if route is None else route.reshape(*shape, -1)
@@ -154,7 +155,17 @@ class PulledBack:
                 stack.enter_context(hooks(after(projection, leave)))
             # Hooks see what those before them have put in place, so this one comes after the replacement.
             self._forward(start, entered, names, (blocks[-1 if stop is None else stop], enter))
+        check_visited(names, piece.taps)
+        if stop is None:
+            self._check_ends(*piece.ends)
         return piece
+
+    def _check_ends(self, hidden: Tensor, projected: Tensor) -> None:
+        """GenerationError where what reached the last block is not what the generation computed there."""
+        prompt, count, capture = self.response.prompt_length, self.response.new_tokens, self.capture
+        rows = slice(prompt - 1, prompt - 1 + count)
+        for reached, recorded in ((hidden, capture.hidden), (projected, capture.projections)):
+            replay_error(reached[:, rows].detach(), capture.deciding(recorded, prompt, count))
 
     def _forward(
         self, start: int, hidden: Tensor, names: Sequence[str], end: tuple[nn.Module, Any] | None = None
@@ -167,7 +178,7 @@ class PulledBack:
             if end is not None:
                 stack.enter_context(hooks(before(*end)))
             stack.enter_context(passed_through(architecture, start, self.capture.returns_tuples))
-            with suppress(_Reached):
+            with suppress(_Reached), on_hidden_states_alone():
                 run_whole(self.model, self.response.seen)
 
     def _pull(

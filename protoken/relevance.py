@@ -207,7 +207,8 @@ def _backward(
         # A head that gathered rows returns a vocabulary of one.
         chosen = torch.zeros_like(tokens) if logits.shape[-1] == 1 else tokens
         values = objective_values(logits, chosen, objective)
-        grads = torch.autograd.grad(values.sum(), list(sources))
+        # Nothing flows back to a layer that only chooses which positions or experts take part.
+        grads = torch.autograd.grad(values.sum(), list(sources), allow_unused=True, materialize_grads=True)
     return values.detach(), grads
 
 

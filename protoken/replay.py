@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from .architectures import Architecture
 from .capture import run_whole
-from .errors import GenerationError
+from .errors import GenerationError, ProtokenError
 from .layers import Layer, layer_of
 from .patching import after, before, hooks, replaced_method
 from .quantised import straight_through
-from .sites import Visit, visited
+from .sites import Visit, check_first_visit, check_visited, visited
 
 
 @dataclass
@@ -81,7 +81,7 @@ def replay(
         head: called instead of the output head on its [B, rows, d] input.
 
     Raises:
-        GenerationError: a traced layer never ran.
+        GenerationError: a traced layer never ran, or more than once, or the blocks do not run on hidden states alone.
     """
     taps: dict[str, Tap] = {}
     output: list[Tensor] = []
@@ -103,21 +103,45 @@ def replay(
         stack.enter_context(straight_through(running))
         stack.enter_context(visited(tapped, tap, running))
         if head is not None:
-            stack.enter_context(replaced_method(architecture.head, "forward", head))
-        logits = run_whole(model, ids, attention_mask, **rows).logits
-    missing = [name for name in layers if name not in taps]
-    if missing:
+            stack.enter_context(replaced_method(architecture.head, "forward", _of_rows(head, logits_rows)))
+        with on_hidden_states_alone():
+            logits = run_whole(model, ids, attention_mask, **rows).logits
+        check_visited(layers, taps)
+        return Replayed(_rows_of(logits, logits_rows), leaf, taps, output[-1])
+
+
+def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows asked for of x [B, s or rows, .]: some families take no `logits_to_keep` and give those of all."""
+    return x if rows is None or x.dim() < 3 or x.shape[1] == len(rows) else x[:, rows]
+
+
+def _of_rows(head: Callable[[Tensor], Tensor], rows: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: head(_rows_of(hidden, rows))
+
+
+@contextmanager
+def on_hidden_states_alone() -> Iterator[None]:
+    """What a model's own code raises where its blocks are run once more on recorded hidden states, as our error.
+
+    Raises:
+        GenerationError: the code did not run; the cause is chained.
+    """
+    try:
+        yield
+    except (ProtokenError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise GenerationError(
-            "layers",
-            expected="layers that run in the model's forward pass",
-            got=f"{missing}, which did not",
-            remedy="Trace other layers",
-        )
-    return Replayed(logits, leaf, taps, output[-1])
+            "model",
+            expected="blocks that run on the hidden states entering them, the mask and the positions",
+            got=f"{type(error).__name__}: {error}",
+            remedy="Blocks that share more with those below cannot be run apart; protoken models lists what is known",
+        ) from error
 
 
 def _tap(taps: dict[str, Tap], shape: Sequence[int], given_outputs: dict[str, Tensor]) -> Visit:
     def visit(layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
+        check_first_visit(layer.name, taps)
         given = given_outputs.get(layer.name)
         if given is not None:
             y = given.detach().reshape(y.shape).requires_grad_()

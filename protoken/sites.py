@@ -10,7 +10,7 @@ can be told, and reverse and forward mode go through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,9 @@ from .patching import after, current_method, hooks, replaced_method
 
 # visit(layer, x, y, route) -> y; route is the expert of every slot [rows, n], or None.
 Visit = Callable[[Layer, Tensor, Tensor, Tensor | None], Tensor]
+
+# A gate in half precision is widened before it is applied; even a conversion to the dtype it has may be another tensor.
+_CONVERSIONS = frozenset((Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double))
 
 
 @contextmanager
@@ -47,6 +50,37 @@ def visited(layers: Sequence[Layer], visit: Visit, blocks: Iterable[nn.Module] =
             elif layer.kind != "experts":
                 stack.enter_context(hooks(after(layer.module, _hook(layer, visit))))
         yield
+
+
+def check_visited(wanted: Iterable[str], seen: Container[str]) -> None:
+    """What did not run was not scored: an error, and never a zero.
+
+    Raises:
+        GenerationError: a traced layer was not visited.
+    """
+    missing = [name for name in wanted if name not in seen]
+    if missing:
+        raise GenerationError(
+            "layers",
+            expected="layers that run in the model's forward pass",
+            got=f"{missing}, which did not",
+            remedy="Trace other layers",
+        )
+
+
+def check_first_visit(name: str, seen: Container[str]) -> None:
+    """One x and one y stand for a layer: of one that runs again in the same pass the first would be lost.
+
+    Raises:
+        GenerationError: the layer was visited before.
+    """
+    if name in seen:
+        raise GenerationError(
+            "layers",
+            expected="layers that run once in a forward pass",
+            got=f"{name}, which runs several times",
+            remedy="Leave it out: its weight is shared between places",
+        )
 
 
 def experts_forward(
@@ -131,14 +165,17 @@ def _router_visited(layer: Layer, visit: Visit) -> Iterator[None]:
 
 
 class _LinearOf(TorchFunctionMode):
-    """Intercepts `linear(x, weight)` with one layer's weight."""
+    """Intercepts `linear(x, weight)` with one layer's weight, or with what it was converted to for the call."""
 
     def __init__(self, layer: Layer, visit: Visit) -> None:
         super().__init__()
         self.layer, self.visit = layer, visit
+        self.forms = [layer.weight]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is functional.linear and len(args) > 1 and args[1] is self.layer.weight:
+        if func in _CONVERSIONS and any(args[0] is form for form in self.forms):
+            self.forms.append(result)
+        if func is functional.linear and len(args) > 1 and any(args[1] is form for form in self.forms):
             return self.visit(self.layer, args[0], result, None)
         return result

@@ -84,10 +84,57 @@ MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
     "olmoe": ("olmoe", {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 
+_MLA = {
+    **_FULL_HEADS,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+}
+_LINEAR_HEADS = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# Families without a row in the table, each made otherwise than those with one.
+BY_STRUCTURE: dict[str, tuple[str, dict[str, object]]] = {
+    # A gate that is widened before it is applied and groups its experts; some shared by all tokens; block 0 without.
+    "deepseek_v3": ("deepseek_v3", {**_MLA, **_SPARSE, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2,
+                                    "topk_group": 1, "first_k_dense_replace": 1}),
+    # A gate of one row in front of the shared expert.
+    "qwen2_moe": ("qwen2_moe", {**_COMMON, **_SPARSE, "num_experts": 4, "shared_expert_intermediate_size": 32}),
+    # A gate that is an nn.Linear and returns more than a product.
+    "phimoe": ("phimoe", {**_MOE, "router_jitter_noise": 10.0}),
+    # A gate of the residual's width behind the attention's output.
+    "afmoe": ("afmoe", {**_COMMON, **_SPARSE, "head_dim": 12, "sliding_window": 8, "num_experts": 4,
+                        "num_shared_experts": 1, "num_dense_layers": 1}),
+    # Convolutions, state spaces and linear attention in the attention's place, under other names, in the last block.
+    "lfm2": ("lfm2", {**_COMMON, "layer_types": ["full_attention", "conv"] * 2}),
+    "bamba": ("bamba", {**_COMMON, **_MAMBA, "attn_layer_indices": [0, 2]}),
+    "qwen3_next": ("qwen3_next", {**_COMMON, **_SPARSE, **_LINEAR_HEADS, "head_dim": 12, "num_experts": 4,
+                                  "shared_expert_intermediate_size": 32,
+                                  "layer_types": ["linear_attention", "full_attention"] * 2}),
+    # The model calls itself its decoder; experts that are no layers of their own.
+    "llama4": ("llama4_text", {**_MOE, "head_dim": 12, "intermediate_size_mlp": 80, "interleave_moe_layer_step": 2}),
+    # An attention to an encoder that is not there; its forward does not know which logits are wanted.
+    "bart": ("bart", {"d_model": 48, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 80,
+                      "vocab_size": 97, "max_position_embeddings": 128, "is_decoder": True,
+                      "is_encoder_decoder": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+                      "forced_eos_token_id": None, "decoder_start_token_id": 1}),
+    # What it calls its decoder is the head.
+    "modernbert-decoder": ("modernbert-decoder", _COMMON),
+}  # fmt: skip
+
 
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of that family in evaluation mode; the caller's generator state is left alone."""
-    model_type, settings = {**CONFIGS, **OTHER_FAMILIES, **MIXTURES}[name]
+    model_type, settings = {**CONFIGS, **OTHER_FAMILIES, **MIXTURES, **BY_STRUCTURE}[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **settings)
