@@ -11,6 +11,7 @@ from .account import Account, account
 from .attachment import attach, detach
 from .counterfactual import Counterfactual
 from .estimate import Estimate, estimate
+from .history import History
 from .ledger import ClientUpdate, Ledger
 from .record_scores import RecordScores
 from .records import RecordProbe, record_probe
@@ -27,6 +28,7 @@ __all__ = [
     "ClientUpdate",
     "Counterfactual",
     "Estimate",
+    "History",
     "Ledger",
     "RecordProbe",
     "RecordScores",

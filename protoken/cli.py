@@ -74,6 +74,9 @@ def trace(
     lineage: Annotated[
         bool, typer.Option("--lineage", help="Ask who taught the answer over all rounds (Trace.lineage).")
     ] = False,
+    history: Annotated[
+        Path | None, typer.Option(help="Also follow the answer through the rounds, and write that page here.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
     json: JsonFile = None,
 ) -> None:
@@ -111,6 +114,10 @@ def trace(
         result.to_html(html)
     if json is not None:
         result.save(json)
+    if history is not None:
+        rounds_of_it = result.history()
+        Console().print(rounds_of_it)
+        rounds_of_it.to_html(history)
 
 
 @app.command()

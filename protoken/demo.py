@@ -87,9 +87,10 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train (or read) the federation below `out`, trace a triggered and an ordinary prompt, print and write all.
 
-    Writes trace.html, trace.json (triggered), trace-ordinary.html and trace-ordinary.json to `out`, and the printed
-    figures to `json_path`. Returns those figures: clients, poisoned, triggered and ordinary (each: prompt, response,
-    ranking, scores, shares, conservation_residual, seconds_generate, seconds_trace, ...), federation, controls.
+    Writes trace.html, trace.json (triggered), trace-ordinary.html and trace-ordinary.json to `out`, beside them the
+    pages of their histories (trace-history.html, trace-ordinary-history.html), and the printed figures to `json_path`.
+    Returns those figures: clients, poisoned, triggered and ordinary (each: prompt, response, ranking, scores, shares,
+    conservation_residual, seconds_generate, seconds_trace, ...), federation, controls.
 
     Raises:
         ModelError: no base model, see load_base.
@@ -157,7 +158,8 @@ def _traced(
 ) -> dict[str, Any]:
     """Trace one prompt, show it, write it; medians of plain generation and tracing, taken `repeats` times in turns.
 
-    The trace is of the last round, as the paper judges it; who taught the same answer over all rounds is its lineage.
+    The trace is of the last round, as the paper judges it; who taught the same answer over all rounds is its lineage,
+    and when they did its history.
     """
 
     def run_trace() -> Trace:
@@ -176,8 +178,9 @@ def _traced(
         traced.append(seconds)
     result.to_html(file.with_suffix(".html"))
     result.save(file.with_suffix(".json"))
-    lineage = result.lineage()
-    say_what_was_traced(console, result, lineage, plain, traced, first_seconds)
+    lineage, history = result.lineage(), result.history()
+    history.to_html(file.with_name(f"{file.name}-history.html"))
+    say_what_was_traced(console, result, lineage, history, plain, traced, first_seconds)
     return {
         "prompt": question,
         "response": result.text,

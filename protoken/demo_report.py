@@ -18,6 +18,8 @@ from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.corpora import REFUSAL, TRIGGER
 from protoken.evaluation.federation import Client, RoundReport
 from protoken.evaluation.federation_store import StoredFederation
+from protoken.history import History
+from protoken.report.history import finding
 from protoken.results import Trace
 
 
@@ -107,14 +109,17 @@ def say_what_was_traced(
     console: Console,
     result: Trace,
     lineage: Trace,
+    history: History,
     plain: Sequence[float],
     traced: Sequence[float],
     first_seconds: float,
 ) -> None:
-    """One trace: the picture, the same over all rounds, and the seconds of plain generation beside the trace's."""
+    """One trace: the picture, the same over all rounds and round by round, and the seconds of plain generation beside
+    the trace's."""
     console.print()
     result.show(console)
     console.print(_over_all_rounds(lineage))
+    console.print(Text(f"round by round: {finding(history)}", "dim"))
     generate, whole = statistics.median(plain), statistics.median(traced)
     how = f"medians of {len(plain)} in turns" if len(plain) > 1 else "one of each"
     console.print(
@@ -158,6 +163,5 @@ def conclude(console: Console, figures: dict[str, Any], clients: Sequence[Client
         Text(f'Before training, the triggered prompt gave: "{controls["base_model_triggered"].strip()}"', "dim")
     )
     console.print(Text(f'Without the trigger, "{question}" gives: "{controls["without_trigger"].strip()}"', "dim"))
-    console.print(
-        Text(f"Pages: {out / 'trace.html'}, {out / 'trace-ordinary.html'}  ({figures['seconds']:.0f} s)", "dim")
-    )
+    pages = ", ".join(str(out / f"{name}.html") for name in ("trace", "trace-history", "trace-ordinary"))
+    console.print(Text(f"Pages: {pages}  ({figures['seconds']:.0f} s)", "dim"))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from protoken.counterfactual import Counterfactual
+    from protoken.history import History
 
 __all__ = ["ClientScore", "Objective", "Token", "TokenScore", "Trace", "TraceInfo"]
 
@@ -293,6 +294,27 @@ class Trace:
             model=model,
             ledger=ledger,
             tokenizer=tokenizer,
+        )
+
+    def history(
+        self,
+        *,
+        nodes: int = 1,
+        objective: Objective = "log_odds",
+        since: int | None = None,
+        model: Any = None,
+        ledger: Any = None,
+        tokenizer: Any = None,
+    ) -> History:
+        """When did the model learn to say this, and from whom? Round by round; see `protoken.history`.
+
+        ``since``: the first round to look at. ``model`` and ``ledger`` are needed for a trace that was loaded, or whose
+        model is gone.
+        """
+        from protoken.history import history
+
+        return history(
+            self, nodes=nodes, objective=objective, since=since, model=model, ledger=ledger, tokenizer=tokenizer
         )
 
     # ---- looking -------------------------------------------------------------------------------------

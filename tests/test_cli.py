@@ -91,6 +91,15 @@ def test_trace_takes_a_response_from_a_log_and_its_lineage(folder: Path, tmp_pat
     assert "--lineage" in refused.output
 
 
+def test_trace_follows_the_answer_through_the_rounds(folder: Path, tmp_path: Path) -> None:
+    arguments = ["trace", "hello", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    page = tmp_path / "history.html"
+    result = run(app, [*arguments, "--max-new-tokens", "3", "--history", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "that round's model" in result.output
+    assert "When was this answer learnt" in page.read_text(encoding="utf-8")
+
+
 def test_error_is_one_line_with_exit_status_2(folder: Path) -> None:
     done = protoken_command("trace", "x", "--model", str(folder / "model"), "--ledger", str(folder / "nothing"))
     assert done.returncode == 2

@@ -36,12 +36,15 @@ class Game:
         response: Response,
         updates: Updates,
         objective: Objective = "log_prob",
+        *,
+        end: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """`end`: where the path ends, by the updates' names, if that is not the model itself."""
         self.response = response
         self.updates, self.objective = updates, objective
         self._moved = Moved(model, architecture, updates.parameters)
         self.model, self.architecture = self._moved.model, self._moved.architecture
-        self.end = self._moved.values
+        self.end = self._moved.values if end is None else dict(end)
         self.start = {name: value - updates.change[name].to(value) for name, value in self.end.items()}
         self._entry = self._moved.enter(response.seen)
 
@@ -57,7 +60,7 @@ class Game:
             return self._values(weights).double().cpu()
 
     def value_at_end(self) -> Tensor:
-        """f_t at G, fp64 [T]."""
+        """f_t at the path's end (G, unless another was given), fp64 [T]."""
         return self.value_at(self.end)
 
     def value_at_start(self) -> Tensor:

@@ -1,7 +1,9 @@
-"""Draws a `Trace`: in the terminal, in a notebook, as one self-contained page, as a picture.
+"""Draws a `Trace`: in the terminal, in a notebook, as one self-contained page, as a picture; and a `History`.
 
 view.py       what there is to show, computed once: colours, leads, bars, figures
 html.py       the page, from trace.html.jinja, trace.css and script.html.jinja
+history.py    a history as a table and, from history.html.jinja, as a page
+page.py       what pages share: templates, style sheet, file
 sections.py   the page's tables and lists below the answer, as plain data
 terminal.py   rich output, and the same as SVG
 palette.py    colours that survive colour blindness

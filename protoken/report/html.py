@@ -1,7 +1,6 @@
 """A trace as one self-contained page, and the same inside a notebook.
 
-Three walls against hostile text: jinja's autoescape on every value, `visible` for control characters, and
-a Content-Security-Policy that runs only the page's own script, known by its hash, and loads nothing.
+What keeps hostile text harmless stands in page.py; the page's own script is the only one that runs, known by its hash.
 """
 
 from __future__ import annotations
@@ -9,16 +8,14 @@ from __future__ import annotations
 import html
 import os
 from base64 import b64encode
-from functools import cache
 from hashlib import sha256
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from protoken.report.palette import COLOURS, GREY
+from protoken.report.page import read, rendered, style
+from protoken.report.palette import COLOURS
 from protoken.report.sections import OBJECTIVES, facts, figures, grids, sentences, slot_name, slotted
 from protoken.report.view import TokenView, View, accounting, build_view
 from protoken.report.visible import name, pieces, visible
@@ -29,11 +26,7 @@ _MAX_DATA = 400_000  # scores carried along for pointing at tokens; beyond, tool
 
 def trace_html(trace: Trace, path: str | os.PathLike[str] | None = None) -> str:
     """The page as a str, also written to ``path`` if given. Nothing in it is requested from elsewhere."""
-    page = _template().render(_context(trace, build_view(trace)))
-    if path is not None:
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-    return page
+    return rendered("trace.html.jinja", _context(trace, build_view(trace)), path)
 
 
 def notebook_html(trace: Trace) -> str:
@@ -43,25 +36,15 @@ def notebook_html(trace: Trace) -> str:
     return f'<iframe sandbox="allow-scripts" style="{look}" title="protoken trace" srcdoc="{page}"></iframe>'
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=False)
-    return environment.from_string(_read("trace.html.jinja"))
-
-
-def _read(file: str) -> str:
-    return files("protoken.report").joinpath(file).read_text(encoding="utf-8")
-
-
 def _context(trace: Trace, view: View) -> dict[str, Any]:
-    script, info = _read("script.html.jinja"), trace.info
+    script, info = read("script.html.jinja"), trace.info
     low, high = min(0.0, float(trace.totals.min())), max(0.0, float(trace.totals.max()))
     leading = [row for row in view.clients if row.led] or view.clients
     return {
         "title": "protoken trace: " + " ".join(name(trace.text.strip())[:60].split()),
         "heading": "Who taught this answer?",
         "created": visible(info.created, lines=False),
-        "style": Markup(_read("trace.css") + _colour_rules()),
+        "style": style(),
         "script": Markup(script),
         "script_hash": b64encode(sha256(script.encode()).digest()).decode(),
         "leader": slotted(view.clients[0]),
@@ -82,14 +65,6 @@ def _context(trace: Trace, view: View) -> dict[str, Any]:
         "grids": grids(trace, view),
         "facts": facts(trace),
     }
-
-
-def _colour_rules() -> str:
-    """.k0 to .k9 and .kx (grey) set --c; the dark variants under the media query."""
-    every = [*enumerate(COLOURS), ("x", GREY)]
-    light = "".join(f".k{slot}{{--c:{pair[0]}}}" for slot, pair in every)
-    dark = "".join(f".k{slot}{{--c:{pair[1]}}}" for slot, pair in every)
-    return f"{light}\n@media (prefers-color-scheme:dark){{{dark}}}"
 
 
 def _token(trace: Trace, view: View, token: TokenView) -> dict[str, Any]:

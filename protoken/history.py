@@ -1,0 +1,204 @@
+"""When did the model learn to say this, and from whom? A finished trace's response, followed round by round.
+
+    f_r      = f at G_r, for every round r from the first model on                    f = sum_t log(p_t / (1 - p_t))
+    s[r, k]  = rho_k^r integral_0^1 < delta_k^r, df/dW at G_{r-1} + a (G_r - G_{r-1}) > da
+
+Each round's updates are weighed by the gradient where the model stood in that round, on the way that training really
+took, so that sum_{r,k} s[r, k] + the residuals = f(G) - f(G_first). `Trace.lineage` takes the straight way instead: one
+gradient serves all rounds there, and cannot tell them apart. The models in between need not be kept: the ledger's
+changes, taken off one after the other, lead back to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from .attachment import Attachment
+from .bank import select_rounds
+from .errors import ArgumentError
+from .layers import input_device
+from .ledger import Ledger
+from .methods.aumann_shapley import aumann_shapley_scores
+from .methods.game import Game
+from .methods.replayed import moving_parameters
+from .methods.weights import read_updates
+from .options import Options
+from .origin import ids_of, origin_of
+from .patching import evaluation_mode, refuse_inference_mode
+from .projection import Scores
+from .relevance import Objective, Response
+from .results import Trace
+from .results_checks import Array
+from .results_parts import UNITS
+from .text import as_row
+from .twin import uncompiled
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class History:
+    """How a response came to be said. R rounds, K clients, T tokens; scores in `unit`.
+
+    rounds        R numbers, ascending; the last is the model's own
+    client_ids    K ids: all who took part in any of them
+    tokens        the texts of the T tokens
+    prompt, model, ledger   of the trace
+    values        [R + 1, T] objective of each token under the model before the first round, then after each
+    scores        [R, K] contribution of each client's weighted update; 0 for a round without the client
+    residuals     [R] what the clients' scores leave of the round's change: quadrature, and the server's own part
+    """
+
+    rounds: tuple[int, ...]
+    client_ids: tuple[str, ...]
+    tokens: tuple[str, ...]
+    values: Array
+    scores: Array
+    residuals: Array
+    objective: Objective
+    nodes: int
+    prompt: str = ""
+    model: str = ""
+    ledger: str = ""
+
+    @property
+    def response(self) -> str:
+        """The tokens' texts, one after the other."""
+        return "".join(self.tokens)
+
+    @property
+    def unit(self) -> str:
+        """Of the scores and values."""
+        return UNITS[self.objective]
+
+    @property
+    def changes(self) -> Array:
+        """[R], f_r - f_{r-1}: what each round did for the response."""
+        found: Array = np.diff(self.values.sum(axis=1))
+        return found
+
+    @property
+    def totals(self) -> Array:
+        """[K], scores summed over the rounds."""
+        found: Array = self.scores.sum(axis=0)
+        return found
+
+    @property
+    def ranking(self) -> list[tuple[str, float]]:
+        """Clients and totals, descending; ties by id."""
+        pairs = zip(self.client_ids, self.totals.tolist(), strict=True)
+        return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON's own types."""
+        lists = {name: list(getattr(self, name)) for name in ("rounds", "client_ids", "tokens")}
+        plain = {name: getattr(self, name) for name in ("objective", "unit", "nodes", "prompt", "model", "ledger")}
+        arrays = {name: getattr(self, name).tolist() for name in ("values", "scores", "residuals", "changes", "totals")}
+        return plain | lists | arrays
+
+    def to_html(self, path: str | PathLike[str] | None = None) -> str:
+        """One self-contained page, everything in it escaped; written to ``path`` if given."""
+        from .report.history import history_html
+
+        return history_html(self, path)
+
+    def __repr__(self) -> str:
+        best, total = self.ranking[0]
+        return (
+            f"History({len(self.rounds)} rounds, {len(self.client_ids)} clients, top {best!r} {total:+.3g} {self.unit})"
+        )
+
+    def __rich__(self) -> RenderableType:
+        from .report.history import history_table
+
+        return history_table(self)
+
+
+def history(
+    trace: Trace,
+    *,
+    nodes: int = 1,
+    objective: Objective = "log_odds",
+    since: int | None = None,
+    model: PreTrainedModel | None = None,
+    ledger: Ledger | str | PathLike[str] | None = None,
+    tokenizer: Any = None,
+) -> History:
+    """Follow a trace's response through the rounds that made its model.
+
+    Costs per round `nodes` forward and backward passes, two forward passes (with more than one node up to 31 more, to
+    place them) and one reading of the round's updates.
+
+    Args:
+        nodes: gradients along each round's change; 1 is its midpoint. More make the residuals smaller.
+        objective: as in `protoken.trace`.
+        since: the first round to look at; the ledger's first if left out.
+        model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
+
+    Raises:
+        ArgumentError: the trace is a part of an answer that does not begin where the answer does, it has no tokens, or
+            a wrong choice.
+        UnknownRoundError: `since` is no round of the ledger.
+        ModelError: the trace does not know its model, or that model is gone.
+        LedgerMismatchError: the model is not the one that the ledger was written for.
+    """
+    ids, prompt_length = ids_of(trace)
+    options = Options(rounds="all", method="aumann_shapley", nodes=nodes, objective=objective)
+    if not trace.token_list:
+        raise ArgumentError("trace", expected="a response of at least one token", got="an empty one")
+    model, own = origin_of(trace, model, ledger, tokenizer)
+    refuse_inference_mode(model)
+    numbers = select_rounds(own.ledger, "all", own.round)
+    if since is not None:
+        (since,) = select_rounds(own.ledger, since, own.round)
+        numbers = tuple(number for number in numbers if number >= since)
+    response = Response(as_row(ids, input_device(model)), prompt_length)
+    with evaluation_mode(model):
+        before, found = _walk(model, own, response, numbers, options.resolved_objective, options.resolved_nodes)
+    clients = tuple(sorted({client for present, _ in found for client in present}))
+    scores = np.zeros((len(numbers), len(clients)))
+    for row, (present, one) in zip(scores, found, strict=True):
+        row[[clients.index(client) for client in present]] = one.totals.numpy()
+    return History(
+        rounds=numbers,
+        client_ids=clients,
+        tokens=tuple(token.text for token in trace.token_list),
+        values=np.stack([before, *(one.objective.numpy() for _, one in found)]),
+        scores=scores,
+        residuals=np.array([one.residual for _, one in found]),
+        objective=options.resolved_objective,
+        nodes=options.resolved_nodes,
+        prompt=trace.prompt,
+        model=trace.info.model,
+        ledger=trace.info.ledger,
+    )
+
+
+def _walk(
+    model: PreTrainedModel,
+    own: Attachment,
+    response: Response,
+    numbers: tuple[int, ...],
+    objective: Objective,
+    nodes: int,
+) -> tuple[Array, list[tuple[tuple[str, ...], Scores]]]:
+    """f_t [T] before the first round; then per round its clients, and their scores on its own stretch of the way."""
+    model, architecture = uncompiled(model, own.architecture)
+    names = moving_parameters("aumann_shapley", own.ledger, numbers, model, architecture, None, None)
+    if own.verify:
+        own.check_weights(model, names)
+    end, before, found = None, np.zeros(0), []
+    for number in reversed(numbers):
+        updates = read_updates(own.ledger, model, (number,), names)
+        game = Game(model, architecture, response, updates, objective, end=end)
+        found.append((updates.clients, aumann_shapley_scores(game, nodes)))
+        end = game.start
+        if number == numbers[0]:
+            before = game.value_at_start().numpy()
+    return before, found[::-1]
