@@ -94,4 +94,10 @@ def _picked(plan: Plan, device: torch.device) -> str:
 
 
 def _printable(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)[:200]
+    """The value where JSON has it, else its repr: of somebody else's class, whose repr may fail."""
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    try:
+        return repr(value)[:200]
+    except Exception:
+        return f"<{type(value).__name__}>"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from .architectures import Architecture
 from .capture import Capture, capturing, run_whole
@@ -26,11 +27,19 @@ DEFAULT_NEW_TOKENS = 64
 
 # What `trace` cannot answer with one trace, and where to go instead.
 _REFUSED = {
-    "num_return_sequences": (1, "Trace one sequence per call"),
+    "num_return_sequences": (1, "Trace one sequence per call, or call model.generate inside protoken.tracing"),
     "inputs_embeds": (None, "Give the prompt as text or token ids"),
     "input_ids": (None, "Give token ids as the prompt"),
     "inputs": (None, "Give token ids as the prompt"),
 }
+
+# Tensors among the arguments that say nothing of what the model sees but its text.
+_OF_TEXT = frozenset(
+    [
+        *("inputs", "input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"),
+        *("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    ]
+)
 
 
 @dataclass
@@ -50,9 +59,10 @@ def check_arguments(model: Any, arguments: Mapping[str, Any]) -> None:
     """
     refuse_paged(model, arguments)
     for name, (harmless, remedy) in _REFUSED.items():
-        value = arguments.get(name, harmless)
-        if value is not harmless and value != harmless:
-            raise ArgumentError(name, expected=harmless, got=value, remedy=remedy)
+        value = setting(model, arguments, name)
+        if value is not None and (isinstance(value, Tensor) or value != harmless):
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+            raise ArgumentError(name, expected=harmless or "nothing", got=got, remedy=remedy)
     for name in ("max_new_tokens", "max_length"):
         value = arguments.get(name)
         if value is not None and not _is_whole(value):
@@ -78,15 +88,35 @@ def refuse_paged(model: Any, arguments: Mapping[str, Any]) -> None:
 
     Raises:
         GenerationError: it was asked for.
+        ArgumentError: `generation_config` is none.
     """
-    config = arguments.get("generation_config") or getattr(model, "generation_config", None)
-    if arguments.get("cache_implementation", getattr(config, "cache_implementation", None)) == "paged":
+    if setting(model, arguments, "cache_implementation") == "paged":
         raise GenerationError(
             "cache_implementation",
             expected="a cache of one call",
             got="paged, which is continuous batching",
             remedy="Call model.generate_batch(...) inside protoken.tracing",
         )
+
+
+def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """What `generate` will use, as it fills it in: the call's own, then its configuration's, then the model's.
+
+    Raises:
+        ArgumentError: the call's `generation_config` is none.
+    """
+    config = arguments.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ArgumentError(
+            "generation_config",
+            expected="a transformers.GenerationConfig",
+            got=f"a {type(config).__name__}",
+            remedy="Give its entries as arguments of their own, or GenerationConfig(**entries)",
+        )
+    if name in arguments:
+        return arguments[name]
+    found = (getattr(source, name, None) for source in (config, getattr(model, "generation_config", None)))
+    return next((value for value in found if value is not None), None)
 
 
 def complete_arguments(
@@ -118,7 +148,7 @@ def complete_arguments(
         # One sequence needs no padding; without an id transformers warns on every call.
         stop = model.generation_config.eos_token_id
         complete["pad_token_id"] = stop[0] if isinstance(stop, list) else stop
-    if tokenizer is not None and (complete.get("stop_strings") or getattr(config, "stop_strings", None)):
+    if tokenizer is not None and setting(model, complete, "stop_strings"):
         complete.setdefault("tokenizer", tokenizer)
     return complete
 
@@ -175,8 +205,7 @@ def generate(
         output = call(**arguments)
     sequences = _sequences(output, prompt)
     copies = sequences.shape[0] // prompt.shape[0]
-    config = arguments.get("generation_config") or model.generation_config
-    stops = _stop_tokens(arguments.get("eos_token_id", config.eos_token_id))
+    stops = stop_tokens(setting(model, arguments, "eos_token_id"))
     width = prompt.shape[1]
     new_tokens, rows = sequences.shape[1] - width, prompt.shape[0]
     live = capture if copies == 1 and capture and capture.is_plain_decoding(width, new_tokens, rows) else None
@@ -187,9 +216,27 @@ def generate(
         response = Response(ids[None, skip:end], width - skip)
         # Beams, drafts, guidance, chunks: what the hooks saw is not this sequence in order; in a compiled model they
         # would see nothing. Run it once more.
+        if live is None:
+            _check_ids_are_all(arguments)
         own = live.row(row, skip) if live else teacher_forced(model, architecture, response, first_block, sequence)
         found.append(Generated(response, own))
     return output, found
+
+
+def _check_ids_are_all(arguments: Mapping[str, Any]) -> None:
+    """Refuse to run a sequence once more without the pictures, sounds or positions that it was generated from.
+
+    Raises:
+        GenerationError: the call has tensors of other names than a text's.
+    """
+    others = [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in _OF_TEXT]
+    if others:
+        raise GenerationError(
+            others[0],
+            expected="token ids and their mask alone, where a generation must be run once more",
+            got=f"a tensor of shape {tuple(arguments[others[0]].shape)}",
+            remedy="Decode greedily or by sampling, one sequence per prompt: that is recorded while it runs",
+        )
 
 
 def teacher_forced(
@@ -222,20 +269,30 @@ def _left_padding(prompt: Tensor, attention_mask: Tensor | None) -> list[int]:
     """Padding positions before each row's prompt."""
     if attention_mask is None:
         return [0] * prompt.shape[0]
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != prompt.shape:
+        tensor = isinstance(attention_mask, Tensor)
+        raise GenerationError(
+            "attention_mask",
+            expected=f"a tensor of shape {tuple(prompt.shape)}, like the prompt's",
+            got=f"shape {tuple(attention_mask.shape)}" if tensor else f"a {type(attention_mask).__name__}",
+        )
     mask = attention_mask.bool()
     padding = (~mask).sum(1)
     expected = torch.arange(mask.shape[1], device=mask.device)[None] >= padding[:, None]
-    if mask.shape != prompt.shape or not torch.equal(mask, expected):
+    if not torch.equal(mask, expected) or bool((padding == mask.shape[1]).any()):
+        row = int(((mask != expected).any(1) | (padding == mask.shape[1])).nonzero()[0])
         raise GenerationError(
             "attention_mask",
-            expected=f"ones of shape {tuple(prompt.shape)} after zeros on the left only",
-            got=f"shape {tuple(mask.shape)} with zeros elsewhere",
-            remedy='Pad on the left: tokenizer.padding_side = "left"',
+            expected="ones after zeros on the left only, and one at least",
+            got=f"{mask[row].int().tolist()[:16]} in row {row}",
+            remedy='Pad on the left: tokenizer.padding_side = "left". Without a mask, padding tokens are masked '
+            "wherever they stand: pass attention_mask= if they are meant",
         )
     return [int(count) for count in padding]
 
 
-def _stop_tokens(value: Any) -> set[int]:
+def stop_tokens(value: Any) -> set[int]:
+    """The ids of `eos_token_id`, which may be None, one, several or a tensor."""
     if value is None:
         return set()
     if isinstance(value, Tensor):

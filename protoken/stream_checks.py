@@ -55,7 +55,9 @@ def checked_arguments(model: Any, prompt: object, arguments: Mapping[str, Any]) 
                 remedy="Use protoken.trace, which answers when the response is complete",
             )
     mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and not bool(mask.all()):
+    if mask is not None and not isinstance(mask, Tensor):
+        raise GenerationError("attention_mask", expected="a tensor of ones", got=f"a {type(mask).__name__}")
+    if mask is not None and not bool(mask.all()):
         raise GenerationError(
             "attention_mask",
             expected="ones only: one prompt needs no padding",

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from .bank import Rounds
 from .continuous import ContinuousBatches
 from .errors import GenerationError
-from .generation import bound_of, refuse_paged
+from .generation import bound_of, refuse_paged, setting, stop_tokens
 from .ledger import Ledger
 from .options import Granularity, Method, Options, Way
 from .patching import current_method, refuse_inference_mode, replaced_method
@@ -55,6 +55,7 @@ class Tape:
 
 
 _opened: ContextVar[tuple[_Recorder, ...]] = ContextVar("protoken_tapes_opened_here", default=())
+_generating: ContextVar[tuple[_Recorder, ...]] = ContextVar("protoken_tapes_at_work_here", default=())
 
 
 @contextmanager
@@ -113,6 +114,16 @@ class _Recorder:
         return self in _opened.get()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self in _generating.get():
+            # A model that drafts for itself: the call that is being traced calls again.
+            return self.call(inputs, *args, **kwargs)
+        before = _generating.set((*_generating.get(), self))
+        try:
+            return self._traced(inputs, *args, **kwargs)
+        finally:
+            _generating.reset(before)
+
+    def _traced(self, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         model = self.session.model
         refuse_inference_mode(model)
         prompt = _prompt_of(inputs, args, kwargs)
@@ -134,7 +145,7 @@ def _prompt_of(inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, A
     """The prompt ids [B, P] of a call.
 
     Raises:
-        GenerationError: there are none, or they came with arguments by position.
+        GenerationError: there are none, or not a token in them, or they came with arguments by position.
     """
     prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs"))
     if args or kwargs.get("inputs_embeds") is not None or not isinstance(prompt, Tensor) or prompt.dim() != 2:
@@ -144,21 +155,21 @@ def _prompt_of(inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, A
             got="inputs_embeds" if kwargs.get("inputs_embeds") is not None else type(prompt).__name__,
             remedy="Pass token ids; generations from embeddings or from nothing cannot be traced",
         )
+    if not prompt.numel():
+        raise GenerationError("generate", expected="at least one token in one prompt", got=f"ids {tuple(prompt.shape)}")
     return prompt
 
 
 def _mask_of(model: PreTrainedModel, prompt: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The attention mask of the call; without one, padding tokens on the left of a row are taken for padding.
+    """The attention mask of the call; without one, padding tokens are masked unless they are stop tokens.
 
-    transformers makes the same guess, but only if the padding token is no stop token; the mask is passed on, so that
-    generation and replay cannot disagree.
+    That is the guess of transformers; the mask is passed on, so that generation and replay cannot disagree.
     """
     mask = arguments.get("attention_mask")
     if mask is None:
-        pad = arguments.get("pad_token_id", model.generation_config.pad_token_id)
         mask = torch.ones_like(prompt)
-        stops = model.generation_config.eos_token_id
-        if pad is not None and pad not in (stops if isinstance(stops, list) else [stops]):
-            mask = ((prompt != pad).cumsum(1) > 0).long()
+        pads = stop_tokens(setting(model, arguments, "pad_token_id"))
+        if pads and not pads & stop_tokens(setting(model, arguments, "eos_token_id")):
+            mask = (prompt != pads.pop()).long()
         arguments["attention_mask"] = mask
     return mask
