@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from tolerances import EMULATED_CUDA, close_in_rms
 from torch import Tensor
 
 pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to build the emulated kernels")
@@ -40,14 +41,6 @@ FLAGS = [
     "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",
 ]
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
-RMS = 3e-6  # products are exact, sums are fp32
 
 
 def build(folder: Path) -> Path:
@@ -114,23 +107,8 @@ def emulated_backend() -> Iterator[ModuleType]:
             protoken._C_cuda = had
 
 
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def bank_of(name: str, clients: int, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-    if name == "int8":
-        generator = torch.Generator().manual_seed(3)
-        bank = torch.randint(-128, 128, (clients, rows, columns), generator=generator, dtype=torch.int8)
-    else:
-        bank = normal(clients, rows, columns, seed=3, dtype=DTYPES[name])
-    return bank, normal(clients, rows, seed=4).abs() + 0.1 if name in ("int8", "fp8") else None
-
-
 def assert_close(got: Tensor, reference: Tensor) -> None:
-    assert got.shape == reference.shape
-    error = float((got.double() - reference.double()).norm() / reference.double().norm())
-    assert error <= RMS, f"relative RMS error {error:.2e}, allowed {RMS:.0e}"
+    close_in_rms(got, reference, EMULATED_CUDA)
 
 
 def poisoned(*shape: int) -> Tensor:

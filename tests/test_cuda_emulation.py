@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulated_cuda import DTYPES, assert_close, bank_of, emulated_backend, normal, poisoned
+from emulated_cuda import assert_close, emulated_backend, poisoned
+from op_cases import FORMATS, bank_of, normal
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def cuda() -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("tokens_dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize(
     ("clients", "tokens", "rows", "columns"), [(3, 1, 70, 64), (5, 20, 65, 272), (1, 70, 64, 48), (2, 7, 63, 61)]
 )
@@ -31,8 +32,8 @@ def test_client_scores(
 ) -> None:
     from protoken.ops import DenseBank, client_scores_reference
 
-    x = normal(tokens, columns, seed=1, dtype=DTYPES[tokens_dtype])
-    grad = normal(tokens, rows, seed=2, dtype=DTYPES[tokens_dtype])
+    x = normal(tokens, columns, seed=1, dtype=FORMATS[tokens_dtype])
+    grad = normal(tokens, rows, seed=2, dtype=FORMATS[tokens_dtype])
     bank, scale = bank_of(name, clients, rows, columns)
     out = poisoned(1, clients, tokens)
     cuda.launch_client_scores(out, [x], [grad], [DenseBank.of(bank, scale)], path=path)
@@ -122,10 +123,10 @@ def test_client_scores_lowrank(
 ) -> None:
     from protoken.ops import LowRankBank, client_scores_lowrank_reference
 
-    x = normal(tokens, columns, seed=1, dtype=DTYPES[tokens_dtype])
-    grad = normal(tokens, rows, seed=2, dtype=DTYPES[tokens_dtype])
-    a = normal(clients, rank, columns, seed=3, dtype=DTYPES[name])
-    b = normal(clients, rows, rank, seed=4, dtype=DTYPES[name])
+    x = normal(tokens, columns, seed=1, dtype=FORMATS[tokens_dtype])
+    grad = normal(tokens, rows, seed=2, dtype=FORMATS[tokens_dtype])
+    a = normal(clients, rank, columns, seed=3, dtype=FORMATS[name])
+    b = normal(clients, rows, rank, seed=4, dtype=FORMATS[name])
     if stored == "rank-first":
         b = b.transpose(1, 2).contiguous().transpose(1, 2)
     scale = normal(clients, seed=5).abs() + 0.5
@@ -164,7 +165,7 @@ def test_client_scores_lowrank_of_mixed_ranks_and_layouts(cuda: ModuleType) -> N
     assert torch.equal(out[0, 2], torch.zeros(4))
 
 
-@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize(("clients", "rows", "columns"), [(1, 1, 1), (70, 5, 7), (3, 70, 64), (2, 130, 352)])
 def test_client_totals(cuda: ModuleType, name: str, clients: int, rows: int, columns: int) -> None:
     from protoken.ops import DenseBank, client_totals_reference

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulated_cuda import DTYPES, assert_close, emulated_backend, normal, poisoned
+from emulated_cuda import assert_close, emulated_backend, poisoned
+from op_cases import FORMATS, normal
 from torch import Tensor
 
 from protoken import dispatch
@@ -34,10 +35,10 @@ def head_case(
     from protoken.ops import Head
 
     targets = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(5))
-    weight = (normal(vocabulary, width, seed=1) / width**0.5).to(DTYPES[name])
+    weight = (normal(vocabulary, width, seed=1) / width**0.5).to(FORMATS[name])
     if nested:
         weight = torch.stack([weight, weight], -1)[..., 0]
-    return normal(tokens, width, seed=2, dtype=DTYPES[name]) * 3, targets, Head(weight, **options)  # type: ignore[arg-type]
+    return normal(tokens, width, seed=2, dtype=FORMATS[name]) * 3, targets, Head(weight, **options)  # type: ignore[arg-type]
 
 
 def head_of(cuda: ModuleType, hidden: Tensor, targets: Tensor, head: object, **options: int) -> tuple[Tensor, Tensor]:
@@ -74,8 +75,8 @@ def test_relevance_head(cuda: ModuleType, name: str, tokens: int, width: int, vo
         name,
         norm=norm,
         softcap=softcap,
-        bias=normal(vocabulary, seed=3, dtype=DTYPES[name]),
-        norm_weight=normal(width, seed=4, dtype=DTYPES[name]),
+        bias=normal(vocabulary, seed=3, dtype=FORMATS[name]),
+        norm_weight=normal(width, seed=4, dtype=FORMATS[name]),
         norm_bias=normal(width, seed=6) if norm == "layer" else None,
         scale=0.7,
     )
@@ -106,8 +107,8 @@ def test_relevance_head_of_strided_operands(cuda: ModuleType, name: str) -> None
     hidden = hidden.T.contiguous().T
     targets = torch.stack([targets, targets], 1)[:, 0]
     assert_head(cuda, hidden, targets, head)
-    tied = normal(150, 64, seed=8, dtype=DTYPES[name])[::2, 8:40]  # rows apart, aligned for fp32 alone or not at all
-    assert_head(cuda, normal(3, 32, seed=9, dtype=DTYPES[name]), torch.tensor([0, 74, 5]), Head(tied))
+    tied = normal(150, 64, seed=8, dtype=FORMATS[name])[::2, 8:40]  # rows apart, aligned for fp32 alone or not at all
+    assert_head(cuda, normal(3, 32, seed=9, dtype=FORMATS[name]), torch.tensor([0, 74, 5]), Head(tied))
 
 
 @pytest.mark.parametrize("path", [1, 2], ids=["once", "twice"])

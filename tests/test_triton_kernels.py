@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import op_cases
 import pytest
 import torch
+from op_cases import FORMATS
+from tolerances import TRITON, close_in_rms
 from torch import Tensor
 
 from protoken.dispatch import OPS, interpreter_fault
@@ -30,16 +33,6 @@ here = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="runs
 
 if DEVICE.type == "cpu" and (fault := interpreter_fault()):
     pytest.skip(fault, allow_module_level=True)
-
-
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
-RMS = 1e-5  # all formats: products are exact and sums are fp32
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests of this file run in this process")
@@ -57,24 +50,16 @@ def test_kernels_agree_with_the_references_in_the_interpreter() -> None:
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+    return op_cases.normal(*shape, seed=seed, dtype=dtype).to(DEVICE)
 
 
 def bank_of(name: str, clients: int, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-    dtype = DTYPES[name]
-    if name == "int8":
-        generator = torch.Generator().manual_seed(3)
-        bank = torch.randint(-128, 128, (clients, rows, columns), generator=generator, dtype=dtype).to(DEVICE)
-    else:
-        bank = normal(clients, rows, columns, seed=3, dtype=dtype)
-    scale = normal(clients, rows, seed=4).abs() + 0.1 if name in ("int8", "fp8") else None
-    return bank, scale
+    bank, scale = op_cases.bank_of(name, clients, rows, columns)
+    return bank.to(DEVICE), None if scale is None else scale.to(DEVICE)
 
 
-def assert_close(got: Tensor, reference: Tensor, rms: float = RMS) -> None:
-    assert got.shape == reference.shape
-    error = float((got.double() - reference.double()).norm() / reference.double().norm())
-    assert error <= rms, f"relative RMS error {error:.2e}, allowed {rms:.0e}"
+def assert_close(got: Tensor, reference: Tensor, rms: float = TRITON) -> None:
+    close_in_rms(got, reference, rms)
 
 
 def poisoned(*shape: int) -> Tensor:
@@ -83,15 +68,15 @@ def poisoned(*shape: int) -> Tensor:
 
 @here
 @pytest.mark.parametrize("tokens_dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize(("clients", "tokens", "rows", "columns"), [(1, 1, 1, 1), (3, 5, 70, 37), (2, 33, 260, 64)])
 def test_client_scores(name: str, tokens_dtype: str, clients: int, tokens: int, rows: int, columns: int) -> None:
     from protoken.kernels.client_scores import launch_client_scores
 
     from protoken.ops import DenseBank, client_scores_reference
 
-    x = normal(tokens, columns, seed=1, dtype=DTYPES[tokens_dtype])
-    grad = normal(tokens, rows, seed=2, dtype=DTYPES[tokens_dtype])
+    x = normal(tokens, columns, seed=1, dtype=FORMATS[tokens_dtype])
+    grad = normal(tokens, rows, seed=2, dtype=FORMATS[tokens_dtype])
     bank, scale = bank_of(name, clients, rows, columns)
     out = poisoned(1, clients, tokens)
     launch_client_scores(out, [x], [grad], [DenseBank.of(bank, scale)])
@@ -157,8 +142,8 @@ def test_client_scores_lowrank(name: str, clients: int, tokens: int, rows: int, 
 
     x, grad = normal(tokens, columns, seed=1), normal(tokens, rows, seed=2)
     a, b = (
-        normal(clients, rank, columns, seed=3, dtype=DTYPES[name]),
-        normal(clients, rows, rank, seed=4, dtype=DTYPES[name]),
+        normal(clients, rank, columns, seed=3, dtype=FORMATS[name]),
+        normal(clients, rows, rank, seed=4, dtype=FORMATS[name]),
     )
     scale = normal(clients, seed=5).abs() + 0.5
     out = poisoned(1, clients, tokens)
@@ -203,7 +188,7 @@ def test_client_scores_lowrank_of_mixed_ranks() -> None:
 
 
 @here
-@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize(("clients", "rows", "columns"), [(1, 1, 1), (5, 37, 70), (3, 8, 515)])
 def test_client_totals(name: str, clients: int, rows: int, columns: int) -> None:
     from protoken.kernels.client_totals import launch_client_totals
@@ -320,8 +305,8 @@ def test_capture_append(tokens: int, of: str, to: str) -> None:
 
     from protoken.ops.capture_append import capture_append_reference
 
-    buffers = [torch.zeros(8, width, dtype=DTYPES[to], device=DEVICE) for width in (3, 1030)]
-    steps = [normal(width, tokens, seed=width, dtype=DTYPES[of]).T for width in (3, 1030)]
+    buffers = [torch.zeros(8, width, dtype=FORMATS[to], device=DEVICE) for width in (3, 1030)]
+    steps = [normal(width, tokens, seed=width, dtype=FORMATS[of]).T for width in (3, 1030)]
     cursor = torch.tensor([6], device=DEVICE)
     wanted, end = [buffer.clone() for buffer in buffers], cursor.clone()
     launch_capture_append(buffers, steps, cursor)
