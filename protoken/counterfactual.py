@@ -3,7 +3,7 @@
     G without S = G + sum_r sum_j (rho'_j - rho_j) delta_j        rho' = rho over the others, scaled up to sum to 1
 
 Every token of the response is replayed there by teacher forcing: what it loses in log-probability is what it owes to
-the absent. With `generate`, the prompt is also answered anew by that model. The updates of the others stay what they
+the absent clients. With `generate`, that model also answers the prompt anew. The updates of the others stay what they
 were: this is the server's counterfactual, not a new training run.
 """
 
@@ -43,7 +43,7 @@ class Counterfactual:
     tokens        the texts of the T tokens
     before        [T] objective of each token under G
     after         [T] the same without the clients
-    response      what the prompt is answered without them, or None if it was not asked for
+    response      the new answer to the prompt without them, or None if none was asked for
     response_ids  its token ids
     unit          "nats" or "logit units"
     reaggregate   whether the others' weights were scaled up

@@ -39,7 +39,7 @@ def lineage(
 
     Args:
         nodes: gradients along the path. 1: its midpoint, to rank; None: 8, which add up to the change, to accuse.
-        objective, rounds, granularity: as in `protoken.trace`; "token" takes tangents of every client along.
+        objective, rounds, granularity: as in `protoken.trace`; "token" costs one tangent per client at each node.
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:

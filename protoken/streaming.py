@@ -3,9 +3,9 @@
     for token in protoken.stream(model, "How is a fever treated?"):
         print(token.text, token.top, token.totals)
 
-Scores are those of `trace` for one traced block, and exact: what makes the newest token's relevance is all there when
-the token is chosen (see leaf_tap.py). A stopping criterion that never stops takes the gradients, the streamer's `put`
-hands the token on, after the caller's own streamer has had it.
+Scores are those of `trace` for one traced block, and exact: all that the newest token's relevance depends on is at hand
+when the token is chosen (see leaf_tap.py). The gradients are taken in a stopping criterion that never stops; the
+streamer's `put` then hands the token on, after the caller's own streamer has had it.
 """
 
 from __future__ import annotations
@@ -104,17 +104,17 @@ def stream(
         layers: names or shell patterns of layers of the last block whose output reaches no other position: its
             attention out-projection, and all outside the attention. None: out-projection and MLP-final layer.
         on_token: called with each `StreamedToken`. The generation then runs to its end in this call and this thread,
-            and the stream that comes back is finished. Without it nothing runs before the first `next`, and the
-            generation, with the caller's streamer, stopping criteria and processors, in a thread that takes turns with
-            the caller's.
+            and the stream that comes back is finished. Without it nothing runs before the first `next`; after that
+            the generation, with the caller's streamer, stopping criteria and processors, runs in a thread of its own
+            that takes turns with the caller's.
         **generate_arguments: for the model's own `generate`, `streamer` included.
 
     Returns:
         A `Stream` of `StreamedToken`; its `trace` is that of `protoken.trace(..., way="local")`.
 
     Raises:
-        GenerationError: beams, drafts, guidance, several sequences: where a token is not chosen by one pass over one
-            row there is nothing to stream; `protoken.trace` and `protoken.tracing` replay such generations afterwards.
+        GenerationError: beams, drafts, guidance or several sequences, whose tokens are not chosen by one pass over one
+            row; `protoken.trace` and `protoken.tracing` replay such generations afterwards.
         ModelError, PromptError, ArgumentError, LayerError, UnknownRoundError, BackendError, LedgerMismatchError: as
             in `protoken.trace`.
     """
