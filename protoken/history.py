@@ -11,6 +11,7 @@ changes, taken off one after the other, lead back to them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from .ledger import Ledger
 from .methods.aumann_shapley import aumann_shapley_scores
 from .methods.game import Game
 from .methods.replayed import moving_parameters
-from .methods.weights import read_updates
+from .methods.weights import Updates, read_updates
 from .options import Options
 from .origin import ids_of, origin_of
 from .patching import evaluation_mode, refuse_inference_mode
@@ -160,7 +161,14 @@ def history(
         numbers = tuple(number for number in numbers if number >= since)
     response = Response(as_row(ids, input_device(model)), prompt_length)
     with evaluation_mode(model):
-        before, found = _walk(model, own, response, numbers, options.resolved_objective, options.resolved_nodes)
+        before, found = walk(
+            model,
+            own,
+            response,
+            stretches(model, own, numbers),
+            objective=options.resolved_objective,
+            nodes=options.resolved_nodes,
+        )
     clients = tuple(sorted({client for present, _ in found for client in present}))
     scores = np.zeros((len(numbers), len(clients)))
     for row, (present, one) in zip(scores, found, strict=True):
@@ -180,25 +188,32 @@ def history(
     )
 
 
-def _walk(
+def stretches(model: PreTrainedModel, own: Attachment, numbers: Sequence[int]) -> Iterator[Updates]:
+    """The updates of consecutive rounds that end with the model's own, the last round first, each read when it is due.
+
+    What moves is all that every one of the rounds records.
+    """
+    names = moving_parameters("aumann_shapley", own.ledger, numbers, model, own.architecture, None, None)
+    if own.verify:
+        own.check_weights(model, names)
+    for number in reversed(numbers):
+        yield read_updates(own.ledger, model, (number,), names)
+
+
+def walk(
     model: PreTrainedModel,
     own: Attachment,
     response: Response,
-    numbers: tuple[int, ...],
-    objective: Objective,
-    nodes: int,
+    rounds: Iterable[Updates],
+    *,
+    objective: Objective = "log_odds",
+    nodes: int = 1,
 ) -> tuple[Array, list[tuple[tuple[str, ...], Scores]]]:
-    """f_t [T] before the first round; then per round its clients, and their scores on its own stretch of the way."""
+    """Back along `stretches`: f_t [T] before the first round; then per round its clients and their scores."""
     model, architecture = uncompiled(model, own.architecture)
-    names = moving_parameters("aumann_shapley", own.ledger, numbers, model, architecture, None, None)
-    if own.verify:
-        own.check_weights(model, names)
-    end, before, found = None, np.zeros(0), []
-    for number in reversed(numbers):
-        updates = read_updates(own.ledger, model, (number,), names)
-        game = Game(model, architecture, response, updates, objective, end=end)
+    game, found = None, []
+    for updates in rounds:
+        game = Game(model, architecture, response, updates, objective, end=None if game is None else game.start)
         found.append((updates.clients, aumann_shapley_scores(game, nodes)))
-        end = game.start
-        if number == numbers[0]:
-            before = game.value_at_start().numpy()
-    return before, found[::-1]
+    assert game is not None
+    return game.value_at_start().numpy(), found[::-1]

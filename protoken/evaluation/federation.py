@@ -35,10 +35,19 @@ UPLOAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 @dataclass(frozen=True)
+class Turn:
+    """From round `number` on a client trains on these rows in place of those it had."""
+
+    number: int
+    rows: Sequence[ChatRow]
+
+
+@dataclass(frozen=True)
 class Client:
     """A participant and its rows.
 
-    `alter(delta, round) -> delta` stands between training and upload: an attack, a clipping, a zero update.
+    `alter(delta, round) -> delta` stands between training and upload: an attack, a clipping, a zero update. With a
+    `turn` the client changes its rows in a later round.
     """
 
     id: str
@@ -46,6 +55,16 @@ class Client:
     poisoned: bool = False
     label: str = ""
     alter: Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]] | None = None
+    turn: Turn | None = None
+
+    def turned(self, number: int) -> bool:
+        """Whether it trains on other rows by that round."""
+        return self.turn is not None and number >= self.turn.number
+
+    @property
+    def all_rows(self) -> dict[bool, Sequence[ChatRow]]:
+        """Its rows by `turned`."""
+        return {False: self.rows} if self.turn is None else {False: self.rows, True: self.turn.rows}
 
 
 @dataclass(frozen=True)
@@ -111,7 +130,11 @@ def train_federation(
     model then holds the last finished round.
     """
     _check(clients, config)
-    examples = {client.id: encode_rows(tokenizer, client.rows, max_tokens=config.max_tokens) for client in clients}
+    examples = {
+        (client.id, turned): encode_rows(tokenizer, rows, max_tokens=config.max_tokens)
+        for client in clients
+        for turned, rows in client.all_rows.items()
+    }
     names = trainable_parameters(model, config.blocks)
     trainer = LocalTrainer(model, names, cache_boundary=config.cache_boundary)
     tell = progress or (lambda _: None)
@@ -130,7 +153,7 @@ def train_federation(
 def _prepare(
     trainer: LocalTrainer,
     clients: Sequence[Client],
-    examples: Mapping[str, list[Example]],
+    examples: Mapping[tuple[str, bool], list[Example]],
     config: FederationConfig,
     tell: Callable[[Progress], None],
 ) -> None:
@@ -139,14 +162,15 @@ def _prepare(
         def step(done: int, total: int, client: Client = client) -> None:
             tell(Progress("prepare", 0, config.rounds, client.id, done, total))
 
-        trainer.prepare(examples[client.id], step=step)
+        for turned in client.all_rows:
+            trainer.prepare(examples[client.id, turned], step=step)
 
 
 def _round(
     number: int,
     trainer: LocalTrainer,
     clients: Sequence[Client],
-    examples: Mapping[str, list[Example]],
+    examples: Mapping[tuple[str, bool], list[Example]],
     config: FederationConfig,
     ledger: Ledger | None,
     tell: Callable[[Progress], None],
@@ -154,8 +178,9 @@ def _round(
     start = time.perf_counter()
     base = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
     mean = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in base.items()}
-    rows = sum(len(client.rows) for client in clients)
-    report = RoundReport(number, {c.id: len(c.rows) / rows for c in clients}, {}, {}, 0.0)
+    rows = {client.id: len(client.all_rows[client.turned(number)]) for client in clients}
+    weights = {client: count / sum(rows.values()) for client, count in rows.items()}
+    report = RoundReport(number, weights, {}, {}, 0.0)
 
     def run(add: Callable[[ClientUpdate], object]) -> None:
         for client in clients:
@@ -165,14 +190,17 @@ def _round(
 
             _set(trainer.parameters, base)
             losses = trainer.train(
-                examples[client.id], config.local, seed=_seed(config.seed, number, client.id), step=step
+                examples[client.id, client.turned(number)],
+                config.local,
+                seed=_seed(config.seed, number, client.id),
+                step=step,
             )
             report.first_loss[client.id], report.last_loss[client.id] = losses[0], losses[-1]
             delta = _upload(client, number, trainer.parameters, base, UPLOAD_DTYPES[config.upload])
             weight = report.weights[client.id]
             for name, tensor in delta.items():
                 mean[name].add_(tensor.float(), alpha=weight)
-            add(ClientUpdate(client.id, weight, delta=delta, examples=len(client.rows)))
+            add(ClientUpdate(client.id, weight, delta=delta, examples=rows[client.id]))
 
     try:
         if ledger is None:
@@ -235,7 +263,7 @@ def _check(clients: Sequence[Client], config: FederationConfig) -> None:
     ids = [client.id for client in clients]
     if not ids or len(set(ids)) < len(ids):
         raise ArgumentError("clients", expected="at least one client, each with an id of its own", got=ids)
-    empty = [client.id for client in clients if not client.rows]
+    empty = [client.id for client in clients if not all(client.all_rows.values())]
     if empty:
         raise ArgumentError("clients", expected="rows for every client", got=f"none for {empty}")
     if config.participants is not None and not 1 <= config.participants <= len(ids):

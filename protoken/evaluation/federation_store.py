@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from protoken.errors import ArgumentError, LedgerFormatError, LedgerMismatchError
 from protoken.evaluation.base_model import BaseModel
+from protoken.evaluation.corpora import ChatRow
 from protoken.evaluation.federation import (
     Client,
     FederationConfig,
@@ -185,9 +186,6 @@ def fingerprint(base: BaseModel, clients: Sequence[Client], config: FederationCo
 
 
 def _describe(client: Client) -> dict[str, Any]:
-    rows = hashlib.sha256()
-    for row in client.rows:
-        rows.update(json.dumps([dict(message) for message in row.messages], sort_keys=True).encode() + b"\n")
     alter = "" if client.alter is None else repr(client.alter)
     if " at 0x" in alter:
         raise ArgumentError(
@@ -195,14 +193,24 @@ def _describe(client: Client) -> dict[str, Any]:
             expected="a callable whose repr tells it apart from others, such as an instance of a dataclass",
             got=alter,
         )
-    return {
+    found = {
         "id": client.id,
         "poisoned": client.poisoned,
         "label": client.label,
         "rows": len(client.rows),
-        "rows_sha256": rows.hexdigest(),
+        "rows_sha256": _digest(client.rows),
         "alter": alter,
     }
+    if client.turn is not None:
+        found["turn"] = {"round": client.turn.number, "rows_sha256": _digest(client.turn.rows)}
+    return found
+
+
+def _digest(rows: Sequence[ChatRow]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps([dict(message) for message in row.messages], sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "backdoor": "Are the clients who planted a backdoor named? Models x domains, after every round.",
     "benign": "Is an ordinary answer attributed to the client whose domain it is, and as Shapley values would?",
     "confidence": "False alarms where nobody taught the answer, and how true stated probabilities are.",
+    "history": "Backdoors planted late, or early by who became honest since: are client and round named?",
     "overhead": "Time and accuracy against the number of traced blocks, by way.",
     "scale": "55 clients of which 10 take part in a round: 25 poisoned, and 1 poisoned.",
 }
