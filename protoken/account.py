@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from protoken.errors import ArgumentError
+from protoken.confidence import traces_of
+from protoken.errors import ArgumentError, UnknownClientError
 from protoken.results import Trace
-from protoken.results_checks import Array
+from protoken.results_checks import Array, check_count, check_rate, generator_of
 
 EXACT_UP_TO = 12
 
@@ -62,7 +63,11 @@ class Account:
         return tuple(entry.client for entry in self.clients if entry.flagged)
 
     def __getitem__(self, client: str) -> ClientAccount:
-        return next(entry for entry in self.clients if entry.client == client)
+        """One client's entry; UnknownClientError for a client of none of the responses."""
+        for entry in self.clients:
+            if entry.client == client:
+                return entry
+        raise UnknownClientError("client", expected="a client of one of the responses", got=ascii(client)[:80])
 
 
 def account(
@@ -91,15 +96,16 @@ def account(
     Raises:
         ArgumentError: no traces, traces that cannot be added up, or a parameter out of range.
     """
-    listed = list(traces)
+    listed = traces_of("traces", traces)
     if not listed:
         raise ArgumentError("traces", expected="at least one", got=0)
     kinds = {(trace.info.method, trace.unit) for trace in listed}
     if len(kinds) > 1:
         raise ArgumentError("traces", expected="one method and unit", got=sorted(kinds))
-    if not 0 < rate < 1 or not 0 < confidence < 1 or draws < 1:
-        raise ArgumentError("rate", expected="rate and confidence between 0 and 1, draws >= 1", got=(rate, confidence))
-    generator = np.random.default_rng(seed)
+    check_rate("rate", rate)
+    check_rate("confidence", confidence)
+    check_count("draws", draws, 1)
+    generator = generator_of(seed)
     ids = sorted({client for trace in listed for client in trace.client_ids})
     rows = [_of_client(client, listed, confidence, draws, generator) for client in ids]
     q_values = adjusted(np.array([row[-1] for row in rows]), dependent=dependent)

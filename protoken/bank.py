@@ -25,7 +25,7 @@ from .layers import Layer, layer_of
 from .ledger import Ledger, Round
 from .lineage_sums import LayerSums, add_round
 
-Rounds = int | str | Sequence[int]
+Rounds = int | str | slice | Sequence[int]
 T = TypeVar("T")
 
 
@@ -205,29 +205,39 @@ class _Made(Mapping[str, T]):
 
 
 def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
-    """Resolve "last", "all", one number or a sequence of them against a ledger, up to the model's own round.
+    """Resolve "last", "all", one number, several or a slice against a ledger, up to the model's own round.
+
+    A slice is one of the tuple of rounds, as in `Ledger.select`: slice(-3, None) are the last three.
 
     Raises:
         UnknownRoundError: a number is not in the ledger.
         ArgumentError: another word, no round at all, or a round after the model's own.
     """
     known = [r for r in ledger.rounds if r <= last]
-    if rounds == "last":
-        chosen: Sequence[int] = [last]
-    elif rounds == "all":
-        chosen = known
-    elif isinstance(rounds, str):
-        raise ArgumentError("rounds", expected='"last", "all", a number or a sequence of numbers', got=rounds)
+    if isinstance(rounds, str):
+        words = {"last": known[-1:], "all": known}
+        if rounds not in words:
+            raise ArgumentError(
+                "rounds", expected='"last", "all", a number, a slice or a sequence of numbers', got=rounds
+            )
+        chosen = words[rounds]
+    elif isinstance(rounds, slice):
+        chosen = _sliced(known, rounds)
     else:
-        chosen = list(rounds) if isinstance(rounds, Iterable) else [rounds]
+        chosen = [ledger.round(number).number for number in (rounds if isinstance(rounds, Iterable) else [rounds])]
     for number in chosen:
-        if type(number) is not int or number not in ledger.rounds:
-            ledger.round(number)
         if number > last:
             raise ArgumentError("rounds", expected=f"rounds up to the model's own, {last}", got=number)
     if not chosen:
-        raise ArgumentError("rounds", expected="at least one round", got=rounds)
+        raise ArgumentError("rounds", expected=f"at least one round of {len(known)}", got=rounds)
     return tuple(sorted(set(chosen)))
+
+
+def _sliced(known: list[int], rounds: slice) -> list[int]:
+    try:
+        return known[rounds]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("rounds", expected="a slice of whole numbers, its step not 0", got=rounds) from error
 
 
 def check_shape(record: Round, layer: Layer, recorded: Recorded) -> None:

@@ -9,15 +9,17 @@ Nothing here imports torch: saved traces are enough.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from protoken.errors import ArgumentError
 from protoken.results import Trace
-from protoken.results_checks import Array
+from protoken.results_checks import Array, check_count, check_rate, finite, generator_of, vector
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ def intervals(
     Raises:
         ArgumentError: no tokens, a totals-only trace without standard errors, or a parameter out of range.
     """
-    if not 0 < confidence < 1 or draws < 1:
-        raise ArgumentError("confidence", expected="between 0 and 1, and 1 draw or more", got=(confidence, draws))
-    generator = np.random.default_rng(seed)
+    check_trace(trace)
+    check_rate("confidence", confidence)
+    check_count("draws", draws, 1)
+    generator = generator_of(seed)
     if trace.standard_errors is not None:
         sampled = trace.totals + trace.standard_errors * generator.standard_normal((draws, len(trace.totals)))
         reach = NormalDist().inv_cdf((1 + confidence) / 2) * trace.standard_errors
@@ -73,16 +76,38 @@ def resampled_totals(trace: Trace, draws: int, block: int | None, generator: np.
         )
     count = len(scores)
     length = max(1, round(count ** (1 / 3))) if block is None else block
-    if not 1 <= length <= count:
-        raise ArgumentError("block", expected=f"1 to {count} tokens", got=length)
+    check_count("block", length, 1, count)
     starts = generator.integers(0, count, size=(draws, math.ceil(count / length)))
     rows = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)[:, :count] % count
-    totals: Array = scores[rows].sum(axis=1)
+    # How often each draw took each token: [draws, T], where the drawn scores themselves would be [draws, T, K].
+    taken = np.zeros((draws, count))
+    np.add.at(taken, (np.arange(draws)[:, None], rows), 1.0)
+    totals: Array = taken @ scores
     return totals
+
+
+def traces_of(argument: str, traces: Iterable[Trace]) -> list[Trace]:
+    """The traces as a list.
+
+    Raises:
+        ArgumentError: one trace in the place of several, or what is no trace.
+    """
+    listed: list[object] = list(traces) if isinstance(traces, Iterable) else [traces]
+    wrong = [traces] if isinstance(traces, Trace) else [found for found in listed if not isinstance(found, Trace)]
+    if wrong:
+        raise ArgumentError(argument, expected="a list of protoken.Trace", got=f"a {type(wrong[0]).__name__}")
+    return cast(list[Trace], listed)
+
+
+def check_trace(trace: Trace) -> None:
+    """ArgumentError for what is no trace."""
+    if not isinstance(trace, Trace):
+        raise ArgumentError("trace", expected="a protoken.Trace", got=f"a {type(trace).__name__}")
 
 
 def margin(trace: Trace) -> float:
     """(best - second best) / sum_k |S_k|, from 0 to 1: how clearly one client leads; 1 for a single client."""
+    check_trace(trace)
     return margin_of(trace.totals)
 
 
@@ -113,11 +138,13 @@ class Calibration:
         The slope is kept at 0 or more: a clearer lead never means less confidence.
 
         Raises:
-            ArgumentError: fewer than 10 samples, or lengths that differ.
+            ArgumentError: fewer than 10 samples, lengths that differ, or what is no finite number.
         """
-        x, y = np.asarray(margins, dtype=np.float64), np.asarray(correct, dtype=bool)
-        if x.ndim != 1 or x.shape != y.shape or len(x) < 10 or not np.isfinite(x).all():
-            raise ArgumentError("margins", expected="10 or more finite margins, one outcome each", got=x.shape)
+        x, y = vector("margins", margins), np.asarray(correct, dtype=bool)
+        if x.shape != y.shape or len(x) < 10:
+            raise ArgumentError(
+                "margins", expected="10 or more, one outcome each", got=f"{x.shape} beside outcomes {y.shape}"
+            )
         positives, negatives = int(y.sum()), int((~y).sum())
         target = np.where(y, (positives + 1) / (positives + 2), 1 / (negatives + 2))
         slope, intercept = _logistic(x, target)
@@ -128,7 +155,7 @@ class Calibration:
 
     def probability(self, found: Trace | float) -> float:
         """That the client a trace (or a margin) names is right."""
-        value = margin(found) if isinstance(found, Trace) else float(found)
+        value = margin(found) if isinstance(found, Trace) else finite("found", found)
         logit = self.slope * value + self.intercept
         return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
 

@@ -11,11 +11,14 @@ from transformers import PreTrainedModel
 from .attribution import settle
 from .bank import LedgerBank, Rounds
 from .cost import work
+from .dispatch import choose
 from .errors import ArgumentError
-from .generation import bound_of, check_arguments, complete_arguments
+from .generation import bound_of, check_arguments, check_seed, complete_arguments
+from .layers import input_device
 from .ledger import Ledger
 from .memory import Chunks, bytes_by_part, readable, smallest
 from .options import Granularity, Method, Options, Way
+from .patching import refuse_inference_mode
 from .relevance import Objective
 from .session import Session
 from .text import Prompt, check_ids, encode_prompt
@@ -87,9 +90,12 @@ def estimate(
     Raises:
         ArgumentError: a method other than "protoken"; and all that `protoken.trace` raises before it generates.
     """
+    refuse_inference_mode(model)
     check_arguments(model, generate_arguments)
+    check_seed(seed)
     options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
     session = Session.of(model, ledger, tokenizer, options, seed=seed)
+    choose("client_scores", backend, input_device(model))
     if method != "protoken" or not isinstance(session.source, LedgerBank):
         raise ArgumentError("method", expected='"protoken", whose parts are known', got=method)
     ids = encode_prompt(session.tokenizer, prompt, chat)

@@ -6,9 +6,11 @@ the three signatures against its fields.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex, get_args
+
+import numpy as np
 
 from .bank import Rounds
 from .dispatch import ORDER
@@ -69,8 +71,8 @@ class Options:
             value = getattr(self, argument)
             if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
                 raise ArgumentError(argument, expected="a whole number, or None", got=repr(value))
-        if isinstance(self.layers, str):
-            raise ArgumentError("layers", expected="a list of names or patterns", got=repr(self.layers))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", names_of(self.layers))
         object.__setattr__(self, "memory_limit", bytes_of(self.memory_limit))
 
     @property
@@ -81,7 +83,10 @@ class Options:
     @property
     def resolved_nodes(self) -> int:
         """One round's path is short; over several an answer's log-probability climbs steeply first and flattens."""
-        one = self.rounds == "last" or isinstance(self.rounds, int)
+        if isinstance(self.rounds, Sequence) and not isinstance(self.rounds, str):
+            one = len(self.rounds) == 1
+        else:
+            one = isinstance(self.rounds, int | np.integer) or (isinstance(self.rounds, str) and self.rounds == "last")
         return self.nodes if self.nodes is not None else DEFAULT_NODES if one else LINEAGE_NODES
 
     @property
@@ -113,6 +118,19 @@ def bytes_of(size: int | str | None) -> int | None:
             "memory_limit", expected='a number of bytes above 0, or a size like "2GB" or "512MiB"', got=size
         )
     return int(count)
+
+
+def names_of(layers: Iterable[str]) -> tuple[str, ...]:
+    """Names or patterns of layers, as a tuple.
+
+    Raises:
+        ArgumentError: one text in the place of a list, none, or what is no text.
+    """
+    listed = isinstance(layers, Iterable) and not isinstance(layers, str | bytes)
+    names = tuple(layers) if listed else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ArgumentError("layers", expected="a list of names or patterns, one at least", got=repr(layers))
+    return names
 
 
 def _check_word(argument: str, value: object, known: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ArgumentError, PromptError
-from .text import encode_prompt
+from .text import encode_prompt, encode_text
 
 Record = str | tuple[str, str] | Mapping[str, Any]
 """Plain text; (prompt, answer); {"prompt": ..., "response": ...}; or {"messages": [...]} that ends with the answer.
@@ -40,7 +40,7 @@ def encode_record(tokenizer: Any, record: Record, index: int, *, max_tokens: int
     named = record if isinstance(record, Mapping) else {}
     key, client = str(named.get("id", index)), named.get("client")
     if prompt is None:
-        ids = list(tokenizer(answer)["input_ids"])
+        ids = _encoded(where, tokenizer, answer)
         start, shown = 1, answer
     else:
         try:
@@ -48,7 +48,7 @@ def encode_record(tokenizer: Any, record: Record, index: int, *, max_tokens: int
         except PromptError as error:
             raise ArgumentError(where, expected="a prompt that can be encoded", got=str(error)) from error
         start, shown = len(ids), answer
-        ids = [*ids, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
+        ids = [*ids, *_encoded(where, tokenizer, answer, add_special_tokens=False)]
         ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if len(ids[:max_tokens]) <= start:
         raise ArgumentError(
@@ -58,6 +58,13 @@ def encode_record(tokenizer: Any, record: Record, index: int, *, max_tokens: int
             remedy="Leave the record out, shorten its prompt, or raise max_tokens",
         )
     return EncodedRecord(tuple(ids[:max_tokens]), start, key, None if client is None else str(client), shown)
+
+
+def _encoded(where: str, tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        return encode_text("text", tokenizer, text, **options)
+    except PromptError as error:
+        raise ArgumentError(where, expected="text that can be encoded", got=str(error)) from error
 
 
 def _parts(record: Any, where: str) -> tuple[str | Sequence[Mapping[str, str]] | None, str]:

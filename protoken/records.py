@@ -22,8 +22,10 @@ docs/records.md shows what was measured for them.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -41,13 +43,14 @@ from .ledger import Ledger, tensor_digest
 from .methods.moved import Moved
 from .methods.replayed import moving_parameters
 from .methods.weights import own_names, parameter_of
+from .options import names_of
 from .origin import ids_of, origin_of
 from .patching import evaluation_mode, refuse_inference_mode
 from .record_scores import RecordScores
 from .record_text import EncodedRecord, Record, encode_record
 from .relevance import Response, objective_values
 from .results import Trace
-from .text import as_row
+from .text import as_row, check_tokenizer
 
 DEFAULT_STEP = 5e-4
 SCHEMA = 1
@@ -86,6 +89,7 @@ class RecordProbe:
         Args:
             model: the global model the probe was made at; left as it was found.
             records: see `records.Record`; a client's own, which this function shows to nobody.
+            tokenizer: the model's; records are text.
             batch_size: records at a time; neighbours in a batch change nothing but rounding.
             max_tokens: longer records are cut.
             chat: wrap prompts in the tokenizer's chat template; None: if it has one.
@@ -95,10 +99,13 @@ class RecordProbe:
             LedgerMismatchError: the model is not the one that the probe was made at.
         """
         refuse_inference_mode(model)
-        if isinstance(records, str | Mapping) or not len(records):
+        if isinstance(records, str | bytes) or not isinstance(records, Sequence) or not records:
             raise ArgumentError("records", expected="a sequence of at least one record", got=type(records).__name__)
         if type(batch_size) is not int or batch_size < 1:
             raise ArgumentError("batch_size", expected="a whole number of 1 or more", got=batch_size)
+        check_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise ArgumentError("tokenizer", expected="the model's tokenizer, since records are text", got="None")
         encoded = [
             encode_record(tokenizer, record, i, max_tokens=max_tokens, chat=chat) for i, record in enumerate(records)
         ]
@@ -200,8 +207,10 @@ def record_probe(
         LedgerMismatchError: the model is not the one that the ledger was written for.
         NonFiniteError: the gradient vanishes or is not finite, so it gives no direction.
     """
-    if not 0 < step < 1:
+    if not isinstance(step, int | float) or not 0 < step < 1:
         raise ArgumentError("step", expected="a number above 0 and below 1", got=step)
+    if layers is not None:
+        layers = list(names_of(layers))
     if type(steps) is not int or steps < 1:
         raise ArgumentError("steps", expected="a whole number of 1 or more", got=steps)
     ids, prompt_length = ids_of(trace)
@@ -222,12 +231,14 @@ def record_probe(
 
 
 def _checked_span(span: tuple[int, int] | None, count: int) -> tuple[int, int]:
-    start, stop = (0, count) if span is None else span
-    if not 0 <= start < stop <= count:
-        raise ArgumentError(
-            "span", expected=f"tokens [i, j) with 0 <= i < j <= {count}, the response's length", got=(start, stop)
-        )
-    return start, stop
+    pair = (0, count) if span is None else span
+    if isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(place, Integral) for place in pair):
+        start, stop = map(operator.index, pair)
+        if 0 <= start < stop <= count:
+            return start, stop
+    raise ArgumentError(
+        "span", expected=f"tokens (i, j) with 0 <= i < j <= {count}, the response's length", got=repr(span)
+    )
 
 
 def _walk(

@@ -1,4 +1,5 @@
-"""What a result may hold: finite float64 arrays of the right shape, and text that UTF-8 can carry.
+"""What a result may hold: finite float64 arrays of the right shape, and text that UTF-8 can carry; and the numbers
+that callers hand in beside results: rates, counts, seeds.
 
 Kept apart from results.py so that the dataclasses there read as the contract they are.
 """
@@ -6,7 +7,7 @@ Kept apart from results.py so that the dataclasses there read as the contract th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,32 @@ def frozen_array(name: str, value: object, shape: tuple[int, ...], axes: str) ->
         raise NonFiniteError(name, expected="finite numbers", got=f"{bad} NaN or infinite")
     array.setflags(write=False)
     return array
+
+
+def vector(name: str, value: object) -> Array:
+    """``value`` as a finite float64 array of one axis, a copy."""
+    length = len(value) if isinstance(value, Sized) and not isinstance(value, str | bytes) else 0
+    return frozen_array(name, value, (length,), "[n]")
+
+
+def check_rate(name: str, value: object) -> None:
+    """ArgumentError unless it is a number between 0 and 1, both excluded."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or not 0 < value < 1:
+        raise ArgumentError(name, expected="a number between 0 and 1", got=repr(value))
+
+
+def check_count(name: str, value: object, low: int, high: int | None = None) -> None:
+    """ArgumentError unless it is a whole number from `low` to `high` (None: without end)."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
+        bounds = f"of {low} or more" if high is None else f"from {low} to {high}"
+        raise ArgumentError(name, expected=f"a whole number {bounds}", got=repr(value))
+
+
+def generator_of(seed: int) -> np.random.Generator:
+    """numpy's generator of that seed; ArgumentError for what is no seed."""
+    check_count("seed", seed, 0)
+    return np.random.default_rng(seed)
 
 
 def finite(name: str, value: object) -> float:

@@ -26,7 +26,7 @@ from .patching import evaluation_mode
 from .plan import Plan, make_plan
 from .relevance import Response
 from .results import Trace
-from .text import as_row
+from .text import as_row, check_tokenizer
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Session:
         seed: int | None = None,
     ) -> Session:
         """The same for a model whose ledger is at hand."""
+        check_tokenizer(tokenizer)
         plan = make_plan(own.architecture, options, seed=seed or 0)
         source = read_source(own, model, plan, options.rounds)
         return Session(model, own, own.tokenizer if tokenizer is None else tokenizer, plan, source)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import PromptError
+from .errors import ArgumentError, PromptError
 from .layers import base_of
 from .results import Token
 
 # Tokens decoded along before a new one, so that tokenizers which strip a leading space see that it does not lead.
 _CONTEXT = 8
+_WHOLE = frozenset([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray[Any, Any]
 
@@ -31,9 +32,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int
     Raises:
         PromptError: empty, several prompts, of another type, or a chat template is needed and the tokenizer has none.
     """
-    if type(prompt) is np.ndarray:
-        prompt = torch.from_numpy(prompt)
-    if isinstance(prompt, Tensor):
+    check_tokenizer(tokenizer)
+    if chat is not None and not isinstance(chat, bool):
+        raise ArgumentError("chat", expected="True, False or None", got=repr(chat))
+    if isinstance(prompt, Tensor | np.ndarray):
         prompt = _one_row("prompt", prompt)
     if not isinstance(prompt, str):
         _check_sequence(prompt)
@@ -44,27 +46,55 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, chat: bool | None) -> list[int
         if not prompt:
             return _not_empty([])
         if chat is False or (chat is None and not getattr(tokenizer, "chat_template", None)):
-            return _not_empty(tokenizer(prompt)["input_ids"])
+            return _not_empty(encode_text("prompt", tokenizer, prompt))
         prompt = [{"role": "user", "content": prompt}]
     return _not_empty(_encode_conversation(tokenizer, prompt))
 
 
-def encode_response(tokenizer: Any, response: str | Sequence[int] | Tensor) -> list[int]:
+def encode_response(tokenizer: Any, response: str | Sequence[int] | Tensor | np.ndarray[Any, Any]) -> list[int]:
     """Token ids of a response that is there already: ids as they are, text as it stands, nothing added to it.
 
     Raises:
         PromptError: empty, several responses, of another type, or text without a tokenizer.
     """
-    if isinstance(response, Tensor):
+    if isinstance(response, Tensor | np.ndarray):
         response = _one_row("response", response)
     if isinstance(response, str):
         _need_tokenizer("response", tokenizer)
-        response = tokenizer(response, add_special_tokens=False)["input_ids"] if response else []
-    if not isinstance(response, Sequence) or not all(isinstance(token, int) for token in response):
+        response = encode_text("response", tokenizer, response, add_special_tokens=False) if response else []
+    listed = isinstance(response, Sequence) and not isinstance(response, bytes | bytearray)
+    if not listed or not all(isinstance(token, int | np.integer) for token in response):
         raise PromptError("response", expected="text, or the token ids of one response", got=type(response).__name__)
     if not response:
         raise PromptError("response", expected="at least one token", got="an empty response")
     return [int(token) for token in response]
+
+
+def encode_text(argument: str, tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Token ids of a text; PromptError for one that no tokenizer can read."""
+    _check_text(argument, text)
+    return list(tokenizer(text, **options)["input_ids"])
+
+
+def _check_text(argument: str, text: str) -> None:
+    """PromptError for half a character: what a text that was cut in UTF-16 ends with."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            argument,
+            expected="text that UTF-8 can say",
+            got=f"a lone surrogate, {text[error.start]!a}, at character {error.start}",
+            remedy='Clean it first: text.encode("utf-8", "replace").decode("utf-8")',
+        ) from error
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """ArgumentError for what is neither None nor can decode ids."""
+    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        raise ArgumentError(
+            "tokenizer", expected="a tokenizer as AutoTokenizer loads it, or None", got=f"a {type(tokenizer).__name__}"
+        )
 
 
 def _need_tokenizer(argument: str, tokenizer: Any) -> None:
@@ -77,16 +107,17 @@ def _need_tokenizer(argument: str, tokenizer: Any) -> None:
         )
 
 
-def _one_row(argument: str, ids: Tensor) -> list[int]:
+def _one_row(argument: str, ids: Tensor | np.ndarray[Any, Any]) -> list[int]:
     """Ids [n] or [1, n]; rows run together would be a text that nobody wrote."""
-    if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != 1) or ids.is_floating_point():
+    whole = ids.dtype.kind in "iu" if isinstance(ids, np.ndarray) else ids.dtype in _WHOLE
+    if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != 1) or not whole:
         raise PromptError(
             argument,
             expected=f"the token ids of one {argument}, [n] or [1, n]",
             got=f"{ids.dtype} of shape {tuple(ids.shape)}",
             remedy="Trace one prompt per call, or a batch by model.generate inside protoken.tracing",
         )
-    return [int(token) for token in ids.flatten().tolist()]
+    return [int(token) for token in ids.reshape(-1).tolist()]
 
 
 def _check_sequence(prompt: Any) -> None:
@@ -115,6 +146,9 @@ def _encode_conversation(tokenizer: Any, conversation: Any) -> list[int]:
             expected='text, token ids, or turns like {"role": "user", "content": "..."}',
             got=f"a {type(conversation).__name__} of {type(conversation[0]).__name__}",
         )
+    for turn in conversation:
+        if isinstance(turn["content"], str):
+            _check_text("prompt", turn["content"])
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             "prompt",

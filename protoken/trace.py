@@ -64,7 +64,8 @@ def trace(
         prompt: text, a conversation ([{"role": "user", "content": ...}]), or the token ids of one prompt.
         ledger: the federation's ledger or its path, unless one was attached with `protoken.attach`.
         tokenizer: likewise.
-        rounds: "last", "all" (each client's weighted deltas summed: its lineage), a number, or several.
+        rounds: "last", "all" (each client's weighted deltas summed: its lineage), a number, several, or a slice of the
+            ledger's rounds: slice(-3, None) are the last three.
         blocks: trace the last `blocks` blocks: attention out-projection and MLP-final layer of each. None: one block
             for "protoken" and "paper", and every parameter that the ledger records for the other methods.
         layers: names or shell patterns of linear layers to trace in those blocks instead.

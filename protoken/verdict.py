@@ -16,18 +16,28 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from protoken.confidence import resampled_totals
+from protoken.confidence import check_trace, resampled_totals, traces_of
 from protoken.errors import ArgumentError
 from protoken.results import Trace
-from protoken.results_checks import Array
+from protoken.results_checks import Array, check_count, check_rate, finite, generator_of, vector
 
 
-def leading(totals: Array) -> tuple[tuple[int, ...], float]:
+def leading(totals: ArrayLike) -> tuple[tuple[int, ...], float]:
     """The clients above the widest gap between neighbours in the ranked positive totals [K], and how wide it is.
 
     The gap is told as a share of the top total, 0 to 1; what is negative counts as 0. Who taught the same thing
     together stands together: of two clients with 3.0 and 2.8 and others below 0.2, both lead. Ties go to fewer clients.
+
+    Returns:
+        Places in `totals` by descending total (their names are `trace.client_ids[k]`), none where no total
+        is positive; and the gap.
+
+    Raises:
+        ArgumentError: no totals, or what is no finite number.
     """
+    totals = vector("totals", totals)
+    if not len(totals):
+        raise ArgumentError("totals", expected="at least one", got="none")
     order = np.argsort(-totals, kind="stable")
     ranked = np.append(np.maximum(totals[order], 0.0), 0.0)
     if not ranked[0] > 0:
@@ -87,11 +97,20 @@ class Abstention:
             ArgumentError: too few answers for that rate: n >= 1 / false_alarm - 1 are needed; or another rate than
                 between 0 and 1.
         """
-        found = [evidence_of(trace) for trace in null_traces]
+        for name, share in (("lead", lead), ("gap", gap)):
+            if not 0 <= finite(name, share) <= 1:
+                raise ArgumentError(name, expected="from 0 to 1", got=share)
+        found = [evidence_of(trace) for trace in traces_of("null_traces", null_traces)]
         return Abstention(threshold(found, false_alarm), lead, gap, false_alarm, len(found))
 
     def judge(self, trace: Trace, *, draws: int = 500, seed: int = 0) -> Verdict:
-        """Name the leading clients, or abstain and say why. More than half of all clients do not stand out."""
+        """Name the leading clients, or abstain and say why. More than half of all clients do not stand out.
+
+        Raises:
+            ArgumentError: no trace, or `draws` or `seed` that is no count.
+        """
+        check_trace(trace)
+        check_count("draws", draws, 1)
         if trace.token_scores is None or not len(trace.token_scores):
             return self.judge_totals(trace.totals, len(trace.token_list), trace.client_ids)
         found, _ = leading(trace.totals)
@@ -123,8 +142,7 @@ def threshold(evidence: ArrayLike, false_alarm: float) -> float:
     Raises:
         ArgumentError: too few answers for that rate, or another rate than between 0 and 1.
     """
-    if not 0 < false_alarm < 1:
-        raise ArgumentError("false_alarm", expected="between 0 and 1", got=false_alarm)
+    check_rate("false_alarm", false_alarm)
     found = np.sort(np.asarray(evidence, dtype=np.float64))
     count = len(found)
     # Rounded against 99 * 0.99 = 98.01000000000001.
@@ -149,5 +167,5 @@ def _resampled_lead(trace: Trace, found: tuple[int, ...], draws: int, seed: int)
     others = [k for k in range(len(trace.totals)) if k not in found]
     if not found or not others:
         return float(bool(found))
-    sampled = resampled_totals(trace, draws, None, np.random.default_rng(seed))
+    sampled = resampled_totals(trace, draws, None, generator_of(seed))
     return float((sampled[:, list(found)].min(axis=1) > sampled[:, others].max(axis=1)).mean())

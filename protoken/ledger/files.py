@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from protoken.errors import CommitConflict, DurabilityError, LedgerError, LedgerFormatError
+from protoken.errors import ArgumentError, CommitConflict, DurabilityError, LedgerError, LedgerFormatError
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -38,7 +38,10 @@ class FileLayer:
     """
 
     def __init__(self, root: str | os.PathLike[str], *, sync: bool = True) -> None:
-        self.root = Path(root)
+        try:
+            self.root = Path(root)
+        except TypeError as error:
+            raise ArgumentError("ledger", expected="the path of a folder", got=f"a {type(root).__name__}") from error
         self.syncs = sync
 
     # ---- reading -------------------------------------------------------------------------------------------

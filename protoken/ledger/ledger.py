@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from protoken.errors import (
     ArgumentError,
     CommitConflict,
@@ -200,13 +202,14 @@ class Ledger:
 
     def round(self, number: int | Literal["last"]) -> Round:
         """One round. UnknownRoundError when there is none of this number."""
-        if number == "last":
+        if isinstance(number, str) and number == "last":
             number = self._chain.head.round
-        if type(number) is not int or not 1 <= number <= self._chain.head.round:
+        whole = int(number) if isinstance(number, int | np.integer) and not isinstance(number, bool) else 0
+        if not 1 <= whole <= self._chain.head.round:
             raise UnknownRoundError(
                 "round", expected=f"'last' or a number from 1 to {self._chain.head.round}", got=ascii(number)[:40]
             )
-        return Round(self._chain.manifest(number), self._cache, pruned=number in self._pruned)
+        return Round(self._chain.manifest(whole), self._cache, pruned=whole in self._pruned)
 
     def select(self, rounds: RoundChoice = "last") -> tuple[Round, ...]:
         """Rounds by "last", "all", a number, a slice of the tuple of rounds, or an iterable of numbers; ascending."""
