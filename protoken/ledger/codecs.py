@@ -90,7 +90,7 @@ def factors(parts: dict[str, Tensor]) -> LowRank:
 def expected_parts(
     layout: object, shape: tuple[int, ...], what: str
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Suffix -> (dtypes allowed, shape; -1 is the rank) of a parameter of this shape; LedgerFormatError if impossible."""
+    """Suffix -> (dtypes allowed, shape; -1 is the rank) of such a parameter; LedgerFormatError if impossible."""
     if layout in _PLAIN:
         return {"": ((_PLAIN_NAMES[str(layout)],), shape)}
     if layout in _LIMITS and shape:

@@ -36,7 +36,7 @@ def shard_content(
 
 
 def stored_norm(item: codecs.Encoded) -> float:
-    """Frobenius norm of one stored parameter; of factors, sqrt(tr(B^T B A A^T)) * scale without multiplying them out."""
+    """Frobenius norm of one stored parameter; of factors sqrt(tr(B^T B A A^T)) * scale, never multiplied out."""
     if item.layout in ("lora", "lowrank"):
         found = codecs.factors(item.parts)
         a, b = found.a.double(), found.b.double()

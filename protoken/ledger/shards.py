@@ -104,7 +104,7 @@ def read_index(files: FileLayer, ref: ShardRef) -> ShardIndex:
 
 
 def parse_header(body: bytes, ref: ShardRef) -> ShardIndex:
-    """Check a header's JSON: known dtypes, sizes that fit shapes, tensors without hole or overlap up to the file's end."""
+    """Check a header's JSON: known dtypes, sizes that fit shapes, tensors without hole or overlap to the file's end."""
     header = strictjson.load(body, limit=HEADER_LIMIT, what=ref.file)
     start = 8 + len(body)
     try:
