@@ -5,7 +5,6 @@ What keeps hostile text harmless stands in page.py; the page's own script is the
 
 from __future__ import annotations
 
-import html
 import os
 from base64 import b64encode
 from hashlib import sha256
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from protoken.report.page import read, rendered, style
+from protoken.report.page import framed, read, rendered, style
 from protoken.report.palette import COLOURS
 from protoken.report.sections import OBJECTIVES, facts, figures, grids, sentences, slot_name, slotted
 from protoken.report.view import TokenView, View, accounting, build_view
@@ -30,10 +29,8 @@ def trace_html(trace: Trace, path: str | os.PathLike[str] | None = None) -> str:
 
 
 def notebook_html(trace: Trace) -> str:
-    """The page in a sandboxed frame, so that neither notebook nor page can touch the other."""
-    page = html.escape(trace_html(trace), quote=True)
-    look = "width:100%;height:720px;border:0;border-radius:12px"
-    return f'<iframe sandbox="allow-scripts" style="{look}" title="protoken trace" srcdoc="{page}"></iframe>'
+    """The page in a frame, for a notebook."""
+    return framed(trace_html(trace), "protoken trace")
 
 
 def _context(trace: Trace, view: View) -> dict[str, Any]:

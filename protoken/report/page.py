@@ -6,6 +6,7 @@ Content-Security-Policy in each template that loads nothing and runs no script b
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -25,6 +26,13 @@ def rendered(template: str, context: Mapping[str, Any], path: str | os.PathLike[
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.write(page)
     return page
+
+
+def framed(page: str, title: str) -> str:
+    """A page in a sandboxed frame, so that neither notebook nor page can touch the other."""
+    look = "width:100%;height:720px;border:0;border-radius:12px"
+    inside = html.escape(page, quote=True)
+    return f'<iframe sandbox="allow-scripts" style="{look}" title="{title}" srcdoc="{inside}"></iframe>'
 
 
 def style() -> Markup:
