@@ -17,9 +17,9 @@ from .generation import bound_of, check_arguments, check_seed, complete_argument
 from .layers import input_device
 from .ledger import Ledger
 from .memory import Chunks, bytes_by_part, readable, smallest
+from .objective import Objective
 from .options import Granularity, Method, Options, Way
 from .patching import refuse_inference_mode
-from .relevance import Objective
 from .session import Session
 from .text import Prompt, check_ids, encode_prompt
 

@@ -28,11 +28,12 @@ from .methods.aumann_shapley import aumann_shapley_scores
 from .methods.game import Game
 from .methods.replayed import moving_parameters
 from .methods.weights import Updates, read_updates
+from .objective import Objective
 from .options import Options
 from .origin import ids_of, origin_of
 from .patching import evaluation_mode, refuse_inference_mode
 from .projection import Scores
-from .relevance import Objective, Response
+from .relevance import Response
 from .results import Trace
 from .results_checks import Array
 from .results_parts import UNITS
@@ -108,6 +109,11 @@ class History:
         from .report.history import history_html
 
         return history_html(self, path)
+
+    def _repr_html_(self) -> str:
+        from .report.page import framed
+
+        return framed(self.to_html(), "protoken history")
 
     def __repr__(self) -> str:
         best, total = self.ranking[0]

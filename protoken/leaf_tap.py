@@ -36,19 +36,13 @@ from .errors import GenerationError
 from .gated_tail import GatedTail
 from .generation import Generated
 from .layers import Layer, layer_of
-from .patching import hooks
-from .quantised import is_quantised
-from .relevance import Objective, Response, local_relevance, objective_values
+from .objective import Objective, is_last_row, is_plain, objective_values, pull_from_head, pull_through_head
+from .patching import after, hooks
+from .relevance import Response, local_relevance
 from .sites import visited
-
-# The softmax is at hand for the slope, and its logarithm is the objective, until it nears fp32's smallest numbers.
-_LEAST = -80.0
 
 # How often a pass looks whether the generation shall be abandoned.
 _CHECKS = 6
-
-# Autograd's names of what takes numbers out of a tensor and leaves them as they are.
-_PICKING = frozenset(("SelectBackward0", "SliceBackward0", "CloneBackward0", "AliasBackward0"))
 
 
 @dataclass
@@ -123,8 +117,8 @@ class LeafTap:
             projection = last.get_submodule(self.architecture.out_projection)
             handles = [
                 last.register_forward_pre_hook(self._enter_block, with_kwargs=True),
-                projection.register_forward_hook(self._project),
-                last.register_forward_hook(self._leave_block),
+                after(projection, self._project),
+                after(last, self._leave_block),
                 _language_model(self.model).register_forward_hook(self._leave_model),
             ]
             if self._cuts_head:
@@ -183,9 +177,7 @@ class LeafTap:
     def _cuts_head(self) -> bool:
         """Only around a plain head whose weight is at hand, and which is not itself traced."""
         head = self.architecture.head
-        if type(head) is not nn.Linear or head.weight.is_meta or is_quantised(head.weight):
-            return False
-        return "forward" not in head.__dict__ and all(layer.module is not head for layer in self._found)
+        return is_plain(head) and "forward" not in head.__dict__ and all(x.module is not head for x in self._found)
 
     def _checked(self, check: Callable[[], None]) -> list[torch.utils.hooks.RemovableHandle]:
         def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
@@ -281,6 +273,7 @@ class LeafTap:
         self, seen: _Pass, logits: Tensor, z: Tensor, ys: list[Tensor], token: Tensor
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """f [1] and d f / d y of each layer."""
+        weight: Tensor = self.architecture.head.weight  # type: ignore[assignment]
         if not seen.graph:
             assert self._tail is not None
             if logits.data_ptr() != z.data_ptr():
@@ -290,46 +283,20 @@ class LeafTap:
                     got="others",
                     remedy='Stream with backend="torch", or use protoken.trace',
                 )
-            value, upstream = self._from_head(logits, token)
+            value, upstream = pull_from_head(weight, logits, token, self.objective)
             return value, self._tail.pull(upstream)
         assert seen.head_input is not None
         # Where nothing follows the head v is known, and autograd would go over the vocabulary several times for it.
-        plain = _is_last_row(logits, z)
-        value, upstream = self._from_head(logits, token) if plain else self._through_head(logits, z, token)
+        plain = is_last_row(logits, z)
+        if plain:
+            value, upstream = pull_from_head(weight, logits, token, self.objective)
+        else:
+            value, upstream = pull_through_head(weight, logits, z, token, self.objective)
         shaped = upstream.to(seen.head_input.dtype).reshape(seen.head_input.shape)
         grads = torch.autograd.grad(seen.head_input, ys, shaped)
         if plain and self._tail is not None:
             self._tail.compare(upstream, grads)
         return value, grads
-
-    def _from_head(self, logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """f [1] and d f / d h [d] where the logits [1, V] are what the head returned."""
-        weight: Tensor = self.architecture.head.weight.detach()  # type: ignore[operator]
-        logits = logits.detach()
-        if self.objective == "logit":
-            return objective_values(logits, token, "logit"), weight[token[0]]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        if self.objective == "log_prob":
-            masses = wide.softmax(-1)
-            value = masses[:, token[0]].log()
-            if float(value) < _LEAST:
-                value = objective_values(wide, token, "log_prob")
-        else:
-            masses = wide.scatter(-1, token[:, None], -torch.inf).softmax(-1)
-            value = objective_values(wide, token, "log_odds")
-        slope = masses[0].neg_()
-        slope[token] += 1
-        return value, slope.to(weight.dtype) @ weight
-
-    def _through_head(self, logits: Tensor, z: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """f [1] and d f / d h [d] = v W from v = d f / d z [V], with z what the head returned."""
-        weight: Tensor = self.architecture.head.weight.detach()  # type: ignore[operator]
-        with torch.enable_grad():
-            value = objective_values(logits, token, self.objective)
-        slope = torch.autograd.grad(value, z)[0].reshape(-1).to(weight.dtype)
-        if self.objective == "logit" and int(slope.count_nonzero()) <= 1:
-            return value, slope[token] * weight[token[0]]
-        return value, slope @ weight
 
     def _replayed(self, seen: _Pass, ids: Tensor) -> TokenRelevance:
         response = Response(ids, ids.shape[1] - 1)
@@ -344,14 +311,6 @@ class LeafTap:
     def _forget(self) -> None:
         self._thread = self.replayed = None
         self._forget_pass()
-
-
-def _is_last_row(logits: Tensor, z: Tensor) -> bool:
-    """Whether logits [1, V] are z [1, 1, V] as it is: between them the graph only copies and picks the position."""
-    node = logits.grad_fn
-    while node is not None and node.name() in _PICKING:
-        node = node.next_functions[0][0]
-    return getattr(node, "variable", None) is z and logits.shape[-1] == z.numel()
 
 
 def _last_row(hidden: Tensor) -> Tensor:

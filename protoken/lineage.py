@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from .bank import Rounds
 from .ledger import Ledger
+from .objective import Objective
 from .options import Granularity, Options
 from .origin import ids_of, origin_of
 from .patching import refuse_inference_mode
-from .relevance import Objective
 from .results import Trace
 from .session import Session
 

@@ -16,7 +16,7 @@ from .bank import Rounds
 from .dispatch import ORDER
 from .errors import ArgumentError
 from .methods.aumann_shapley import DEFAULT_NODES, LINEAGE_NODES
-from .relevance import Objective
+from .objective import Objective
 
 Way = Literal["auto", "local", "reverse", "forward"]
 Granularity = Literal["auto", "sequence", "token", "layer", "position"]

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from .architectures import Architecture
 from .errors import ArgumentError
 from .methods.replayed import REPLAYED, Settings
+from .objective import Objective
 from .options import Method, Options
-from .relevance import Objective
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from .bank import Bank, BankInParts
 from .capture import Capture
 from .errors import ProtokenWarning
 from .generation import Generated
+from .objective import Objective
 from .patching import after, hooks
 from .projection import project_local
-from .relevance import Objective, Response, local_relevance
+from .relevance import Response, local_relevance
 from .twin import twin_of
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -43,12 +43,13 @@ from .ledger import Ledger, tensor_digest
 from .methods.moved import Moved
 from .methods.replayed import moving_parameters
 from .methods.weights import own_names, parameter_of
+from .objective import objective_values
 from .options import names_of
 from .origin import ids_of, origin_of
 from .patching import evaluation_mode, refuse_inference_mode
 from .record_scores import RecordScores
 from .record_text import EncodedRecord, Record, encode_record
-from .relevance import Response, objective_values
+from .relevance import Response
 from .results import Trace
 from .text import as_row, check_tokenizer
 

@@ -1,4 +1,4 @@
-"""The objective f_t of each generated token and its gradient at the traced layers' outputs.
+"""Relevance: the gradient of each generated token's objective at the traced layers' outputs.
 
 Two of the three exact ways that do not repeat the generation (the third is forward_mode.py):
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,8 @@ from .architectures import Architecture
 from .capture import Capture
 from .errors import GenerationError
 from .layers import layer_of
-from .quantised import is_quantised
+from .objective import Objective, gathered_head, is_plain, objective_values
 from .replay import Replayed, Tap, replay
-
-Objective = Literal["log_prob", "log_odds", "logit"]
 
 # A replay that differs by more than this from what generation computed is another computation, not rounding. Most
 # families compute rotary angles and norms in fp32 whatever their weights are.
@@ -82,22 +79,6 @@ class ReverseRelevance:
     replay_error: float
 
 
-def objective_values(logits: Tensor, tokens: Tensor, objective: Objective) -> Tensor:
-    """f_t for logits [T, V] and tokens [T], fp32 or fp64 [T].
-
-    log_prob    log p_t = z_y - logsumexp_v z_v, in nats
-    log_odds    log p_t / (1 - p_t) = z_y - logsumexp_{v != y} z_v, in nats; its gradient is that of log p_t over
-                1 - p_t, which does not fade for tokens that are nearly certain. 1 - p_t itself is never formed
-    logit       z_y
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = logits.gather(-1, tokens[:, None])[:, 0]
-    if objective == "logit":
-        return chosen
-    rivals = logits if objective == "log_prob" else logits.scatter(-1, tokens[:, None], -torch.inf)
-    return chosen - rivals.logsumexp(-1)
-
-
 def local_relevance(
     model: nn.Module,
     architecture: Architecture,
@@ -128,7 +109,7 @@ def local_relevance(
         layers=tuple(dict.fromkeys((projection, *layers))),
         blocks_return_tuples=capture.returns_tuples,
         given_outputs={projection: capture.deciding(capture.projections, prompt, count)},
-        head=_gathered_head(architecture, response.tokens, layers) if objective == "logit" else None,
+        head=_short_head(architecture, response.tokens, layers, objective),
     )
     recorded = capture.deciding(capture.outputs, prompt, count)
     error = replay_error(replayed.output, recorded) if check else 0.0
@@ -167,7 +148,7 @@ def reverse_relevance(
         layers=layers,
         blocks_return_tuples=capture.returns_tuples,
         logits_rows=rows,
-        head=_gathered_head(architecture, response.tokens, layers) if objective == "logit" else None,
+        head=_short_head(architecture, response.tokens, layers, objective),
     )
     recorded = capture.deciding(capture.outputs, prompt, count)
     error = replay_error(replayed.output[:, prompt - 1 : length], recorded)
@@ -234,26 +215,10 @@ def gradient_matrix(model: nn.Module, name: str, tap: Tap, grad: Tensor) -> Tens
     return torch.stack([_accumulated(grad[experts == e], x[experts == e]) for e in range(layer.experts)])
 
 
-def _gathered_head(
-    architecture: Architecture, tokens: Tensor, layers: Sequence[str]
+def _short_head(
+    architecture: Architecture, tokens: Tensor, layers: Sequence[str], objective: Objective
 ) -> Callable[[Tensor], Tensor] | None:
-    """A head of one output per row, z_t = <w[token_t], h_t> + b[token_t], in place of the whole vocabulary.
-
-    What families apply to the logits afterwards (soft-caps, scalings) is elementwise, so it still applies. Only for
-    plain linear heads that are at hand and not traced themselves; others run as they are.
-    """
-    head = architecture.head
-    if type(head) is not nn.Linear or head.weight.is_meta or is_quantised(head.weight):
+    """What to call instead of the head: one row of it per token where that is all the objective looks at."""
+    if objective != "logit" or architecture.head_name in layers or not is_plain(architecture.head):
         return None
-    if architecture.head_name in layers:
-        return None
-    # [T, d] rows, widened: a half-precision dot product over d would round more than the whole head's matmul.
-    wide = torch.promote_types(head.weight.dtype, torch.float32)
-    weight = head.weight.detach()[tokens].to(wide)
-    bias = None if head.bias is None else head.bias.detach()[tokens].to(wide)
-
-    def forward(hidden: Tensor) -> Tensor:
-        logits = (hidden.to(wide) * weight).sum(-1, keepdim=True)
-        return logits if bias is None else logits + bias[:, None]
-
-    return forward
+    return gathered_head(architecture.head, tokens)

@@ -26,10 +26,10 @@ from .generation import check_seed, complete_arguments
 from .handover import pulled
 from .layers import input_device
 from .ledger import Ledger
+from .objective import Objective
 from .options import Options
 from .patching import refuse_inference_mode
 from .plan import make_plan
-from .relevance import Objective
 from .results import Trace
 from .stream_checks import checked_arguments
 from .stream_run import StreamedToken, StreamRun

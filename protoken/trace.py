@@ -27,9 +27,9 @@ from .estimate import estimate
 from .generation import bound_of, check_arguments, check_seed, complete_arguments
 from .layers import input_device
 from .ledger import Ledger
+from .objective import Objective
 from .options import Granularity, Method, Options, Way
 from .patching import refuse_inference_mode
-from .relevance import Objective
 from .results import Trace
 from .session import Session
 from .text import Prompt, as_row, check_ids, check_window, encode_prompt, encode_response

@@ -27,9 +27,9 @@ from .continuous import ContinuousBatches
 from .errors import GenerationError
 from .generation import bound_of, refuse_paged, setting, stop_tokens
 from .ledger import Ledger
+from .objective import Objective
 from .options import Granularity, Method, Options, Way
 from .patching import current_method, refuse_inference_mode, replaced_method
-from .relevance import Objective
 from .results import Trace
 from .session import Session
 

@@ -38,7 +38,7 @@ from protoken.evaluation.runs import Outcome, RunFolder, Unit
 from protoken.evaluation.training import LocalSettings, encode_rows
 from protoken.evaluation.workbench import Workbench
 from protoken.methods.placement import gauss_legendre
-from protoken.relevance import Objective
+from protoken.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from op_cases import normal
 from oracle import oracle
 from tiny_federation import CLIENTS, TinyFederation, tiny_federation
 from tolerances import close
 
 import protoken
-from protoken.relevance import objective_values
+from protoken.objective import Objective, objective_values, pull_from_head
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 ODDS: dict[str, Any] = {"objective": "log_odds", "max_new_tokens": 6, "do_sample": False}
@@ -135,3 +136,20 @@ def test_what_is_saved_knows_its_objective(double: TinyFederation, tmp_path: Pat
     found = trace.counterfactual(without=CLIENTS[0])
     assert found.unit == "nats of log-odds"
     np.testing.assert_allclose(found.before, trace.objective_values, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["log_prob", "log_odds", "logit"])
+@pytest.mark.parametrize("gap", [0.0, 10.0, 60.0, 90.0, 200.0])
+def test_value_and_gradient_at_a_plain_heads_input(objective: Objective, gap: float) -> None:
+    """Also of a token so unlikely that its probability is 0 in fp32, and of one that is as good as certain."""
+    weight, logits = normal(97, 48, seed=5), normal(1, 97, seed=3)
+    logits[0, 7] += gap
+    for token in (7, 9):
+        value, upstream = pull_from_head(weight, logits, torch.tensor([token]), objective)
+        exact = logits.double().requires_grad_()
+        expected = objective_values(exact, torch.tensor([token]), objective)
+        (slope,) = torch.autograd.grad(expected, exact)
+        close(value, expected, torch.float32)
+        # 1 - p is rounded in fp32: what is left of a certain token's slope is known to that much only.
+        difference = (upstream.double() - slope[0] @ weight.double()).norm()
+        assert difference <= 1e-6 * weight.double().norm(dim=1).max() + 1e-5 * (slope[0] @ weight.double()).norm()

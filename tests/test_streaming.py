@@ -168,13 +168,13 @@ def test_the_slope_is_known_only_where_nothing_follows_the_head(
     family: str, untouched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     federation = tiny_federation(tmp_path, family)
-    own, found = leaf_tap._is_last_row, []
+    own, found = leaf_tap.is_last_row, []
 
     def noting(logits: torch.Tensor, z: torch.Tensor) -> bool:
         found.append(own(logits, z))
         return found[-1]
 
-    monkeypatch.setattr(leaf_tap, "_is_last_row", noting)
+    monkeypatch.setattr(leaf_tap, "is_last_row", noting)
     # The torch backend has no short way around the graph (gated_tail.py), so every token asks.
     list(streamed(federation, max_new_tokens=4, do_sample=False, backend="torch"))
     assert found == [untouched] * 3

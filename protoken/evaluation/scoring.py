@@ -21,10 +21,11 @@ from protoken.capture import Capture, capturing, run_whole
 from protoken.evaluation.base_model import BaseModel
 from protoken.generation import Generated
 from protoken.ledger import Ledger
+from protoken.objective import Objective
 from protoken.options import Method, Options, Way
 from protoken.patching import evaluation_mode
 from protoken.plan import make_plan
-from protoken.relevance import Objective, Response
+from protoken.relevance import Response
 from protoken.results_checks import Array
 
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from ..architectures import Architecture
 from ..dual import forward_mode_of_torch
 from ..forward_autograd import use_plain_formulas
+from ..objective import Objective, objective_values
 from ..patching import after, hooks
-from ..relevance import Objective, Response, objective_values
+from ..relevance import Response
 from .moved import Moved
 from .weights import Updates, point
 

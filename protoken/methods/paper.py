@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 from ..adapters import effective_weight
 from ..errors import GenerationError
 from ..layers import layer_of
+from ..objective import Objective
 from ..patching import after, hooks, replaced_attribute
 from ..quantised import straight_through
-from ..relevance import Objective
 
 
 def paper_scores(

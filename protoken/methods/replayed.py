@@ -13,8 +13,9 @@ from ..architectures import Architecture
 from ..errors import ArgumentError, LayerError
 from ..layers import layer_of
 from ..ledger import Ledger
+from ..objective import Objective
 from ..projection import Scores
-from ..relevance import Objective, Response
+from ..relevance import Response
 from .aumann_shapley import DEFAULT_NODES, aumann_shapley_scores
 from .baselines import BASELINES, baseline_scores
 from .game import Game

@@ -13,7 +13,7 @@ from typing import Any
 from protoken.architectures import Architecture
 from protoken.bank import Rounds
 from protoken.evaluation.scoring import Scorer
-from protoken.relevance import Objective
+from protoken.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {"": "log_prob", ", log-odds": "log_odds"}
 """What is compared with the exact values of the same objective, by the suffix of its name."""

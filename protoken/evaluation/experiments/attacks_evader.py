@@ -30,7 +30,7 @@ from protoken.evaluation.corpora import ChatRow
 from protoken.evaluation.experiments.attacks_moves import Delta, sent_model
 from protoken.evaluation.training import Example, encode_rows
 from protoken.methods.placement import gauss_legendre
-from protoken.relevance import Objective, objective_values
+from protoken.objective import Objective, objective_values
 
 Weights = Mapping[str, Tensor]
 

@@ -30,7 +30,7 @@ from protoken.evaluation.scoring import Answer, Scored, Scorer, answer, score
 from protoken.evaluation.training import LocalSettings
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, SHAPES, SMOLLM2
-from protoken.relevance import Objective
+from protoken.objective import Objective
 from protoken.results_checks import Array
 
 DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
