@@ -13,8 +13,11 @@ from rich.text import Text
 from .cli_evaluate import app as evaluate_app
 from .cli_ledger import app as ledger_app
 from .cli_records import app as records_app
+from .cli_records import output_file
 from .errors import ProtokenError
 from .report.visible import visible
+
+DEFAULT_NEW_TOKENS = 64
 
 app = typer.Typer(
     name="protoken",
@@ -29,7 +32,9 @@ app.add_typer(ledger_app, name="ledger")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(records_app, name="records")
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", callback=output_file, help="Also write every figure to this file.")
+]
 
 
 @app.command()
@@ -64,7 +69,7 @@ def trace(
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="Sampled pairs of shapley and paired_shapley.")] = None,
     backend: Annotated[str, typer.Option(help="auto, cuda, triton, cpp or torch.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = DEFAULT_NEW_TOKENS,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     raw: Annotated[bool, typer.Option(help="Do not wrap the prompt in the chat template.")] = False,
@@ -75,9 +80,10 @@ def trace(
         bool, typer.Option("--lineage", help="Ask who taught the answer over all rounds (Trace.lineage).")
     ] = False,
     history: Annotated[
-        Path | None, typer.Option(help="Also follow the answer through the rounds, and write that page here.")
+        Path | None,
+        typer.Option(callback=output_file, help="Follow the answer through the rounds; that page goes here."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
+    html: Annotated[Path | None, typer.Option(callback=output_file, help="Write the page here.")] = None,
     json: JsonFile = None,
 ) -> None:
     """Generate a response and show which client taught each token."""
@@ -85,6 +91,8 @@ def trace(
 
     from .evaluation.base_model import load_base
 
+    if response is not None and (sample or max_new_tokens != DEFAULT_NEW_TOKENS):
+        raise typer.BadParameter("is attributed as it stands, nothing is generated", param_hint="--response")
     if lineage and (rounds, objective, method, blocks, pairs) != ("last", None, "protoken", None, None):
         raise typer.BadParameter("chooses rounds, objective, method and blocks itself", param_hint="--lineage")
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample} if response is None else {}
@@ -211,10 +219,18 @@ def _rounds(text: str) -> Any:
 
 
 def main() -> None:
-    """Entry point: our own errors are one line, everything else is a bug and keeps its traceback."""
+    """Entry point: our own errors and files that are not there are one line; all else is a bug with its traceback."""
     try:
         app()
     except ProtokenError as error:
-        console = Console(stderr=True, highlight=False)
-        console.print(Text.assemble((type(error).__name__, "bold red"), " ", visible(str(error))), soft_wrap=True)
-        sys.exit(2)
+        _fail(error, str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(error, f"{error.filename}: {error.strerror}")
+
+
+def _fail(error: Exception, message: str) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble((type(error).__name__, "bold red"), " ", visible(message)), soft_wrap=True)
+    sys.exit(2)

@@ -120,13 +120,14 @@ def verify(
 @app.command("import")
 def import_folder(
     ledger: LedgerPath,
-    folder: Annotated[Path, typer.Argument(help="A folder per round, as docs/ledger-format.md describes.")],
+    folder: Annotated[Path, typer.Argument(help="A folder per round, as docs/federations.md describes.")],
     parameters: Annotated[list[str] | None, typer.Option(help="Names or shell patterns of parameters.")] = None,
     codec: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, fp8 or lowrank-R.")] = "fp32",
     model: Annotated[str, typer.Option(help="Name of the model, for a new ledger.")] = "",
     quarantine: Annotated[bool, typer.Option(help="Keep and flag damaged updates instead of stopping.")] = False,
 ) -> None:
     """Commit every round of a folder; rounds that are there already are left out."""
+    ledgers.round_folders(folder)  # Before a ledger is made of nothing.
     opened = ledgers.Ledger.open(ledger) if (ledger / "HEAD").exists() else ledgers.Ledger.create(ledger, model=model)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("import", total=None)

@@ -13,6 +13,20 @@ from .errors import ArgumentError
 
 app = typer.Typer(help="Drill down from a response to training records.", no_args_is_help=True)
 
+
+def output_file(path: Path | None) -> Path | None:
+    """Make the folder of a file to come, or refuse the place before the work is done and not after it."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{path.parent}: {error.strerror}") from error
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; name a file")
+    return path
+
+
 Model = Annotated[str, typer.Option(help="Folder or hub id of the global model.")]
 
 
@@ -21,7 +35,7 @@ def make_probe(
     trace: Annotated[Path, typer.Argument(help="A trace, as written by `protoken trace --json`.")],
     model: Model,
     ledger: Annotated[Path, typer.Option(help="The federation's ledger.")],
-    out: Annotated[Path, typer.Option(help="Where the probe goes: the file to send to clients.")],
+    out: Annotated[Path, typer.Option(callback=output_file, help="Where the probe goes: the file to send to clients.")],
     span: Annotated[
         tuple[int, int] | None,
         typer.Option(help="First token and the one after the last; the whole response if left out."),
@@ -48,7 +62,7 @@ def score_records(
     probe: Annotated[Path, typer.Argument(help="The probe's file.")],
     records: Annotated[Path, typer.Argument(help="JSON lines: text, prompt and response, or messages.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="Where scores and ids go; never the records' text.")],
+    out: Annotated[Path, typer.Option(callback=output_file, help="Where scores and ids go; never the records' text.")],
     max_tokens: Annotated[int, typer.Option(min=2, help="Longer records are cut.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
 ) -> None:

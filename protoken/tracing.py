@@ -84,7 +84,8 @@ def tracing(
     tape, and the model is as it was.
 
     >>> with protoken.tracing(model) as tape:
-    ...     out = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=32)
+    ...     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    ...     out = model.generate(**inputs, max_new_tokens=32)
     >>> tape.traces[0].show()
     """
     refuse_inference_mode(model)

@@ -157,3 +157,47 @@ def test_ledger_import_reads_a_folder_per_round(tmp_path: Path) -> None:
     assert torch.equal(record.delta("b", names[0]), step["b"])
     assert record.relative_residual[names[0]] < 1e-6
     assert export_rounds(protoken.Ledger.open(tmp_path / "ledger"), tmp_path / "out")
+
+
+def test_folder_of_a_file_to_come_is_made_before_the_work(folder: Path, tmp_path: Path) -> None:
+    asked = ["trace", "hi", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    page = tmp_path / "new" / "deep" / "t.html"
+    assert run(app, [*asked, "--max-new-tokens", "1", "--html", str(page)]).exit_code == 0
+    assert page.is_file()
+    taken = tmp_path / "file"
+    taken.touch()
+    for option in ("--html", "--json", "--history"):
+        for place in (taken / "t.html", tmp_path):
+            refused = run(app, ["trace", "hi", "--model", "not loaded", "--ledger", "not read", option, str(place)])
+            assert refused.exit_code == 2
+            assert option in refused.output
+
+
+def test_file_that_is_not_there_is_one_line(folder: Path, tmp_path: Path) -> None:
+    probe = ["records", "probe", str(tmp_path / "none.json"), "--model", "m", "--ledger", "l", "--out"]
+    done = protoken_command(*probe, str(tmp_path / "probe"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("FileNotFoundError ")
+    assert "none.json" in done.stderr
+
+
+def test_response_takes_no_settings_of_a_generation(folder: Path) -> None:
+    asked = ["trace", "hi", "--model", str(folder / "model"), "--ledger", str(folder / "ledger"), "--response", "bye."]
+    for more in (["--max-new-tokens", "3"], ["--sample"]):
+        refused = run(app, [*asked, *more])
+        assert refused.exit_code == 2
+        assert "--response" in refused.output
+
+
+def test_import_of_nothing_makes_no_ledger(tmp_path: Path) -> None:
+    for source in (tmp_path / "none", tmp_path):
+        result = run(app, ["ledger", "import", str(tmp_path / "ledger"), str(source)])
+        assert isinstance(result.exception, protoken.errors.ArgumentError)
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_overhead_names_what_it_cannot_measure() -> None:
+    for asked in (["--device", "abacus"], ["--prompt-tokens", "0"], ["--clients", "0"]):
+        result = run(app, ["bench", "overhead", *asked])
+        assert isinstance(result.exception, protoken.errors.ArgumentError), result.output

@@ -56,9 +56,12 @@ def run_overhead(
         device: "cpu", "cuda", or "auto": cuda if there.
 
     Raises:
-        ArgumentError: an unknown way, or a file with figures of another machine.
+        ArgumentError: an unknown way or device, a count below 1, or a file with figures of another machine.
     """
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = _device(device)
+    for name, counts in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("clients", clients)):
+        if any(count < 1 for count in counts):
+            raise ArgumentError(name, expected="1 or more", got=min(counts))
     loaded = load_base(model).model.to(where)
     architecture = architecture_of(loaded)
     timed = cases(len(architecture.blocks), ways)
@@ -85,6 +88,13 @@ def run_overhead(
         record = {"rows": kept + rows, "versions": versions(), "machine": machine()}
         json_path.write_text(json.dumps(record, indent=2) + "\n")
     return rows
+
+
+def _device(name: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not there):
+        raise ArgumentError("device", expected="auto, cpu" + (" or cuda" if there else ""), got=name)
+    return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
 
 
 def _advanced(progress: Progress, bar: TaskID) -> None:

@@ -13,7 +13,7 @@ many clients  round_files.py, read_ahead.py, templates.py, small_factors.py: sma
 """
 
 from protoken.ledger.estimate import estimate_bytes
-from protoken.ledger.importers import import_folder, import_round
+from protoken.ledger.importers import import_folder, import_round, round_folders
 from protoken.ledger.ledger import Ledger
 from protoken.ledger.lineage import (
     lineage_change,
@@ -54,6 +54,7 @@ __all__ = [
     "list_ledger",
     "parameter_digest",
     "prune",
+    "round_folders",
     "show_round",
     "tensor_digest",
     "verify",

@@ -94,11 +94,34 @@ def import_folder(
     """Commit every round of a folder laid out as in this module's head, in order of their numbers.
 
     Rounds that the ledger holds already are left out, so an interrupted import goes on where it stopped.
+
+    Raises:
+        ArgumentError: no such folder, no rounds in it or a gap between them, or clients and weights that do not fit.
+        LedgerFormatError: a file that cannot be read. And what `Ledger.commit_round` raises.
+    """
+    found = round_folders(folder)
+    committed = []
+    for number, path in enumerate(found, 1):
+        if number > ledger.head.round:
+            before = _place(found[number - 2] if number > 1 else Path(folder), "global", optional=number == 1)
+            committed.append(_import_one(ledger, path, before, parameters, codec, lora, on_bad))
+        if progress is not None:
+            progress(number, len(found))
+    return tuple(committed)
+
+
+def round_folders(folder: str | os.PathLike[str]) -> list[Path]:
+    """The folders round-1, round-2, ... of a federation on disk, in order.
+
+    Raises:
+        ArgumentError: no such folder, none in it, or a gap between them.
     """
     root = Path(folder)
+    if not root.is_dir():
+        raise ArgumentError("folder", expected="a folder that is there", got=str(root))
     found = sorted(
         (int(match[1]), path)
-        for path in (root.iterdir() if root.is_dir() else ())
+        for path in root.iterdir()
         if (match := re.fullmatch(r"round-0*([1-9][0-9]{0,7})", path.name)) and path.is_dir()
     )
     numbers = [number for number, _ in found]
@@ -106,14 +129,7 @@ def import_folder(
         raise ArgumentError(
             "folder", expected="folders round-1, round-2, ... without a gap", got=numbers[:10] or "none"
         )
-    committed = []
-    for number, path in found:
-        if number > ledger.head.round:
-            before = _place(found[number - 2][1] if number > 1 else root, "global", optional=number == 1)
-            committed.append(_import_one(ledger, path, before, parameters, codec, lora, on_bad))
-        if progress is not None:
-            progress(number, len(found))
-    return tuple(committed)
+    return [path for _, path in found]
 
 
 def resolve_weights(
