@@ -51,6 +51,6 @@ def lineage(
     options = Options(rounds=rounds, method="aumann_shapley", nodes=nodes, objective=objective, granularity=granularity)
     model, own = origin_of(trace, model, ledger, tokenizer)
     refuse_inference_mode(model)
-    session = Session.on(model, own, options)
+    session = Session.attached(model, own, options)
     about = trace.info
     return session.forced(ids, prompt_length, given=about.generate_arguments, seed=about.seed, forced=about.forced)

@@ -50,10 +50,10 @@ class Session:
     ) -> Session:
         """Resolve the choices; nothing has been generated when one of them is refused."""
         own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
-        return Session.on(model, own, options, tokenizer=tokenizer, seed=seed)
+        return Session.attached(model, own, options, tokenizer=tokenizer, seed=seed)
 
     @staticmethod
-    def on(
+    def attached(
         model: PreTrainedModel,
         own: Attachment,
         options: Options,
@@ -61,7 +61,7 @@ class Session:
         tokenizer: Any = None,
         seed: int | None = None,
     ) -> Session:
-        """The same for a model whose ledger is at hand."""
+        """The same against an attachment that is at hand."""
         check_tokenizer(tokenizer)
         plan = make_plan(own.architecture, options, seed=seed or 0)
         source = read_source(own, model, plan, options.rounds)

@@ -69,7 +69,7 @@ def trace(
         blocks: trace the last `blocks` blocks: attention out-projection and MLP-final layer of each. None: one block
             for "protoken" and "paper", and every parameter that the ledger records for the other methods.
         layers: names or shell patterns of linear layers to trace in those blocks instead.
-        way: how the scores are found; all three are exact, where they are exact at all. With P the work of one pass
+        way: how the scores are found; each is exact for the layers it is listed with. With P the work of one pass
             through the traced blocks, T new tokens and K clients:
 
             "local"    layers past the last attention only    T rows through the rest of one block
@@ -102,7 +102,7 @@ def trace(
             "2GB", "512MiB". It is kept by working on fewer tokens, clients and blocks at a time, with the same scores
             but for rounding; `estimate` says what is needed. Without one a bank of clients' updates above 1 GiB is
             still read from the ledger a few clients at a time.
-        response: attribute this response instead of generating one, an answer from a log, say: its token ids as they
+        response: attribute this response (an answer from a log, say) instead of generating one: its token ids as they
             were generated, or text, which is encoded as it stands (no end of turn is added). `info.forced` says so.
         chat: wrap a text prompt in the tokenizer's chat template; None: if it has one.
         seed: of this generation alone. torch's generators are the process's: other threads that sample meanwhile draw

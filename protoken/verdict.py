@@ -25,8 +25,8 @@ from protoken.results_checks import Array, check_count, check_rate, finite, gene
 def leading(totals: ArrayLike) -> tuple[tuple[int, ...], float]:
     """The clients above the widest gap between neighbours in the ranked positive totals [K], and how wide it is.
 
-    The gap is told as a share of the top total, 0 to 1; what is negative counts as 0. Who taught the same thing
-    together stands together: of two clients with 3.0 and 2.8 and others below 0.2, both lead. Ties go to fewer clients.
+    The gap is given as a share of the top total, 0 to 1; negative totals count as 0. Clients that taught the same thing
+    lead together: with totals of 3.0 and 2.8 and others below 0.2, the first two do. Ties go to fewer clients.
 
     Returns:
         Places in `totals` by descending total (their names are `trace.client_ids[k]`), none where no total
