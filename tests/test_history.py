@@ -226,4 +226,7 @@ def test_names_prompts_and_answers_are_harmless(tmp_path: Path) -> None:
     assert "<img" not in page
     assert "default-src 'none'" in page
     assert "\x1b" not in page
+    framed = found._repr_html_()
+    assert framed.startswith('<iframe sandbox="allow-scripts"')
+    assert framed.count("<") == 2
     assert "\x1b[" not in drawn(found)
