@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .adapters import PEFT_PREFIX
 from .errors import ArgumentError, LayerError, ModelError
 from .layers import base_of, is_linear, is_tied, layer_of, linear_names
+from .patching import refuse_parallel
 
 __all__ = ["FAMILIES", "Architecture", "Family", "ModelRow", "architecture_of", "is_linear", "list_models"]
 
@@ -215,6 +216,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         ModelError: it is no decoder-only language model with a ModuleList of blocks and an output head, or one of its
             modules is wrapped by torch.compile.
     """
+    refuse_parallel(model)
     config = getattr(model, "config", None)
     decoder = decoder_of(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -31,7 +31,7 @@ from .dual_attention import only_rows
 from .forward_autograd import scores_by_autograd, use_plain_formulas
 from .layer_bank import LayerBank, directions
 from .layers import Layer, layer_of
-from .patching import before, current_method, hooks, replaced_method
+from .patching import after, before, current_method, hooks, replaced_method
 from .quantised import dequantised, quantised_linears, straight_through
 from .relevance import LocalRelevance, Response, replay_error
 from .replay import by_position, on_hidden_states_alone, passed_through, replaced_input
@@ -190,10 +190,16 @@ def _rows(x: Tensor, response: Response) -> Tensor:
 def _through_projection(architecture: Architecture, rows: Tensor, grad: Tensor) -> Tensor:
     """df_t/da [T, I] from df_t/dy [T, O], through the out-projection as it is: adapters, packed weights."""
     projection = architecture.blocks[-1].get_submodule(architecture.out_projection)
-    with torch.enable_grad(), straight_through([projection]):
-        leaf = rows.detach().clone().requires_grad_()
-        y = projection(leaf)
-        (found,) = torch.autograd.grad(y, leaf, grad.reshape(y.shape).to(y.dtype))
+    own: list[tuple[Tensor, Tensor]] = []
+
+    def apart(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # Without what hooks of the user's make of the input and of the output.
+        own.append((args[0], output))
+
+    with torch.enable_grad(), straight_through([projection]), hooks(after(projection, apart)):
+        projection(rows.detach().clone().requires_grad_())
+        x, y = own[0]
+        found: Tensor = torch.autograd.grad(y, x, grad.reshape(y.shape).to(y.dtype))[0]
     return found[0]
 
 

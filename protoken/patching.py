@@ -117,9 +117,25 @@ def before(module: nn.Module, hook: Callable[..., Any]) -> torch.utils.hooks.Rem
 
 
 def after(module: nn.Module, hook: Callable[..., Any]) -> torch.utils.hooks.RemovableHandle:
-    """Call `hook(module, args, output)` after the module has run in this thread."""
-    own = this_thread()
-    return module.register_forward_hook(lambda *call: hook(*call) if own() else None)
+    """Call `hook(module, args, output)` after the module has run in this thread.
+
+    Those put on here run in their order and before everybody else's: a user's hook may make something else of the
+    output, and what is to be seen is what the module itself computed from its weight.
+    """
+    handle = module.register_forward_hook(_After(hook, this_thread()))
+    found: Any = module._forward_hooks
+    for key in [key for key, one in reversed(found.items()) if isinstance(one, _After)]:
+        found.move_to_end(key, last=False)
+    return handle
+
+
+@dataclass(frozen=True, eq=False)
+class _After:
+    hook: Callable[..., Any]
+    meant: Callable[[], bool]
+
+    def __call__(self, *call: Any) -> Any:
+        return self.hook(*call) if self.meant() else None
 
 
 @dataclass
@@ -167,11 +183,26 @@ def hooks(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
         yield
 
 
-def refuse_inference_mode(model: nn.Module) -> None:
-    """Relevance is a gradient: inference mode, and parameters created in it, cannot take part in one.
+def refuse_parallel(model: nn.Module) -> None:
+    """Refuse what splits a batch over devices and has no `generate` of its own.
 
     Raises:
-        ModelError: inference mode is on, a parameter was created in it, or this is no model at all.
+        ModelError: it is such a wrapper.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            "model",
+            expected="a transformers causal language model",
+            got=f"torch's {type(model).__name__} around one",
+            remedy="Give what it wraps: model.module",
+        )
+
+
+def refuse_inference_mode(model: nn.Module) -> None:
+    """Relevance is a gradient: inference mode, parameters created in it, and mere shapes cannot take part in one.
+
+    Raises:
+        ModelError: inference mode is on, a parameter was created in it or has no numbers, or this is no model at all.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -180,6 +211,7 @@ def refuse_inference_mode(model: nn.Module) -> None:
             got=f"a {type(model).__name__}",
             remedy="Load it with AutoModelForCausalLM.from_pretrained",
         )
+    refuse_parallel(model)
     if torch.is_inference_mode_enabled():
         raise ModelError(
             "model",
@@ -187,7 +219,15 @@ def refuse_inference_mode(model: nn.Module) -> None:
             got="inference mode, which forbids gradients",
             remedy="Use torch.no_grad() around your own code; gradients are turned on only where they are needed",
         )
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     for name, parameter in model.named_parameters():
+        if parameter.is_meta and not offloaded:
+            raise ModelError(
+                "model",
+                expected="weights in memory, or offloaded by accelerate",
+                got=f"{name} on the meta device, which holds shapes only",
+                remedy="Load it with AutoModelForCausalLM.from_pretrained",
+            )
         if parameter.is_inference():
             raise ModelError(
                 "model",

@@ -93,7 +93,7 @@ def _refuse_modes(model: Any, arguments: Mapping[str, Any]) -> None:
     config = arguments.get("generation_config")
     for name, (harmless, remedy) in _MODES.items():
         value = arguments.get(name)
-        for source in (config, model.generation_config):
+        for source in (config, getattr(model, "generation_config", None)):
             # As transformers fills them in: the call's own, then its configuration's, then the model's.
             value = getattr(source, name, None) if value is None else value
         if not any(value is one or (type(value) in (int, float, bool) and value == one) for one in harmless):
