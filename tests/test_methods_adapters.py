@@ -48,3 +48,15 @@ def test_factors_that_are_merged_cannot_move(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
         trace(model, path, method="shapley")
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_history_over_adapters(tmp_path: Path, record: str) -> None:
+    model = adapted()
+    path = RECORDS[record](model, tmp_path / "ledger")
+    found = trace(model, path).history(nodes=6, objective="log_prob", ledger=path)
+    expected = trace(model, path, method="aumann_shapley", nodes=6)
+    assert found.client_ids == tuple(sorted(expected.client_ids))
+    by_name = dict(zip(expected.client_ids, expected.totals, strict=True))
+    np.testing.assert_allclose(found.totals, [by_name[client] for client in found.client_ids], rtol=1e-6)
+    assert found.changes.sum() == pytest.approx(expected.change, rel=1e-6)
