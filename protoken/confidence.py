@@ -21,6 +21,8 @@ from protoken.errors import ArgumentError
 from protoken.results import Trace
 from protoken.results_checks import Array, check_count, check_rate, finite, generator_of, vector
 
+_NUMBERS_AT_ONCE = 1 << 22
+
 
 @dataclass(frozen=True)
 class ClientInterval:
@@ -57,11 +59,39 @@ def intervals(
         sampled = resampled_totals(trace, draws, block, generator)
         tail = (1 - confidence) / 2
         low, high = np.quantile(sampled, [tail, 1 - tail], axis=0)
-    top = np.bincount(sampled.argmax(axis=1), minlength=len(trace.totals)) / draws
+    top = _tops(sampled) / draws
     return [
         ClientInterval(client, float(trace.totals[k]), float(low[k]), float(high[k]), float(top[k]))
         for k, client in enumerate(trace.client_ids)
     ]
+
+
+def top_rates(trace: Trace, *, draws: int = 1000, seed: int = 0) -> Array | None:
+    """How often each client is on top of resampled totals [K], as in `intervals`; None where nothing can be resampled.
+
+    In pieces of draws: a federation of thousands takes no [draws, K].
+    """
+    check_trace(trace)
+    generator = np.random.default_rng(seed)
+    clients = len(trace.totals)
+    piece = max(1, _NUMBERS_AT_ONCE // clients)
+    tops = np.zeros(clients)
+    if trace.standard_errors is not None:
+        for start in range(0, draws, piece):
+            noise = generator.standard_normal((min(piece, draws - start), clients))
+            tops += _tops(trace.totals + trace.standard_errors * noise)
+    elif trace.token_scores is not None and len(trace.token_scores):
+        taken = _taken(len(trace.token_scores), draws, None, generator)
+        for start in range(0, draws, piece):
+            tops += _tops(taken[start : start + piece] @ trace.token_scores)
+    else:
+        return None
+    return tops / draws
+
+
+def _tops(totals: Array) -> Array:
+    """How many rows [n, K] each client is on top of, [K]."""
+    return np.bincount(totals.argmax(axis=1), minlength=totals.shape[1]).astype(np.float64)
 
 
 def resampled_totals(trace: Trace, draws: int, block: int | None, generator: np.random.Generator) -> Array:
@@ -74,16 +104,21 @@ def resampled_totals(trace: Trace, draws: int, block: int | None, generator: np.
             got="totals only" if scores is None else "an empty response",
             remedy='Trace with way="local" or way="forward"',
         )
-    count = len(scores)
+    totals: Array = _taken(len(scores), draws, block, generator) @ scores
+    return totals
+
+
+def _taken(count: int, draws: int, block: int | None, generator: np.random.Generator) -> Array:
+    """How often each draw takes each token, [draws, T]: runs of `block` tokens, circular, T tokens in all.
+
+    Times the scores [T, K] these are the resampled totals; the drawn scores themselves would be [draws, T, K].
+    """
     length = max(1, round(count ** (1 / 3))) if block is None else block
     check_count("block", length, 1, count)
     starts = generator.integers(0, count, size=(draws, math.ceil(count / length)))
     rows = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)[:, :count] % count
-    # How often each draw took each token: [draws, T], where the drawn scores themselves would be [draws, T, K].
-    taken = np.zeros((draws, count))
-    np.add.at(taken, (np.arange(draws)[:, None], rows), 1.0)
-    totals: Array = taken @ scores
-    return totals
+    rows += np.arange(draws)[:, None] * count
+    return np.bincount(rows.reshape(-1), minlength=draws * count).reshape(draws, count).astype(np.float64)
 
 
 def traces_of(argument: str, traces: Iterable[Trace]) -> list[Trace]:

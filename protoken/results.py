@@ -1,6 +1,6 @@
 """`Trace`: what one generation said, and how much of it each client taught.
 
-    trace.clients                     ranked clients: raw score, share, weight
+    trace.clients                     ranked clients: raw score, share, weight, confidence
     trace.tokens                      every generated token with its score per client
     trace.span(3, 9), trace.sentences(), trace.find("sorry")     the same question about parts of the answer
     trace.show(), trace.to_html(path)       look instead of read
@@ -20,6 +20,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +147,24 @@ class Trace:
     def clients(self) -> list[ClientScore]:
         """Clients by descending score, ties by id."""
         order = sorted(range(len(self.client_ids)), key=lambda k: (-self.totals[k], self.client_ids[k]))
-        shares = self.shares
+        shares, sure = self.shares, self._top_rates
         return [
-            ClientScore(self.client_ids[k], float(self.totals[k]), float(shares[k]), rank, float(self.weights[k]))
+            ClientScore(
+                self.client_ids[k],
+                float(self.totals[k]),
+                float(shares[k]),
+                rank,
+                float(self.weights[k]),
+                None if sure is None else float(sure[k]),
+            )
             for rank, k in enumerate(order, start=1)
         ]
+
+    @cached_property
+    def _top_rates(self) -> Array | None:
+        from protoken.confidence import top_rates
+
+        return top_rates(self)
 
     @property
     def tokens(self) -> list[TokenScore]:

@@ -101,13 +101,23 @@ class TraceInfo:
 
 @dataclass(frozen=True)
 class ClientScore:
-    """One client's raw ``score`` (objective's unit), softmax ``share``, ``rank`` from 1, and ``weight``."""
+    """One client in the ranking.
+
+    score       raw and additive, in the objective's unit, aggregation weight included
+    share       softmax of the scores over the clients, 0 to 1
+    rank        from 1
+    weight      rho_k
+    confidence  how often this client is on top, 0 to 1, when the response's tokens are drawn again (of a sampled
+                method: the totals, within their standard errors). It says how much the rank rests on few tokens, not
+                how true the method is; see `protoken.confidence.intervals`. None where only totals are known
+    """
 
     client: str
     score: float
     share: float
     rank: int
     weight: float
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from random import Random
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import protoken
+from protoken import confidence
 from protoken.account import adjusted, sign_test
-from protoken.confidence import Calibration, intervals, margin
+from protoken.confidence import Calibration, intervals, margin, resampled_totals, top_rates
 from protoken.errors import ArgumentError
 from protoken.results import Trace
 from protoken.results_parts import Token, TraceInfo
@@ -91,6 +93,48 @@ def test_a_clear_leader_leads_every_resample() -> None:
 def test_one_token_resamples_to_itself() -> None:
     found = intervals(trace_of([[1.0, 2.0, 0.0, 0.0]]))
     assert [(e.low, e.high) for e in found] == [(1, 1), (2, 2), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(1, None), (24, None), (24, 5), (7, 7), (200, None)])
+def test_resampled_totals_are_sums_of_the_drawn_tokens(tokens: int, block: int | None) -> None:
+    trace, draws = noise(3, tokens=tokens), 50
+    found = resampled_totals(trace, draws, block, np.random.default_rng(8))
+    length = block or max(1, round(tokens ** (1 / 3)))
+    starts = np.random.default_rng(8).integers(0, tokens, size=(draws, math.ceil(tokens / length)))
+    for total, runs in zip(found, starts, strict=True):
+        drawn = [(start + step) % tokens for start in runs for step in range(length)][:tokens]
+        assert np.allclose(total, trace.token_scores[drawn].sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_long_answers_and_many_clients_need_little_memory() -> None:
+    """The drawn scores themselves, [draws, T, K], would be 6.6 GB."""
+    scores = np.random.default_rng(0).normal(size=(2048, 400))
+    trace = trace_of(scores, clients=tuple(f"c{k}" for k in range(400)))
+    tracemalloc.start()
+    intervals(trace)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300e6
+
+
+def test_the_ranking_says_how_sure_it_is() -> None:
+    for trace in (noise(1), noise(2, lead=5.0), noise(4, tokens=1)):
+        sure = {entry.client: entry.top_probability for entry in intervals(trace)}
+        assert {client.client: client.confidence for client in trace.clients} == sure
+        assert sum(sure.values()) == pytest.approx(1)
+    assert noise(2, lead=5.0).clients[0].confidence == 1.0
+    sampled = totals_only([1.0, 0.9, -1.0, -2.0], standard_errors=[0.2, 0.2, 0.2, 0.2])
+    assert 0.4 < sampled.clients[0].confidence < 0.9
+    assert sampled.clients[3].confidence == 0.0
+    assert {client.confidence for client in totals_only([1.0, 0.5, 0.0, -1.0]).clients} == {None}
+
+
+def test_confidence_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for trace in (noise(1), totals_only([1.0, 0.9, -1.0, -2.0], standard_errors=[0.2] * 4)):
+        whole = top_rates(trace)
+        monkeypatch.setattr(confidence, "_NUMBERS_AT_ONCE", 4 * 37)
+        assert np.array_equal(top_rates(trace), whole)
+        monkeypatch.undo()
 
 
 def test_sampled_methods_use_their_standard_errors() -> None:
