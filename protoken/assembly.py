@@ -16,7 +16,7 @@ from .plan import Plan
 from .projection import Scores
 from .relevance import Response
 from .results import Trace, TraceInfo
-from .text import tokens_of
+from .text import TENSOR_OF, tokens_of
 from .versions import versions
 
 
@@ -97,6 +97,8 @@ def _printable(value: Any) -> Any:
     """The value where JSON has it, else its repr: of somebody else's class, whose repr may fail."""
     if isinstance(value, str | int | float | bool | None):
         return value
+    if isinstance(value, Tensor):
+        return f"{TENSOR_OF}{tuple(value.shape)}"
     try:
         return repr(value)[:200]
     except Exception:

@@ -20,7 +20,7 @@ from .architectures import Architecture
 from .capture import Capture, capturing, run_whole
 from .errors import ArgumentError, GenerationError
 from .relevance import Response
-from .text import check_window
+from .text import OF_TEXT, check_window
 from .twin import is_compiled, uncompiled
 
 DEFAULT_NEW_TOKENS = 64
@@ -32,14 +32,6 @@ _REFUSED = {
     "input_ids": (None, "Give token ids as the prompt"),
     "inputs": (None, "Give token ids as the prompt"),
 }
-
-# Tensors among the arguments that say nothing of what the model sees but its text.
-_OF_TEXT = frozenset(
-    [
-        *("inputs", "input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"),
-        *("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens", "begin_suppress_tokens"),
-    ]
-)
 
 
 @dataclass
@@ -217,25 +209,31 @@ def generate(
         # Beams, drafts, guidance, chunks: what the hooks saw is not this sequence in order; in a compiled model they
         # would see nothing. Run it once more.
         if live is None:
-            _check_ids_are_all(arguments)
+            check_ids_are_all(arguments)
         own = live.row(row, skip) if live else teacher_forced(model, architecture, response, first_block, sequence)
         found.append(Generated(response, own))
     return output, found
 
 
-def _check_ids_are_all(arguments: Mapping[str, Any]) -> None:
+def beyond_text(arguments: Mapping[str, Any]) -> list[str]:
+    """The names of a call's pictures, sounds or positions: tensors that its text does not come to."""
+    return [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in OF_TEXT]
+
+
+def check_ids_are_all(arguments: Mapping[str, Any]) -> None:
     """Refuse to run a sequence once more without the pictures, sounds or positions that it was generated from.
 
     Raises:
-        GenerationError: the call has tensors of other names than a text's.
+        GenerationError: the call has such.
     """
-    others = [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in _OF_TEXT]
+    others = beyond_text(arguments)
     if others:
         raise GenerationError(
             others[0],
             expected="token ids and their mask alone, where a generation must be run once more",
             got=f"a tensor of shape {tuple(arguments[others[0]].shape)}",
-            remedy="Decode greedily or by sampling, one sequence per prompt: that is recorded while it runs",
+            remedy="The default method records what runs, as long as it decodes greedily or by sampling, "
+            "one sequence per prompt",
         )
 
 

@@ -16,6 +16,7 @@ from .attachment import Attachment, attachment_of, make_attachment
 from .errors import ArgumentError, ModelError
 from .ledger import Ledger
 from .results import Trace
+from .text import OF_TEXT, TENSOR_OF
 
 _ORIGIN = "_origin"
 
@@ -74,7 +75,8 @@ def ids_of(trace: Trace) -> tuple[list[int], int]:
     """The ids [P + T] of a trace's prompt and response, and P.
 
     Raises:
-        ArgumentError: the trace is a part of an answer that does not begin where the answer does.
+        ArgumentError: the trace is a part of an answer that does not begin where the answer does, or the answer is
+            one to more than text.
     """
     if trace.start:
         raise ArgumentError(
@@ -82,5 +84,14 @@ def ids_of(trace: Trace) -> tuple[list[int], int]:
             expected="a trace that begins with the response",
             got=f"a part of one, from token {trace.start} on",
             remedy="Ask the whole trace: what is per token there holds for the part as well",
+        )
+    given = trace.info.generate_arguments
+    others = [name for name in given if str(given[name]).startswith(TENSOR_OF) and name not in OF_TEXT]
+    if others:
+        raise ArgumentError(
+            "trace",
+            expected="a trace of what was generated from token ids alone",
+            got=f"one with {', '.join(others)} beside them, which it does not hold",
+            remedy="What the trace says stands; asking the model again would leave them out",
         )
     return [*trace.prompt_ids, *(token.id for token in trace.token_list)], len(trace.prompt_ids)

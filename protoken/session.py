@@ -16,7 +16,7 @@ from .attachment import Attachment, attachment_of, make_attachment
 from .attribution import attribute, read_source, settle
 from .bank import LedgerBank
 from .capture import Capture
-from .generation import Generated, generate, teacher_forced
+from .generation import Generated, check_ids_are_all, generate, teacher_forced
 from .layers import input_device
 from .ledger import Ledger
 from .methods.weights import Updates
@@ -91,7 +91,12 @@ class Session:
         Args:
             prompt, attention_mask: [B, P], the same as in `arguments`.
             given: the arguments as the caller wrote them, for the record.
+
+        Raises:
+            GenerationError: the method runs the ids again, and they are not all that the response came from.
         """
+        if self.plan.replays or self.plan.method == "paper":
+            check_ids_are_all(arguments)
         began = time.perf_counter()
         with evaluation_mode(self.model):
             output, found = generate(

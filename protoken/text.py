@@ -18,6 +18,16 @@ from .results import Token
 _CONTEXT = 8
 _WHOLE = frozenset([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 
+# Tensors among the arguments that say nothing of what the model sees but its text.
+OF_TEXT = frozenset(
+    [
+        *("inputs", "input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"),
+        *("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    ]
+)
+# How a tensor among the arguments is recorded.
+TENSOR_OF = "tensor of shape "
+
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray[Any, Any]
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from .bank import Rounds
 from .continuous import ContinuousBatches
 from .errors import GenerationError
-from .generation import bound_of, refuse_paged, setting, stop_tokens
+from .generation import beyond_text, bound_of, refuse_paged, setting, stop_tokens
 from .ledger import Ledger
 from .objective import Objective
 from .options import Granularity, Method, Options, Way
@@ -42,6 +42,7 @@ class Tape:
 
     @property
     def traces(self) -> list[Trace]:
+        """All traces so far, call by call, in the order of each call's rows."""
         return [trace for call in self.calls for trace in call]
 
     def __len__(self) -> int:
@@ -136,7 +137,7 @@ class _Recorder:
             call=self.call,
             prompt=prompt,
             attention_mask=_mask_of(model, prompt, arguments),
-            given={k: v for k, v in kwargs.items() if not isinstance(v, Tensor)},
+            given={k: v for k, v in kwargs.items() if not isinstance(v, Tensor) or k in beyond_text(kwargs)},
         )
         self.tape.calls.append(traces)
         return output

@@ -159,3 +159,19 @@ def test_positions_of_the_callers_own_are_traced_only_where_they_were_recorded(f
     equals_oracle(federation.model, federation.ledger, tape[0])  # rotary angles know distances alone
     with pytest.raises(errors.GenerationError, match=r"position_ids: expected token ids.*run once more"):
         recorded(federation, BATCH[:1], num_beams=2, **positions)
+
+
+def test_answer_to_more_than_text_is_not_asked_again_as_if_it_were_text(federation: TinyFederation) -> None:
+    positions: dict[str, Any] = {"position_ids": torch.arange(3, 10)[None], "max_new_tokens": 4, "do_sample": False}
+    for method in ("paper", "aumann_shapley", "leave_one_out"):
+        with pytest.raises(errors.GenerationError, match=r"position_ids: expected token ids.*run once more"):
+            trace(federation, method=method, **positions)
+    _, tape = recorded(federation, BATCH[:1], **positions)
+    for found in (trace(federation, **positions), tape[0]):
+        assert found.info.generate_arguments["position_ids"] == "tensor of shape (1, 7)"
+        for ask in (found.lineage, lambda found=found: found.counterfactual(without="ada")):
+            with pytest.raises(errors.ArgumentError, match="with position_ids beside them, which it does not hold"):
+                ask()
+    masked = trace(federation, attention_mask=torch.ones(1, 7), max_new_tokens=4, do_sample=False)
+    assert masked.info.generate_arguments["attention_mask"] == "tensor of shape (1, 7)"
+    assert masked.lineage().totals.shape == (4,)
