@@ -49,7 +49,14 @@ class ClientAccount:
 
 @dataclass(frozen=True)
 class Account:
-    """The clients by descending total; scores in `unit`."""
+    """Totals of many responses, as `account` adds them up. `book["clinic-a"]` is one client's entry.
+
+    clients     one `ClientAccount` each, by descending total
+    responses   how many traces were added up
+    method      of all of them
+    unit        of the scores: "nats", "nats of log-odds", "logit units", or a baseline's own
+    rate        the false-discovery rate asked for
+    """
 
     clients: tuple[ClientAccount, ...]
     responses: int

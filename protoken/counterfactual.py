@@ -45,8 +45,9 @@ class Counterfactual:
     after         [T] the same without the clients
     response      the new answer to the prompt without them, or None if none was asked for
     response_ids  its token ids
-    unit          "nats" or "logit units"
+    unit          "nats", "nats of log-odds" or "logit units"
     reaggregate   whether the others' weights were scaled up
+    rounds        the rounds they are absent from: those of the trace
     """
 
     without: tuple[str, ...]

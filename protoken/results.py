@@ -52,7 +52,10 @@ __all__ = ["ClientScore", "Objective", "Token", "TokenScore", "Trace", "TraceInf
 class Trace:
     """The attribution of one generation. T tokens, K clients, L layers; arrays are read-only float64.
 
+    prompt, prompt_ids  as the model saw it, special tokens included; P ids
     response          exactly the tokens' texts one after the other, special tokens included
+    token_list        [T] ids and texts; ``tokens`` has them with their scores
+    client_ids        [K] in the order of all arrays; ``clients`` has them ranked
     weights           [K] aggregation weights
     token_scores      [T, K], or None when only sequence totals were computed (then token_residual too)
     totals            [K] = token_scores summed over tokens
@@ -63,6 +66,7 @@ class Trace:
     token_layer_scores  [T, L, K] = token_scores by layer, where granularity "layer" was asked for, else None
     position_scores   [S, K], S = P - 1 + T positions that entered the model, prompt first: totals by the position
                       whose activations carried them; where granularity "position" was asked for, else None
+    info              how the scores came to be: method, way, layers, rounds, seconds, versions
     start             where token 0 stands in the generation this trace was cut from
     standard_errors   [K] of the totals, where they were sampled, else None
 
@@ -128,7 +132,7 @@ class Trace:
 
     @property
     def unit(self) -> str:
-        """Unit of every score: "nats" (log-probability), "logit units" (logit), or a baseline's own."""
+        """Of every score: "nats" (log-probability), "nats of log-odds", "logit units", or a baseline's own."""
         return WITHOUT_CONSERVATION.get(self.info.method) or UNITS[self.info.objective]
 
     @property

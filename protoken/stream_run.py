@@ -39,7 +39,7 @@ class StreamedToken:
 
     index       0-based
     text        what it adds to the response; "" while a character spans several tokens
-    objective   its log-probability in nats, or its raw logit
+    objective   its log-probability, log-odds or raw logit, as was asked
     scores      per client rho_k * sum over layers of <g, delta_k x>, in the objective's unit
     totals      per client the scores of all tokens so far, this one included
     """

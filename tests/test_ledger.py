@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from ledger_cases import NAMES, SHAPES, WEIGHTS, contents, federation, parameters, updates
+from ledger_cases import NAMES, SHAPES, WEIGHTS, commit_next, contents, federation, parameters, reopen, updates
 from safetensors.torch import load_file
 
 from protoken.errors import (
@@ -280,3 +281,64 @@ def test_digest_covers_dtype_shape_and_bytes_and_ignores_layout():
     )
     with pytest.raises(DtypeError, match=r"torch\.int64"):
         tensor_digest(torch.zeros(2, dtype=torch.int64))
+
+
+# ---- what is handed in ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [1]])
+def test_ledger_that_is_no_path_and_parameters_that_are_no_mapping_are_named(ledger, wrong):
+    with pytest.raises(ArgumentError, match="ledger"):
+        Ledger.open(wrong)
+    base = parameters(0)
+    states, mean = federation(base)
+    with pytest.raises(ArgumentError, match="base"):
+        ledger.commit_round(wrong, mean, updates(states))
+    with pytest.raises(ArgumentError, match="aggregate"):
+        ledger.commit_round(base, wrong, updates(states))
+    with pytest.raises(ArgumentError, match="updates"):
+        ledger.commit_round(base, mean, wrong)
+    with pytest.raises(ArgumentError, match="update of alice"):
+        ClientUpdate("alice", 1.0, delta=wrong)
+    assert ledger.commit_round(base, mean, updates(states)).number == 1
+
+
+def test_updates_by_name_are_no_list_of_updates(ledger):
+    base = parameters(0)
+    states, mean = federation(base)
+    with pytest.raises(ArgumentError, match="a list of ClientUpdate, got a dict"):
+        ledger.commit_round(base, mean, states)
+
+
+@pytest.mark.parametrize("words", [{"on_bad": "skip"}, {"keep_residual": "sometimes"}], ids=str)
+def test_words_that_nobody_knows_are_named(ledger, words):
+    base = parameters(0)
+    states, mean = federation(base)
+    with pytest.raises(ArgumentError, match=next(iter(words))):
+        ledger.commit_round(base, mean, updates(states), **words)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_tensors_without_dense_data_are_refused_or_kept_in_quarantine(ledger, kind):
+    base = parameters(0)
+    states, mean = federation(base)
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta") if kind == "meta" else tensor.to_sparse()
+
+    with pytest.raises(DtypeError, match="dense"):
+        ledger.commit_round({name: empty(value) for name, value in base.items()}, mean, updates(states))
+    states["bob"] = {name: empty(value) for name, value in states["bob"].items()}
+    with pytest.raises(DtypeError, match="state of bob"):
+        ledger.commit_round(base, mean, updates(states))
+    committed = ledger.commit_round(base, mean, updates(states), on_bad="quarantine")
+    assert {record.client for record in committed.usable} == {"alice", "carol"}
+    assert reopen(ledger.path).round(1).clients[1].quarantined.startswith("state of bob")
+
+
+def test_rounds_may_be_counted_by_numpy(ledger):
+    commit_next(ledger)
+    assert reopen(ledger.path).round(np.int64(1)).number == 1
+    for wrong in (np.float64(1), np.True_, np.int64(2)):
+        with pytest.raises(UnknownRoundError):
+            reopen(ledger.path).round(wrong)

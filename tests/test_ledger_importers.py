@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from protoken.errors import ArgumentError, LayerError, LedgerError, LedgerFormatError
-from protoken.ledger import LowRank
+from protoken.ledger import Ledger, LowRank
 from protoken.ledger.checkpoints import load, load_adapter, load_through_model
 from protoken.ledger.importers import import_folder, import_round, resolve_weights
 from protoken.ledger.verification import verify
@@ -478,3 +478,8 @@ def test_weights_come_from_weights_examples_or_equality():
     assert resolve_weights(["a", "b"], {"a": 0.9, "b": 0.1}, {"a": 1, "b": 3}) == {"a": 0.9, "b": 0.1}
     with pytest.raises(ArgumentError, match="one for each of the 2 clients"):
         resolve_weights(["a", "b"], {"a": 1.0}, None)
+
+
+def test_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="a folder that is there"):
+        import_folder(Ledger.create(tmp_path / "ledger"), tmp_path / "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from protoken.errors import LedgerMismatchError
@@ -68,6 +69,7 @@ def raw(update: ClientUpdate) -> dict[str, codecs.Encoded]:
                 parts |= {f"{name}.lora_A": value.a, f"{name}.lora_B": value.b}
             elif isinstance(value, Tensor) and value.ndim <= 8 and not value.is_complex():
                 parts[name] = value
+    parts = {name: part for name, part in parts.items() if not part.is_meta and part.layout is torch.strided}
     return {
         name: codecs.Encoded("raw", {"": part.detach().float()}, 0.0)
         for name, part in parts.items()

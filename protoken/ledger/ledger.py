@@ -33,7 +33,7 @@ from protoken.ledger.chain import Chain
 from protoken.ledger.files import FileLayer
 from protoken.ledger.pruned import read_pruned
 from protoken.ledger.rounds import Round, ShardCache, folder
-from protoken.ledger.updates import ClientUpdate, Value
+from protoken.ledger.updates import ClientUpdate, Value, check_word
 from protoken.ledger.writer import KeepResidual, RoundWriter
 
 if TYPE_CHECKING:
@@ -43,7 +43,14 @@ RoundChoice = int | Literal["last", "all"] | slice | Iterable[int]
 
 
 class Ledger:
-    """A ledger on disk. Use Ledger.create or Ledger.open."""
+    """A ledger on disk, as it was when it was opened. Use Ledger.create or Ledger.open.
+
+    Reading: `rounds`, `clients`, `round(number)`, `select(rounds)`, `head`. Writing: `commit_round`, or `begin_round`
+    to add clients one at a time. The format is docs/ledger-format.md.
+
+    Errors: LedgerFormatError for files that are damaged or missing, UnknownRoundError, UnknownClientError; what writing
+    raises stands at its methods.
+    """
 
     def __init__(
         self,
@@ -161,6 +168,7 @@ class Ledger:
 
     @property
     def path(self) -> Path:
+        """The ledger's folder."""
         return self._files.root
 
     @property
@@ -170,6 +178,7 @@ class Ledger:
 
     @property
     def run(self) -> str:
+        """Which federation this is of: the name given to create(), or a random one."""
         return self._genesis.run
 
     @property
@@ -179,10 +188,12 @@ class Ledger:
 
     @property
     def metadata(self) -> dict[str, object]:
+        """What create() was given to keep with the run."""
         return self._genesis.metadata
 
     @property
     def genesis(self) -> m.Genesis:
+        """The content of ledger.json: run, model, metadata, the server's key."""
         return self._genesis
 
     @property
@@ -255,7 +266,28 @@ class Ledger:
         """Record one round whole or not at all: base = G_{r-1} as sent to the clients, aggregate = G_r.
 
         The keys of ``base`` choose the parameters on record. See RoundWriter.add and RoundWriter.commit.
+
+        Args:
+            base, aggregate: parameter name -> tensor, or LowRank for adapters.
+            updates: one `ClientUpdate` per participant.
+            rule: what the server did ("fedavg", "fedadam", ...); of "fedavg" and "fedprox" the weights must sum to 1.
+            metadata: anything that JSON can hold.
+            max_relative_residual: refuse the round where the residual is larger than this times the change.
+            codec: "fp32", "bf16", "fp16", "int8", "fp8" or "lowrank-<r>": how updates are stored.
+            allow_gap: take a base that is not what the last round ended with.
+            keep_residual: "always", "never", or "auto": where it exceeds 1e-5 of the change.
+            on_bad: "raise", or "quarantine" to keep and flag what cannot be used.
+
+        Raises:
+            ArgumentError, ShapeError, DtypeError, NonFiniteError, LayerError: something of the above does not fit.
+            ConservationError: the residual is larger than was allowed.
+            LedgerMismatchError: the base is not the last round's aggregate.
+            CommitConflict: another writer holds the ledger, or has committed since it was opened.
+            DurabilityError: the file system refused; nothing was acknowledged.
         """
+        check_word("on_bad", on_bad, ("raise", "quarantine"))
+        if isinstance(updates, Mapping | str) or not isinstance(updates, Iterable):
+            raise ArgumentError("updates", expected="a list of ClientUpdate", got=f"a {type(updates).__name__}")
         with self.begin_round(
             base, rule=rule, metadata=metadata, codec=codec, allow_gap=allow_gap, keep_residual=keep_residual
         ) as writer:
@@ -278,6 +310,7 @@ class Ledger:
         CommitConflict when another writer holds it or has committed since this snapshot. LedgerMismatchError
         when the base is not what the last round ended with, unless ``allow_gap``.
         """
+        check_word("keep_residual", keep_residual, ("auto", "always", "never"))
         if self._genesis.server_key is not None and self._key is None:
             raise SignatureError(
                 "signing_key", expected="the server's key", got="none", remedy="Ledger.open(signing_key=...)"

@@ -26,6 +26,10 @@ class ClientUpdate:
     may come as LowRank. A ``state`` may hold more parameters than are recorded, a ``delta`` may not. ``key``
     and ``signature`` are the client's Ed25519 public key (32 bytes) and signature (64 bytes), see
     protoken.ledger.signatures.
+
+    Raises:
+        ArgumentError: a client id that the format does not allow, both or none of delta and state, a weight that is
+            negative or not finite, or examples that are no count.
     """
 
     client: str
@@ -42,6 +46,8 @@ class ClientUpdate:
             raise ArgumentError(
                 f"update of {self.client}", expected="exactly one of delta and state", got="both or none"
             )
+        if not isinstance(self.delta if self.state is None else self.state, Mapping):
+            raise ArgumentError(f"update of {self.client}", expected="tensors by parameter name", got="no mapping")
         if not isinstance(self.weight, float | int | np.floating) or not 0 <= self.weight < float("inf"):
             raise ArgumentError(f"weight of {self.client}", expected="a finite number >= 0", got=self.weight)
         if self.examples is not None and (type(self.examples) is not int or not 0 <= self.examples < 1 << 53):
@@ -50,6 +56,8 @@ class ClientUpdate:
 
 def check_base(base: Mapping[str, Value]) -> dict[str, Value]:
     """The chosen parameters, sorted by name: named, floating, finite."""
+    if not isinstance(base, Mapping):
+        raise ArgumentError("base", expected="tensors by parameter name", got=f"a {type(base).__name__}")
     if not 1 <= len(base) <= MAX_PARAMETERS:
         raise ArgumentError("base", expected=f"1 to {MAX_PARAMETERS} parameters", got=len(base))
     for name, value in base.items():
@@ -63,6 +71,8 @@ def check_aggregate(base: Mapping[str, Value], aggregate: Mapping[str, Value]) -
     """The same parameters after the round: same shape, dtype and form. LayerError, ShapeError, DtypeError,
     NonFiniteError.
     """
+    if not isinstance(aggregate, Mapping):
+        raise ArgumentError("aggregate", expected="tensors by parameter name", got=f"a {type(aggregate).__name__}")
     result: dict[str, Value] = {}
     for name, before in base.items():
         if name not in aggregate:
@@ -141,6 +151,19 @@ def check_dtype(argument: str, value: Value) -> None:
             raise DtypeError(argument, expected="a torch.Tensor or LowRank", got=type(tensor).__name__)
         if tensor.dtype not in [DTYPES[name] for name in FLOATS]:
             raise DtypeError(argument, expected="fp64, fp32, fp16 or bf16", got=tensor.dtype)
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise DtypeError(
+                argument,
+                expected="a dense tensor that is in memory",
+                got="one without data" if tensor.is_meta else tensor.layout,
+                remedy="Load what was offloaded, and call to_dense() on what is sparse.",
+            )
+
+
+def check_word(argument: str, value: object, known: tuple[str, ...]) -> None:
+    """ArgumentError for a word that is none of those known."""
+    if value not in known:
+        raise ArgumentError(argument, expected=f"one of {', '.join(known)}", got=ascii(value)[:80])
 
 
 def form_dtype(value: Value) -> str:

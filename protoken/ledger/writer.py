@@ -113,6 +113,8 @@ class RoundWriter:
         parameters) as it came, flagged, instead of raising: for updates that the server has aggregated already.
         """
         self._require_open()
+        if not isinstance(update, ClientUpdate):
+            raise ArgumentError("updates", expected="a protoken.ClientUpdate", got=f"a {type(update).__name__}")
         self._check_new(update.client)
         reason = None
         try:
