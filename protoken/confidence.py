@@ -80,7 +80,7 @@ def top_rates(trace: Trace, *, draws: int = 1000, seed: int = 0) -> Array | None
         for start in range(0, draws, piece):
             noise = generator.standard_normal((min(piece, draws - start), clients))
             tops += _tops(trace.totals + trace.standard_errors * noise)
-    elif trace.token_scores is not None and len(trace.token_scores):
+    elif trace.token_scores is not None and len(trace.token_scores) > 1:
         taken = _taken(len(trace.token_scores), draws, None, generator)
         for start in range(0, draws, piece):
             tops += _tops(taken[start : start + piece] @ trace.token_scores)

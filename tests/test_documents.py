@@ -82,6 +82,18 @@ def test_code_of_the_readme_fills_a_ledger(tmp_path: Path, monkeypatch: pytest.M
     assert max(made.relative_residual.values()) < 1e-5
 
 
+def test_code_about_a_reported_answer_runs_from_top_to_bottom(here: Path) -> None:
+    known: dict[str, Any] = {}
+    for code in blocks("docs/incident.md"):
+        exec(code, known)
+    assert known["trace"].info.forced
+    assert known["ranking"].info.rounds == known["whole"].info.rounds == known["history"].rounds == (1, 2)
+    assert known["without"].without == tuple(sorted(known["suspects"]))
+    assert known["without"].response is not None
+    assert [part.response for part in known["words"]] == ["sorry"]
+    assert (here / "history.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_code_about_memory_runs(here: Path) -> None:
     known: dict[str, Any] = {"protoken": protoken, "model": tiny_model("smollm"), "prompt": [5, 6, 7]}
     federation = tiny_federation(here / "other", "smollm")

@@ -118,7 +118,7 @@ def test_long_answers_and_many_clients_need_little_memory() -> None:
 
 
 def test_the_ranking_says_how_sure_it_is() -> None:
-    for trace in (noise(1), noise(2, lead=5.0), noise(4, tokens=1)):
+    for trace in (noise(1), noise(2, lead=5.0), noise(4, tokens=2)):
         sure = {entry.client: entry.top_probability for entry in intervals(trace)}
         assert {client.client: client.confidence for client in trace.clients} == sure
         assert sum(sure.values()) == pytest.approx(1)
@@ -126,7 +126,9 @@ def test_the_ranking_says_how_sure_it_is() -> None:
     sampled = totals_only([1.0, 0.9, -1.0, -2.0], standard_errors=[0.2, 0.2, 0.2, 0.2])
     assert 0.4 < sampled.clients[0].confidence < 0.9
     assert sampled.clients[3].confidence == 0.0
-    assert {client.confidence for client in totals_only([1.0, 0.5, 0.0, -1.0]).clients} == {None}
+    # Nothing to resample: totals alone, or one token, which would be sure of anything.
+    for trace in (totals_only([1.0, 0.5, 0.0, -1.0]), noise(4, tokens=1)):
+        assert {client.confidence for client in trace.clients} == {None}
 
 
 def test_confidence_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +252,16 @@ def test_who_leads_depends_neither_on_scale_nor_on_order(totals: list[float], ra
     random.shuffle(order)
     again, _ = leading(np.array([totals[k] for k in order]))
     assert sorted(totals[order[k]] for k in again) == sorted(totals[k] for k in found)
+
+
+def test_answers_are_judged_by_a_threshold_of_their_own_kind() -> None:
+    judge = Abstention.fit([noise(seed) for seed in range(20)], false_alarm=0.1).judge
+    assert judge(noise(30, lead=5.0)).client == "a"
+    other = trace_of(noise(30, lead=5.0).token_scores, method="paired_shapley")
+    with pytest.raises(ArgumentError, match="fitted on, protoken in nats, got paired_shapley in nats"):
+        judge(other)
+    with pytest.raises(ArgumentError, match="one method and unit"):
+        Abstention.fit([other] * 10 + [noise(1)] * 10, false_alarm=0.1)
 
 
 def test_a_rate_needs_enough_answers() -> None:
