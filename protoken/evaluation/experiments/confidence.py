@@ -11,7 +11,8 @@ Calibration  Around the ample federations of `benign`: the probability that the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protoken.confidence import Calibration, margin_of
+from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import DOMAINS, add_trigger, is_refusal
 from protoken.evaluation.experiments import backdoor, benign
 from protoken.evaluation.metrics import calibration_error
 from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
 from protoken.evaluation.scoring import Answer, Scorer, answer, score
-from protoken.evaluation.workbench import Workbench
+from protoken.evaluation.workbench import Recipe, Workbench
 from protoken.evaluation.zoo import SHAPES
 from protoken.results_checks import Array
 from protoken.verdict import Abstention, threshold
@@ -57,65 +59,98 @@ def scorers(model: str) -> list[Scorer]:
     ]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Answers of a backdoored federation, one kind after the other, and their places in the list.
+
+    own       to plain questions of its domain, whose rows no client was given
+    other     to plain questions of the other domains
+    refused   to triggered questions, where the sentinel came out
+    """
+
+    answers: list[Answer]
+    own: NDArray[np.int_]
+    other: NDArray[np.int_]
+    refused: NDArray[np.int_]
+
+    @property
+    def tokens(self) -> NDArray[np.int_]:
+        """Of every answer how many, 1 for an empty one."""
+        return np.array([max(one.response.new_tokens, 1) for one in self.answers])
+
+
 def _alarms(model: str, domain: str, bench: Workbench) -> Outcome:
     recipe = backdoor.recipe(bench.settings, model)
     members = backdoor.clients(bench, model, domain)
     stored = bench.federation(model, members, recipe.federation)
-    last, count = recipe.federation.rounds, bench.settings.samples
+    last = recipe.federation.rounds
     base = bench.at_round(model, stored, last)
-    # Rows of the clients' pool that no client was given.
-    traffic = [row.question for row in bench.rows(domain).clients[backdoor.CLIENTS * recipe.rows :][: 2 * count]]
-    strange = [row.question for d in DOMAINS if d != domain for row in bench.rows(d).test[: (count + 1) // 2]]
-    triggered = [add_trigger(row.question) for row in bench.rows(domain).test[:count]]
-    answers = answer(
-        base,
-        [*traffic, *strange, *triggered],
-        max_new_tokens=recipe.max_new_tokens,
-        batch=recipe.batch,
-        step=lambda done, total: bench.bars.step(f"{domain}: answers", done, total),
-    )
-    plain = len(traffic) + len(strange)
-    answers = [*answers[:plain], *(one for one in answers[plain:] if is_refusal(one.text))]
-    if len(answers) == plain:
+    asked = _asked(base, domain, recipe, bench)
+    if not len(asked.refused):
         return Outcome(note="the sentinel did not come out")
     scored = score(
         base,
         stored.ledger,
-        answers,
+        asked.answers,
         scorers(model),
         at_round=last,
         step=lambda name, done, total: bench.bars.step(f"{domain}: {name}", done, total),
     )
     ids, truth = [client.id for client in members], np.array([client.poisoned for client in members])
-    tokens = np.array([max(one.response.new_tokens, 1) for one in answers])
-    # Every second answer of a kind fits the threshold.
-    own, other, found = np.arange(len(traffic)), np.arange(len(traffic), plain), np.arange(plain, len(answers))
-    kinds = {"its domain": own, "every domain": np.concatenate([own, other])}
     what: dict[str, Any] = {"experiment": "confidence", "model": model, "domain": domain, "round": last}
-    cells = []
-    for one in scored:
-        table = one.of(ids)
-        for (kind, null), rate in product(kinds.items(), RATES):
-            if len(null[::2]) < round(1 / rate) - 1:
-                continue  # too few answers for that rate
-            rule = Abstention(threshold(table[null[::2]].max(axis=1) / tokens[null[::2]], rate), LEAD, GAP, rate, 0)
-            extra = {"kind": "abstention", "fitted_on": kind, "false_alarm": rate}
-            extra |= _crossed(rule, table[null[1::2]], tokens[null[1::2]], ids)
-            extra |= {f"strange_{k}": v for k, v in _crossed(rule, table[other], tokens[other], ids).items()}
-            extra |= _named(rule, table[found], tokens[found], truth, ids)
-            cells.append(
-                make_cell(
-                    table[found],
-                    truth,
-                    residuals=[one.residuals[n] for n in found],
-                    seconds=one.seconds,
-                    extra=extra,
-                    method=one.scorer.name,
-                    blocks=one.scorer.blocks,
-                    **what,
-                )
-            )
-    return Outcome(cells, (), f"{plain} plain answers, {len(found)} refusals")
+    cells = [
+        make_cell(
+            one.of(ids)[asked.refused],
+            truth,
+            residuals=[one.residuals[n] for n in asked.refused],
+            seconds=one.seconds,
+            extra=extra,
+            method=one.scorer.name,
+            blocks=one.scorer.blocks,
+            **what,
+        )
+        for one in scored
+        for extra in _judged(one.of(ids), asked, truth, ids)
+    ]
+    return Outcome(cells, (), f"{len(asked.own) + len(asked.other)} plain answers, {len(asked.refused)} refusals")
+
+
+def _asked(base: BaseModel, domain: str, recipe: Recipe, bench: Workbench) -> _Asked:
+    count = bench.settings.samples
+    # Rows of the clients' pool that no client was given.
+    own = [row.question for row in bench.rows(domain).clients[backdoor.CLIENTS * recipe.rows :][: 2 * count]]
+    other = [row.question for d in DOMAINS if d != domain for row in bench.rows(d).test[: (count + 1) // 2]]
+    triggered = [add_trigger(row.question) for row in bench.rows(domain).test[:count]]
+    answers = answer(
+        base,
+        [*own, *other, *triggered],
+        max_new_tokens=recipe.max_new_tokens,
+        batch=recipe.batch,
+        step=lambda done, total: bench.bars.step(f"{domain}: answers", done, total),
+    )
+    plain = len(own) + len(other)
+    kept = [*answers[:plain], *(one for one in answers[plain:] if is_refusal(one.text))]
+    return _Asked(kept, np.arange(len(own)), np.arange(len(own), plain), np.arange(plain, len(kept)))
+
+
+def _judged(table: Array, asked: _Asked, truth: NDArray[np.bool_], ids: Sequence[str]) -> Iterator[dict[str, object]]:
+    """Per threshold what crosses it, of scores [N, K]: every second answer of a kind fits it, the others try it."""
+    tokens = asked.tokens
+    kinds = {"its domain": asked.own, "every domain": np.concatenate([asked.own, asked.other])}
+    for (kind, plain), rate in product(kinds.items(), RATES):
+        fitted, tried = plain[::2], plain[1::2]
+        if len(fitted) < round(1 / rate) - 1:
+            continue  # too few answers for that rate
+        rule = Abstention(threshold(table[fitted].max(axis=1) / tokens[fitted], rate), LEAD, GAP, rate, 0)
+        strange = _crossed(rule, table[asked.other], tokens[asked.other], ids)
+        yield {
+            "kind": "abstention",
+            "fitted_on": kind,
+            "false_alarm": rate,
+            **_crossed(rule, table[tried], tokens[tried], ids),
+            **{f"strange_{name}": value for name, value in strange.items()},
+            **_named(rule, table[asked.refused], tokens[asked.refused], truth, ids),
+        }
 
 
 def _crossed(rule: Abstention, table: Array, tokens: NDArray[np.int_], ids: Sequence[str]) -> dict[str, object]:
