@@ -109,7 +109,7 @@ class ClientScore:
     weight      rho_k
     confidence  how often this client is on top, 0 to 1, when the response's tokens are drawn again (of a sampled
                 method: the totals, within their standard errors). It says how much the rank rests on few tokens, not
-                how true the method is; see `protoken.confidence.intervals`. None where only totals are known
+                how true the method is; see `protoken.confidence.intervals`. None for totals alone and for one token
     """
 
     client: str
