@@ -79,6 +79,7 @@ class Abstention:
     gap            for totals alone: the gap below them, as a share of the top total
     false_alarm    the rate that was asked for; holds for exchangeable answers, whatever the scores' distribution
     samples        unrelated answers it was fitted on
+    kind           method and unit of these answers' traces: those of the traces it may judge; None: not checked
     """
 
     evidence: float
@@ -86,6 +87,7 @@ class Abstention:
     gap: float
     false_alarm: float
     samples: int
+    kind: tuple[str, str] | None = None
 
     @staticmethod
     def fit(
@@ -94,22 +96,34 @@ class Abstention:
         """From traces of unrelated answers, by the same method and objective as those to be judged.
 
         Raises:
-            ArgumentError: too few answers for that rate: n >= 1 / false_alarm - 1 are needed; or another rate than
-                between 0 and 1.
+            ArgumentError: too few answers for that rate: n >= 1 / false_alarm - 1 are needed; another rate than
+                between 0 and 1; or traces of several methods or units.
         """
         for name, share in (("lead", lead), ("gap", gap)):
             if not 0 <= finite(name, share) <= 1:
                 raise ArgumentError(name, expected="from 0 to 1", got=share)
-        found = [evidence_of(trace) for trace in traces_of("null_traces", null_traces)]
-        return Abstention(threshold(found, false_alarm), lead, gap, false_alarm, len(found))
+        listed = traces_of("null_traces", null_traces)
+        kinds = {_kind(trace) for trace in listed}
+        if len(kinds) > 1:
+            raise ArgumentError("null_traces", expected="one method and unit", got=sorted(kinds))
+        highest = threshold([evidence_of(trace) for trace in listed], false_alarm)
+        return Abstention(highest, lead, gap, false_alarm, len(listed), kinds.pop())
 
     def judge(self, trace: Trace, *, draws: int = 500, seed: int = 0) -> Verdict:
         """Name the leading clients, or abstain and say why. More than half of all clients do not stand out.
 
         Raises:
-            ArgumentError: no trace, or `draws` or `seed` that is no count.
+            ArgumentError: no trace, one of another method or unit than those it was fitted on, whose scores are of
+                another size, or `draws` or `seed` that is no count.
         """
         check_trace(trace)
+        if self.kind is not None and _kind(trace) != self.kind:
+            raise ArgumentError(
+                "trace",
+                expected=f"one as those it was fitted on, {' in '.join(self.kind)}",
+                got=" in ".join(_kind(trace)),
+                remedy="Fit on traces of the same method and objective",
+            )
         check_count("draws", draws, 1)
         if trace.token_scores is None or not len(trace.token_scores):
             return self.judge_totals(trace.totals, len(trace.token_list), trace.client_ids)
@@ -131,6 +145,10 @@ class Abstention:
         if not clear or (len(found) > 1 and 2 * len(found) > len(clients)):
             return Verdict("no client stands out", (), evidence, lead)
         return Verdict("client", tuple(clients[k] for k in found), evidence, lead)
+
+
+def _kind(trace: Trace) -> tuple[str, str]:
+    return trace.info.method, trace.unit
 
 
 def threshold(evidence: ArrayLike, false_alarm: float) -> float:

@@ -256,7 +256,7 @@ def test_who_leads_depends_neither_on_scale_nor_on_order(totals: list[float], ra
 
 def test_answers_are_judged_by_a_threshold_of_their_own_kind() -> None:
     judge = Abstention.fit([noise(seed) for seed in range(20)], false_alarm=0.1).judge
-    assert judge(noise(30, lead=5.0)).client == "a"
+    assert judge(noise(30, lead=5.0)).client == "b"
     other = trace_of(noise(30, lead=5.0).token_scores, method="paired_shapley")
     with pytest.raises(ArgumentError, match="fitted on, protoken in nats, got paired_shapley in nats"):
         judge(other)

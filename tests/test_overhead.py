@@ -43,6 +43,7 @@ def test_every_way_is_timed_against_generation_of_the_same_round() -> None:
 
 def test_grid_and_ways_are_chosen() -> None:
     rows = run(ways=["streaming"], prompt_tokens=[4, 6], clients=[1, 2])
+    assert {(row["seconds_oracle"], row["ratio_oracle_to_trace"]) for row in rows} == {(None, None)}
     found = [(row["clients"], row["prompt_tokens"], row["way"]) for row in rows]
     names = ["streaming, logit", "streaming, log_prob"]
     assert found == [(k, p, name) for k in (1, 2) for p in (4, 6) for name in names]

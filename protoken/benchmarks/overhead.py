@@ -163,9 +163,14 @@ def _time_case(
         ("ratio_trace_to_generate", ratios),
     ):
         row[name], row[f"{name}_spread"] = statistics.median(values), spread(values)
+    # Every row has every key: None where the published algorithm was not timed.
+    row |= dict.fromkeys(_OF_ORACLE)
     row["bytes_generate_peak"] = peaks[0]
     row["bytes_trace_beyond"] = None if None in peaks else max(peaks[1] - peaks[0], 0)  # type: ignore[operator]
     return row
+
+
+_OF_ORACLE = ("seconds_oracle", "seconds_oracle_spread", "ratio_oracle_to_trace", "ratio_oracle_to_generate")
 
 
 def _add_oracle(rows: Sequence[dict[str, Any]], found: Sequence[float]) -> None:
