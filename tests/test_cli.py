@@ -122,8 +122,13 @@ def test_ledger_ls_show_and_verify(folder: Path) -> None:
     found = run(app, ["ledger", "verify", ledger, "--conservation"])
     assert found.exit_code == 0
     assert "--pinned" in found.output
-    head = (folder / "ledger" / "HEAD").read_text()
-    assert "rewritten" not in run(app, ["ledger", "verify", ledger, "--pinned", head.strip()]).output
+    head = str(protoken.Ledger.open(ledger).head)
+    pinned = run(app, ["ledger", "verify", ledger, "--pinned", head])
+    assert pinned.exit_code == 0
+    assert "rewritten" not in pinned.output
+    other = run(app, ["ledger", "verify", ledger, "--pinned", f"2:{'0' * 64}"])
+    assert other.exit_code == 1
+    assert "NOT SOUND" in other.output
 
 
 def test_verify_fails_on_a_changed_byte(folder: Path, tmp_path: Path) -> None:
@@ -201,3 +206,10 @@ def test_overhead_names_what_it_cannot_measure() -> None:
     for asked in (["--device", "abacus"], ["--prompt-tokens", "0"], ["--clients", "0"]):
         result = run(app, ["bench", "overhead", *asked])
         assert isinstance(result.exception, protoken.errors.ArgumentError), result.output
+
+
+def test_mistyped_head_or_key_accuses_no_ledger(folder: Path) -> None:
+    for option, wrong in (("--pinned", "2:abc"), ("--server-key", "zz")):
+        result = run(app, ["ledger", "verify", str(folder / "ledger"), option, wrong])
+        assert isinstance(result.exception, protoken.errors.ArgumentError)
+        assert "SOUND" not in result.output

@@ -496,3 +496,15 @@ def test_walking_the_chain_reads_each_manifest_once_and_parses_none_of_them(path
     monkeypatch.setattr(parsing, "parse_manifest", lambda data, what: parsed.append(what) or original(data, what))
     assert Ledger.open(path).round(1).number == 1
     assert parsed == ["rounds/00000001/manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "known",
+    [{"pinned": "1:abc"}, {"pinned": 5}, {"server_key": "zz" * 32}, {"server_key": 5}, {"client_keys": {"a": "00"}}],
+    ids=str,
+)
+def test_what_is_no_head_and_no_key_says_nothing_about_the_ledger(tmp_path, known):
+    ledger = small_ledger(tmp_path / "ledger")
+    with pytest.raises(ArgumentError, match=next(iter(known))):
+        verify(ledger.path, **known)
+    assert verify(ledger.path, pinned=ledger.head).ok

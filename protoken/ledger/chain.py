@@ -59,14 +59,10 @@ class Chain:
 
     def require_pinned(self, pinned: str | m.Head) -> None:
         """StaleSnapshot unless the pinned head is this one or an ancestor of it."""
-        number, _, sha256 = str(pinned).partition(":")
-        if not number.isdecimal() or len(number) > 8 or len(sha256) != 64:
-            raise ArgumentError(
-                "pinned", expected='"<round>:<hash>", as str(ledger.head) gives it', got=ascii(pinned)[:90]
-            )
-        if int(number) > self.head.round:
+        number, sha256 = parse_pinned(pinned)
+        if number > self.head.round:
             raise StaleSnapshot("ledger", expected=f"round {number}, which was pinned", got=f"{self.head.round} rounds")
-        found = self.hash_of(int(number))
+        found = self.hash_of(number)
         if found != sha256:
             raise StaleSnapshot("ledger", expected=f"round {number} with hash {sha256}", got=found)
 
@@ -130,3 +126,11 @@ class Chain:
         if number == 1 and found.previous != self._genesis_hash:
             raise LedgerFormatError("ledger.json", expected=f"hash {found.previous}", got=self._genesis_hash)
         return found
+
+
+def parse_pinned(pinned: str | m.Head) -> tuple[int, str]:
+    """Round and hash of a head that was noted down; ArgumentError for a text that is none."""
+    number, _, sha256 = str(pinned).partition(":")
+    if not number.isdecimal() or len(number) > 8 or len(sha256) != 64:
+        raise ArgumentError("pinned", expected='"<round>:<hash>", as str(ledger.head) gives it', got=ascii(pinned)[:90])
+    return int(number), sha256

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from protoken.errors import LedgerError, LedgerFormatError, ProtokenError
+from protoken.errors import ArgumentError, LedgerError, LedgerFormatError, ProtokenError
 from protoken.ledger import manifest as m
+from protoken.ledger.chain import parse_pinned
 from protoken.ledger.ledger import Ledger
 from protoken.ledger.read_ahead import THREADS, ReadAhead
 from protoken.ledger.rounds import Round, folder, relative
@@ -77,7 +78,15 @@ def verify(
     ``pinned``, ``server_key`` and ``client_keys`` are what you know from elsewhere: without them a ledger
     rewritten from the start in a consistent way cannot be told from the true one. ``conservation=True`` adds
     up all updates again. ``progress(rounds done, rounds)`` is called after each round.
+
+    Raises:
+        ArgumentError: what was to be known from elsewhere is no head or no key. That says nothing about the ledger.
     """
+    if pinned is not None:
+        parse_pinned(pinned)
+    if server_key is not None:
+        server_key = _hex("server_key", server_key)
+    known = {client: _hex(f"client_keys[{client!a}]", key) for client, key in (client_keys or {}).items()}
     report, start = VerifyReport(str(path)), time.perf_counter()
     try:
         ledger = Ledger.open(path, pinned=pinned, server_key=server_key)
@@ -87,7 +96,6 @@ def verify(
         return report
     report.head = ledger.head
     report.leftovers = leftovers(ledger)
-    known = {client: _hex(key) for client, key in (client_keys or {}).items()}
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool, ThreadPoolExecutor(THREADS) as waiting:
         for number in reversed(ledger.rounds):
             try:
@@ -241,5 +249,9 @@ def _collect(where: str, check: Callable[[], None]) -> list[Problem]:
     return []
 
 
-def _hex(key: bytes | str) -> str:
-    return key if isinstance(key, str) else bytes(key).hex()
+def _hex(argument: str, key: bytes | str) -> str:
+    """A public key as the ledger writes it: 64 hex digits in lower case."""
+    text = key.lower() if isinstance(key, str) else bytes(key).hex() if isinstance(key, bytes | bytearray) else ""
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise ArgumentError(argument, expected="an Ed25519 public key, 32 bytes or 64 hex digits", got=ascii(key)[:80])
+    return text
