@@ -22,7 +22,7 @@ from .layers import input_device
 from .ledger import Ledger
 from .methods.game import Game
 from .methods.replayed import moving_parameters
-from .methods.weights import shift_without, weights_at
+from .methods.weights import at_weights, shift_without
 from .origin import ids_of, origin_of
 from .patching import evaluation_mode
 from .relevance import Response
@@ -102,8 +102,9 @@ def counterfactual(
         without: a client, or several that are absent together.
         reaggregate: the others' weights scaled up to sum to 1 (FedAvg without the absent); otherwise their
             contribution is taken out and nothing put in its place.
-        generate: also answer the prompt anew, with the trace's own generation arguments and seed. The model holds the
-            others' weights for that long: nobody else may be using it in another thread.
+        generate: also answer the prompt anew, with the trace's own generation arguments and seed. A twin of the model
+            answers, with a copy of the weights that move. A model with accelerate's hooks has none: it holds the
+            others' weights itself for that long, and nobody else may be using it in another thread.
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:
@@ -129,8 +130,8 @@ def counterfactual(
             before = game.value_at_end().numpy()
             after = game.value_at({name: value + shift[name].to(value) for name, value in game.end.items()}).numpy()
         if generate:
-            with weights_at(model, shift):
-                answered = _answer(model, own.tokenizer, trace)
+            with at_weights(model, shift) as without_them:
+                answered = _answer(without_them, own.tokenizer, trace)
     return Counterfactual(
         without=absent,
         tokens=tuple(token.text for token in trace.token_list),

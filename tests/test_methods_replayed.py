@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from protoken.ledger import ClientUpdate, Ledger
 from protoken.methods.baselines import BASELINES
 from protoken.methods.game import Game
 from protoken.methods.leave_one_out import leave_one_out_scores
-from protoken.methods.weights import read_updates, shift_without, weights_at
+from protoken.methods.weights import at_weights, read_updates, shift_without, weights_at
 from protoken.relevance import Response
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
@@ -232,11 +233,38 @@ def test_weights_come_back_after_an_error() -> None:
         assert torch.equal(value, before[name][1])
 
 
-def test_a_bad_shape_is_refused_and_nothing_moves() -> None:
+@pytest.mark.parametrize("family", ["smollm", "llama", "gpt2", "mixtral"])
+def test_a_model_at_other_weights_is_another_one(family: str) -> None:
+    model, same = tiny_model(family), tiny_model(family)
+    generator = torch.Generator().manual_seed(1)
+    shift = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+    ids, before = torch.arange(3, 15)[None], snapshot(model)
+    with torch.no_grad():
+        for name, parameter in same.named_parameters():
+            parameter.add_(shift[name])
+        with at_weights(model, shift) as moved:
+            assert moved is not model
+            assert torch.equal(moved(ids).logits, same(ids).logits)
+            assert not torch.equal(model(ids).logits, same(ids).logits)
+    assert all(torch.equal(p, before[n][1]) for n, p in model.named_parameters())
+
+
+def test_where_there_is_no_twin_the_model_itself_stands_there() -> None:
+    model = tiny_model("llama")
+    model.lm_head.forward = model.lm_head.forward  # as accelerate's hooks are put on
+    before = snapshot(model)
+    with at_weights(model, {"lm_head.weight": torch.ones(97, 48)}) as moved:
+        assert moved is model
+        assert torch.equal(model.lm_head.weight, before["lm_head.weight"][1] + 1)
+    assert torch.equal(model.lm_head.weight, before["lm_head.weight"][1])
+
+
+@pytest.mark.parametrize("somewhere", [weights_at, at_weights])
+def test_a_bad_shape_is_refused_and_nothing_moves(somewhere: Any) -> None:
     model = tiny_model("llama")
     before = snapshot(model)
     shift = {"model.norm.weight": torch.ones(48), "lm_head.weight": torch.ones(2, 2)}
-    with pytest.raises(LedgerMismatchError, match="lm_head"), weights_at(model, shift):
+    with pytest.raises(LedgerMismatchError, match="lm_head"), somewhere(model, shift):
         pytest.fail("entered with a wrong shape")
     assert all(torch.equal(p, before[n][1]) for n, p in model.named_parameters())
 

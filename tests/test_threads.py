@@ -136,6 +136,23 @@ def test_streams_leave_other_requests_alone(tmp_path: Path) -> None:
     assert is_clean(model)
 
 
+def test_who_asks_without_a_client_gets_another_model_than_everybody_else(tmp_path: Path) -> None:
+    federation = tiny_federation(tmp_path, scale=0.3)
+    model, expected = federation.model, answer(federation.model)
+    trace = protoken.trace(model, IDS, ledger=federation.path, max_new_tokens=8, do_sample=False)
+    alone = trace.counterfactual("ada", generate=True)
+    assert list(alone.response_ids) != expected[0, IDS.shape[1] :].tolist()
+
+    def asked() -> None:
+        assert trace.counterfactual("ada", generate=True).response_ids == alone.response_ids
+
+    def untraced() -> None:
+        assert torch.equal(answer(model), expected)
+
+    beside(asked, untraced)
+    assert is_clean(model)
+
+
 def test_a_tape_hears_every_thread(tmp_path: Path) -> None:
     federation = tiny_federation(tmp_path)
     with protoken.tracing(federation.model, ledger=federation.path) as tape, ThreadPoolExecutor(2) as pool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from ..adapters import PEFT_PREFIX
 from ..errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
 from ..ledger import Ledger, Round
+from ..twin import twin_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -160,22 +164,50 @@ def weights_at(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[None]:
 
     The parameters' own storage is set aside, not written to: afterwards every parameter holds the tensor it held
     before, bit for bit, whatever happened inside. Parameter objects stay the same, so tied weights move together.
-    Whoever uses the model in another thread meanwhile uses it at these weights.
+    Whoever uses the model in another thread meanwhile uses it at these weights; see `at_weights`.
     """
-    own: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    own: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for name, addend in shift.items():
-            parameter = model.get_parameter(parameter_of(model, name) or name)
-            data = parameter.data
-            if addend.shape != data.shape:
-                raise LedgerMismatchError("shift", expected=f"{name} of shape {tuple(data.shape)}", got=addend.shape)
-            moved = (wide(data) + addend.to(data.device)).to(data.dtype)
-            own[name] = (parameter, data)
+        for parameter, moved in _moved(model, shift):
+            own.append((parameter, parameter.data))
             parameter.data = moved
         yield
     finally:
-        for parameter, data in own.values():
+        for parameter, data in own:
             parameter.data = data
+
+
+@contextmanager
+def at_weights(model: M, shift: Mapping[str, Tensor]) -> Iterator[M]:
+    """A model that answers with `shift` added to the parameters: a twin, so that others may use `model` meanwhile.
+
+    Where there is no twin (methods were put onto the model's instances), it is the model itself by `weights_at`.
+    """
+    twin = twin_of(model)
+    if twin is model:
+        with weights_at(model, shift):
+            yield model
+        return
+    moved = {id(parameter): nn.Parameter(value, requires_grad=False) for parameter, value in _moved(model, shift)}
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in moved:
+                module._parameters[name] = moved[id(parameter)]
+    yield twin
+
+
+def _moved(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The parameters that `shift` names and their moved values.
+
+    Raises:
+        LedgerMismatchError: one has another shape.
+    """
+    for name, addend in shift.items():
+        parameter = model.get_parameter(parameter_of(model, name) or name)
+        data = parameter.data
+        if addend.shape != data.shape:
+            raise LedgerMismatchError("shift", expected=f"{name} of shape {tuple(data.shape)}", got=addend.shape)
+        yield parameter, (wide(data) + addend.to(data.device)).to(data.dtype)
 
 
 def wide(tensor: Tensor) -> Tensor:
