@@ -168,8 +168,9 @@ def prune(
 def _show(rows: list[dict[str, Any]], *, title: str) -> None:
     table = Table(title=Text(visible(title)), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in rows[0] if rows else ():
-        # Names are long and may be broken; figures are not read in pieces.
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column not in _NAMES)
+        # Names are long and may be broken; figures are not read in pieces, and a cut one must show that it was cut.
+        whole = column not in _NAMES
+        table.add_column(column.replace("_", " "), overflow="ellipsis" if whole else "fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(name(_cell(value))) for value in row.values()))
     Console().print(table)

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -40,6 +39,7 @@ from .architectures import architecture_of
 from .errors import ArgumentError, LedgerMismatchError, NonFiniteError
 from .layers import input_device
 from .ledger import Ledger, tensor_digest
+from .ledger.transfer import save_tensors
 from .methods.moved import Moved
 from .methods.replayed import moving_parameters
 from .methods.weights import own_names, parameter_of
@@ -148,11 +148,15 @@ class RecordProbe:
         return f"RecordProbe({len(self.up)} parameters, step {self.step:g} in {self.steps})"
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the probe as one safetensors file: what the server sends to the clients."""
+        """Write the probe as one safetensors file: what the server sends to the clients.
+
+        Raises:
+            DurabilityError: the file system refused.
+        """
         tensors = {f"up.{name}": tensor.contiguous() for name, tensor in self.up.items()}
         tensors |= {f"down.{name}": tensor.contiguous() for name, tensor in self.down.items()} if self.steps > 1 else {}
         about = {"kind": _KIND, "schema": SCHEMA, "step": self.step, "steps": self.steps, "digests": dict(self.digests)}
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, {"probe": json.dumps(about)})
+        save_tensors(path, {name: tensor.cpu() for name, tensor in tensors.items()}, {"probe": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RecordProbe:

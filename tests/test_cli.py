@@ -45,6 +45,19 @@ def test_env_names_versions_native_modules_and_backends() -> None:
         assert expected in result.output
 
 
+def test_a_figure_that_a_narrow_terminal_cuts_shows_that_it_was_cut(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(columns: str) -> set[str]:
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = run(app, ["ledger", "ls", str(folder / "ledger")]).output.splitlines()
+        return {word for line in lines if re.match(r"[12] ", line) for word in line.split()}
+
+    whole, narrow = words("100"), words("40")
+    assert any(word.endswith("…") for word in narrow)
+    assert all(word.endswith("…") or word in whole for word in narrow)
+
+
 def test_models_lists_every_family() -> None:
     from protoken.architectures import FAMILIES
 

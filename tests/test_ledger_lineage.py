@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,15 @@ from ledger_cases import (
 )
 from safetensors.torch import load_file
 
-from protoken.errors import ArgumentError, DtypeError, LayerError, LedgerError, UnknownClientError, UnknownRoundError
+from protoken.errors import (
+    ArgumentError,
+    DtypeError,
+    DurabilityError,
+    LayerError,
+    LedgerError,
+    UnknownClientError,
+    UnknownRoundError,
+)
 from protoken.ledger import ClientUpdate, Ledger, LowRank, chain
 from protoken.ledger.estimate import estimate_bytes
 from protoken.ledger.lineage import (
@@ -179,6 +189,19 @@ def test_exported_files_hold_the_updates(varied, tmp_path):
     assert torch.equal(loaded[NAMES[0]], ledger.round(3).delta("dave", NAMES[0]))
     with pytest.raises(FileExistsError):
         export_rounds(ledger, tmp_path / "out", rounds=2)
+
+
+def test_export_to_a_full_disk_is_refused_and_leaves_no_torn_file(varied, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python itself does: the write fails instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(DurabilityError, match=r"change\.safetensors: expected write to succeed") as raised:
+            export_rounds(varied[0], tmp_path / "out", rounds=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in str(raised.value)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_pruned_rounds_keep_their_place_and_free_their_bytes(tmp_path):

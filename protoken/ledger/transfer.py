@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from protoken.errors import ArgumentError, UnknownRoundError
+from protoken.errors import ArgumentError, DurabilityError, UnknownRoundError
 from protoken.ledger import strictjson
 from protoken.ledger.files import FileLayer
 from protoken.ledger.ledger import Ledger, RoundChoice
@@ -59,7 +61,8 @@ def export_rounds(
     """Write updates as plain safetensors for other tools: PATH/round-N/{change,residual}.safetensors and
     PATH/round-N/clients/ID.safetensors, dense, keyed by parameter, with round.json beside them. Returns the files.
 
-    Quarantined and absent clients are left out; round.json names the former.
+    Quarantined and absent clients are left out; round.json names the former. DurabilityError when the file system
+    refuses.
     """
     written = []
     for current in ledger.select(rounds):
@@ -67,12 +70,12 @@ def export_rounds(
         (place / "clients").mkdir(parents=True, exist_ok=False)
         names = list(current.parameters) if parameters is None else list(parameters)
         chosen = [c for c in current.clients if c.quarantined is None and (clients is None or c.client in clients)]
-        written.append(_save(place / "change.safetensors", {n: current.change(n) for n in names}))
-        written.append(_save(place / "residual.safetensors", {n: current.residual(n) for n in names}))
+        written.append(save_tensors(place / "change.safetensors", {n: current.change(n) for n in names}))
+        written.append(save_tensors(place / "residual.safetensors", {n: current.residual(n) for n in names}))
         for record in chosen:
             # Ids keep to a charset without "/"; no id starts with a dot.
             tensors = dict(current.deltas(record.client, names))
-            written.append(_save(place / "clients" / f"{record.client}.safetensors", tensors))
+            written.append(save_tensors(place / "clients" / f"{record.client}.safetensors", tensors))
         notes = place / "round.json"
         notes.write_bytes(strictjson.dump(_notes(current)))
         written.append(notes)
@@ -144,8 +147,27 @@ def _remove(files: FileLayer, name: str) -> int:
     return freed
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> Path:
+    """Write one safetensors file; of one that could not be written in full nothing is left.
+
+    Raises:
+        DurabilityError: the file system refused.
+    """
+    path = Path(path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1]
+        raise DurabilityError(
+            str(path),
+            expected="write to succeed",
+            got=reason,
+            remedy="Free space or mend the disk; write it again",
+        ) from error
     return path
 
 
