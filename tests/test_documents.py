@@ -52,7 +52,6 @@ def test_code_of_the_readme_runs_from_top_to_bottom(here: Path, capsys: pytest.C
         if "Ledger.create" in code or "flower" in code:
             continue
         exec(code, known)
-        known["tokenizer"].padding_side = "left"
         ran += 1
     assert ran >= 5
     assert "how is a fever" in capsys.readouterr().out.lower()
