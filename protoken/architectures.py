@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .adapters import PEFT_PREFIX
 from .errors import ArgumentError, LayerError, ModelError
 from .layers import base_of, is_linear, is_tied, layer_of, linear_names
 from .patching import refuse_parallel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["FAMILIES", "Architecture", "Family", "ModelRow", "architecture_of", "is_linear", "list_models"]
 

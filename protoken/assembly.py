@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .bank import Bank, LedgerBank
 from .dispatch import choose
@@ -18,6 +17,9 @@ from .relevance import Response
 from .results import Trace, TraceInfo
 from .text import TENSOR_OF, tokens_of
 from .versions import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def assemble(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .attachment import Attachment
@@ -24,6 +24,9 @@ from .projection import Scores
 from .relevance import Response
 from .sizes import Sizes, sizes_of
 from .twin import twin_of, uncompiled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def read_source(own: Attachment, model: PreTrainedModel, plan: Plan, rounds: Rounds) -> LedgerBank | Updates:

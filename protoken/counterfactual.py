@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from .layers import input_device
 from .ledger import Ledger
@@ -33,6 +32,7 @@ from .text import as_row, tokens_of
 
 if TYPE_CHECKING:
     from rich.text import Text
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)

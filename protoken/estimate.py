@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from .attribution import settle
 from .bank import LedgerBank, Rounds
@@ -22,6 +20,9 @@ from .options import Granularity, Method, Options, Way
 from .patching import refuse_inference_mode
 from .session import Session
 from .text import Prompt, check_ids, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .bank import Bank, BankInParts
@@ -22,6 +22,9 @@ from .projection import Scores, project_local, project_reverse
 from .pullback import PulledBack
 from .relevance import LocalRelevance, Response, local_relevance, reverse_relevance
 from .reverse_way import reverse_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class FirstOrder:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bloom.modeling_bloom import BloomGelu, bloom_gelu_forward
 
 from .architectures import Architecture
 from .capture import Capture, run_whole
@@ -152,6 +151,8 @@ def _push(
 
 def use_plain_formulas(block: nn.Module, stack: ExitStack) -> None:
     """Bloom's GELU is an autograd.Function without a forward mode; the formula it wraps has one."""
+    from transformers.models.bloom.modeling_bloom import BloomGelu, bloom_gelu_forward
+
     for module in block.modules():
         if type(module) is BloomGelu:
             stack.enter_context(replaced_method(module, "forward", bloom_gelu_forward))

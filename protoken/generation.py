@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from .architectures import Architecture
 from .capture import Capture, capturing, run_whole
@@ -97,6 +96,8 @@ def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
     Raises:
         ArgumentError: the call's `generation_config` is none.
     """
+    from transformers import GenerationConfig
+
     config = arguments.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise ArgumentError(

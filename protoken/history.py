@@ -17,7 +17,6 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from .attachment import Attachment
 from .bank import select_rounds
@@ -42,6 +41,7 @@ from .twin import uncompiled
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -9,13 +9,15 @@ embedding   a table; x is a token id
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .errors import LayerError
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 Kind = Literal["linear", "router", "experts", "embedding"]
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -77,7 +79,7 @@ def layer_of(model: nn.Module, name: str) -> Layer:
     where = f"{name}.{inside}.weight" if inside else f"{name}.weight"
     if isinstance(owner, nn.Embedding):
         return Layer(name, "embedding", module, owner, "weight", where, owner.embedding_dim, owner.num_embeddings, True)
-    if isinstance(owner, Conv1D):
+    if is_conv1d(owner):
         return Layer(name, "linear", module, owner, "weight", where, int(owner.nf), int(owner.nx), True)
     if is_router(owner):
         weight: Any = owner.weight
@@ -107,7 +109,16 @@ def linear_names(block: nn.Module) -> list[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x W^T (+ b): nn.Linear and its subclasses, GPT-2's Conv1D, a LoRA layer on one."""
-    return isinstance(base_of(module), nn.Linear | Conv1D)
+    owner = base_of(module)
+    return isinstance(owner, nn.Linear) or is_conv1d(owner)
+
+
+def is_conv1d(module: object) -> TypeGuard[Conv1D]:
+    """Whether it is GPT-2's linear layer, which keeps its weight as (in, out)."""
+    # Not at the top: whoever has such a layer has loaded transformers, and all others need not wait for it.
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
 def is_experts(module: nn.Module | None) -> bool:

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
 
 from .architectures import Architecture
 from .capture import Capture, check_one_stream
@@ -319,4 +318,6 @@ def _last_row(hidden: Tensor) -> Tensor:
 
 def _language_model(model: nn.Module) -> nn.Module:
     """The module that `generate` calls: PEFT wraps it, and its own forward is then not on the way."""
+    from transformers import GenerationMixin
+
     return next((module for module in model.modules() if isinstance(module, GenerationMixin)), model)

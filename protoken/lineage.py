@@ -10,9 +10,7 @@ values; docs/methods.md says who can cheat which.
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from .bank import Rounds
 from .ledger import Ledger
@@ -22,6 +20,9 @@ from .origin import ids_of, origin_of
 from .patching import refuse_inference_mode
 from .results import Trace
 from .session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def lineage(

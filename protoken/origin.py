@@ -8,15 +8,16 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from .attachment import Attachment, attachment_of, make_attachment
 from .errors import ArgumentError, ModelError
 from .ledger import Ledger
 from .results import Trace
 from .text import OF_TEXT, TENSOR_OF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ORIGIN = "_origin"
 

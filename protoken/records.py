@@ -27,13 +27,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from .architectures import architecture_of
 from .errors import ArgumentError, LedgerMismatchError, NonFiniteError
@@ -52,6 +51,9 @@ from .record_text import EncodedRecord, Record, encode_record
 from .relevance import Response
 from .results import Trace
 from .text import as_row, check_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT_STEP = 5e-4
 SCHEMA = 1

@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .assembly import assemble, model_name
 from .attachment import Attachment, attachment_of, make_attachment
@@ -27,6 +26,9 @@ from .plan import Plan, make_plan
 from .relevance import Response
 from .results import Trace
 from .text import as_row, check_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass

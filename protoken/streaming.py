@@ -14,10 +14,9 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .attachment import attachment_of, make_attachment
 from .bank import Rounds, select_rounds
@@ -34,6 +33,9 @@ from .results import Trace
 from .stream_checks import checked_arguments
 from .stream_run import StreamedToken, StreamRun
 from .text import Prompt, as_row, check_ids, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Stream", "StreamedToken", "stream"]
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .errors import ArgumentError, PromptError
 from .layers import base_of
 from .results import Token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tokens decoded along before a new one, so that tokenizers which strip a leading space see that it does not lead.
 _CONTEXT = 8

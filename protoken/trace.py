@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .bank import Rounds
 from .errors import ArgumentError
@@ -33,6 +32,9 @@ from .patching import refuse_inference_mode
 from .results import Trace
 from .session import Session
 from .text import Prompt, as_row, check_ids, check_window, encode_prompt, encode_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def trace(

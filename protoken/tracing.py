@@ -16,11 +16,10 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .bank import Rounds
 from .continuous import ContinuousBatches
@@ -32,6 +31,9 @@ from .options import Granularity, Method, Options, Way
 from .patching import current_method, refuse_inference_mode, replaced_method
 from .results import Trace
 from .session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass

@@ -226,3 +226,11 @@ def test_mistyped_head_or_key_accuses_no_ledger(folder: Path) -> None:
         result = run(app, ["ledger", "verify", str(folder / "ledger"), option, wrong])
         assert isinstance(result.exception, protoken.errors.ArgumentError)
         assert "SOUND" not in result.output
+
+
+def test_the_package_does_not_load_transformers_before_there_is_a_model() -> None:
+    """It takes seconds, and a ledger can be read without it."""
+    heavy = ("transformers", "peft", "accelerate", "triton", "matplotlib")
+    code = f"import sys, protoken, protoken.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

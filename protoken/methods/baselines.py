@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ..layers import is_conv1d
 from ..ledger import Ledger
 from ..ops import client_scores, client_scores_reference
 from ..projection import Scores
@@ -143,7 +143,7 @@ def _matrices(game: Game, layer: str) -> list[Tensor]:
     module: nn.Module = game.model.get_submodule(layer)
     name = game.updates.names[game.updates.layers.index(layer)]
     deltas = [delta[name] for delta in game.updates.deltas]
-    return [delta.T for delta in deltas] if isinstance(module, Conv1D) else deltas
+    return [delta.T for delta in deltas] if is_conv1d(module) else deltas
 
 
 def _scores(x: Tensor, grad: Tensor, matrices: Sequence[Tensor]) -> Tensor:

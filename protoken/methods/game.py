@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import jvp
-from transformers import PreTrainedModel
 
 from ..architectures import Architecture
 from ..dual import forward_mode_of_torch
@@ -25,6 +24,9 @@ from ..patching import after, hooks
 from ..relevance import Response
 from .moved import Moved
 from .weights import Updates, point
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Game:

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
 from ..adapters import effective_weight
 from ..errors import GenerationError
@@ -33,6 +32,9 @@ from ..layers import layer_of
 from ..objective import Objective
 from ..patching import after, hooks, replaced_attribute
 from ..quantised import straight_through
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def paper_scores(

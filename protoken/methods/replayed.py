@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..adapters import recorded_as
 from ..architectures import Architecture
@@ -23,6 +23,9 @@ from .leave_one_out import leave_one_out_scores
 from .placement import gauss_legendre
 from .shapley import paired_shapley_scores, shapley_scores
 from .weights import Updates, parameter_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPLAYED = ("aumann_shapley", "shapley", "paired_shapley", "leave_one_out", *BASELINES)
 """Everything but the first-order methods, which work on what was captured while the model generated."""
