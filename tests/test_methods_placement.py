@@ -15,6 +15,7 @@ import protoken
 from protoken.ledger import ClientUpdate, Ledger
 from protoken.methods import aumann_shapley
 from protoken.methods.placement import Nodes, gauss_legendre, placed
+from protoken.methods.spline import Spline
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 Curve = Callable[[torch.Tensor], torch.Tensor]
@@ -78,11 +79,23 @@ def test_any_rule_is_a_mean_over_the_path_and_exact_for_quadratics(nodes: int) -
 def test_steep_climbs_get_the_nodes(places: tuple[float, ...]) -> None:
     f = steps(*places)
     rule, asked = curve(f, 8)
-    assert rule.evaluations == asked == 31
+    assert 7 < rule.evaluations == asked <= 31
     missed = float((integrated(f, rule) - change(f)).sum() / change(f).sum())
     plain = float((integrated(f, Nodes(*gauss_legendre(8))) - change(f)).sum() / change(f).sum())
     assert abs(missed) < 0.01
     assert abs(plain) > 0.05
+
+
+@pytest.mark.parametrize(("place", "width"), [(0.01, 0.003), (0.004, 0.01), (0.99, 0.003), (0.51, 0.01)])
+def test_a_climb_that_even_steps_cannot_follow_is_followed(place: float, width: float) -> None:
+    """Late in training an answer moves within the first hundredth of the way."""
+
+    def f(a: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.sigmoid((a - place) / width), a**2])
+
+    rule, asked = curve(f, 8)
+    assert rule.evaluations == asked <= 31
+    assert float((integrated(f, rule) - change(f)).abs().sum() / change(f).sum()) < 0.01
 
 
 def test_tokens_that_cancel_in_the_sum_are_followed_each() -> None:
@@ -119,6 +132,29 @@ def test_rounding_decides_nothing() -> None:
         assert curve(lambda a, noise=noise: f(a) + noise * torch.cos(1e4 * a), 8)[0] == expected
 
 
+# ---- the spline it looks through -----------------------------------------------------------------------
+
+KNOTS = [0.0, 1 / 64, 1 / 32, 0.125, 0.5, 0.625, 1.0]
+
+
+def test_a_cubic_is_its_own_spline_at_uneven_knots() -> None:
+    cubic = np.polynomial.Polynomial([0.3, -2.0, 1.5, 4.0])
+    at = np.linspace(0, 1, 41)
+    spline = Spline(KNOTS)
+    np.testing.assert_allclose(spline.values(at) @ cubic(np.array(KNOTS)), cubic(at), atol=1e-12)
+    np.testing.assert_allclose(spline.slopes(at) @ cubic(np.array(KNOTS)), cubic.deriv()(at), atol=1e-11)
+
+
+def test_a_spline_goes_through_its_values_and_its_slope_is_the_values_slope() -> None:
+    rows = np.random.default_rng(0).normal(size=(len(KNOTS), 3))
+    spline = Spline(KNOTS)
+    np.testing.assert_allclose(spline.values(np.array(KNOTS)) @ rows, rows, atol=1e-12)
+    inside = (np.array(KNOTS)[1:] + np.array(KNOTS)[:-1]) / 2
+    step = 1e-6
+    numeric = (spline.values(inside + step) - spline.values(inside - step)) @ rows / (2 * step)
+    np.testing.assert_allclose(spline.slopes(inside) @ rows, numeric, rtol=1e-6, atol=1e-6)
+
+
 # ---- a federation --------------------------------------------------------------------------------------
 
 
@@ -132,7 +168,7 @@ def test_a_rough_path_is_complete_within_a_per_cent(rough: TinyFederation, monke
     trace = protoken.trace(rough.model, PROMPT, ledger=rough.path, **ASKED)
     assert trace.info.settings["nodes"] == trace.info.settings["gradients"] == 8
     assert trace.info.settings["pieces"] > 1
-    assert trace.info.settings["evaluations"] == 2 + 31
+    assert 2 + 7 < trace.info.settings["evaluations"] <= 2 + 31
     assert abs(trace.residual) < 0.01 * abs(trace.change)
     exact = protoken.trace(rough.model, PROMPT, ledger=rough.path, nodes=64, **ASKED)
     error = np.linalg.norm(trace.totals - exact.totals)

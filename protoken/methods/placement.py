@@ -2,9 +2,10 @@
 
     integral_0^1 f'(a) da ~ sum over pieces [p, q] of (q - p) sum_i w_i f'(p + a_i (q - p))
 
-f_t itself is cheap along the path, a forward pass and no gradient. So it is looked at in 8, 16 or 32 equal steps, as
-many as its cubic spline s_t needs to follow it, and of all ways to cut the path at these positions and to share out m
-nodes among the pieces the one is taken that would integrate s' best:
+f_t itself is cheap along the path, a forward pass and no gradient. So it is looked at first: at the eighths of the
+path, then half-way into every step whose middle a cubic spline s_t through the others missed, and into those beside it,
+the worst first, until the spline follows f or has seen it at LOOKS positions. Of all ways to cut the path at these
+positions and to share out m nodes among the pieces the one is taken that would integrate s' best:
 
     cost of a piece with k nodes = (|sum_t e_t| + sum_t |e_t|) / sum_t |f_t(1) - f_t(0)|
     e_t = its k-point rule applied to s_t', less s_t(q) - s_t(p)
@@ -22,25 +23,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .spline import Array, Spline
 
-Array = NDArray[np.float64]
-
-STEPS = (4, 8, 16, 32)
+LOOKS = 31
+"""At how many positions between the ends f is looked at, at most."""
+FINEST = 2.0**-9
+"""The shortest step between two of them."""
 ACCURATE = 1e-4
-"""How far a spline may be from f before it is given more steps, as a share of sum_t |f_t(1) - f_t(0)|."""
+"""How far a spline may be from f before it is given another position, as a share of sum_t |f_t(1) - f_t(0)|."""
 PIECE = 5
 """What a further piece must save, in units of UNIT."""
 UNIT = 1e-4
 """Costs are whole multiples of this share of the change: rounding of f decides nothing."""
-LEAST = 0.1
-"""A change below this many nats counts as so many: what is below rounding need not be followed."""
+LEAST = 0.01
+"""A change below this many nats counts as so many: rounding of single precision need not be followed."""
+MOST_NODES = 32
+"""More need no help."""
 
 
 @dataclass(frozen=True)
@@ -74,51 +78,89 @@ def placed(value: Callable[[float], Tensor], start: Tensor, end: Tensor, nodes: 
     Args:
         value: f_t [T] at a position between 0 and 1.
         start, end: f_t [T] at 0 and 1.
-        nodes: m. A single node has nowhere else to go, and more than 32 need no help: these are the plain rule.
+        nodes: m. A single node has nowhere else to go, and more than MOST_NODES need no help: these are the plain
+            rule. So is that of an f which is no number somewhere.
     """
     plain = Nodes(*gauss_legendre(nodes))
-    known = {0.0: start.double().cpu().numpy(), 1.0: end.double().cpu().numpy()}
-    scale = max(float(np.abs(known[1.0] - known[0.0]).sum()), LEAST)
-    if not 1 < nodes <= STEPS[-1] or not np.isfinite(scale):
+    seen = {0.0: _numbers(start), 1.0: _numbers(end)}
+    scale = max(float(np.abs(seen[1.0] - seen[0.0]).sum()), LEAST)
+    if not 1 < nodes <= MOST_NODES or not np.isfinite(scale):
         return plain
-    coarse: Array | None = None
-    for steps in STEPS:
-        here = [j / steps for j in range(steps + 1)]
-        for position in here:
-            if position not in known:
-                known[position] = value(position).double().cpu().numpy()
-        table = np.stack([known[position] for position in here])
-        if not np.isfinite(table).all():
-            return plain
-        # Halving the step divides a cubic spline's error by sixteen.
-        missed = (
-            np.inf if coarse is None else float(np.abs(_between(steps // 2) @ coarse - table[1::2]).sum(1).max()) / 16
-        )
-        if missed <= ACCURATE * scale:
+    if not _look(value, seen, scale):
+        return plain
+    spline = Spline(sorted(seen))
+    pieces = _cut(_costs(spline, _table(spline, seen), nodes, scale), nodes)
+    positions, weights = _rule(pieces, spline.knots)
+    return Nodes(positions, weights, len(pieces), len(seen) - 2)
+
+
+def _numbers(value: Tensor) -> Array:
+    numbers: Array = value.double().cpu().numpy()
+    return numbers
+
+
+def _look(value: Callable[[float], Tensor], seen: dict[float, Array], scale: float) -> bool:
+    """Fill `seen` with f where a spline needs it; whether f was a number everywhere."""
+    for position in (0.25, 0.5, 0.75):
+        seen[position] = _numbers(value(position))
+    # How much the spline misses in a step, by where the step begins: nobody knows it of the first four.
+    misses = dict.fromkeys((0.0, 0.25, 0.5, 0.75), np.inf)
+    failed: list[tuple[float, float, float]] = []
+    while len(seen) - 2 < LOOKS and all(np.isfinite(row).all() for row in seen.values()):
+        spline = Spline(sorted(seen))
+        steps = [(_need(p, q, misses[p], failed), p, q) for p, q in pairwise(spline.knots.tolist())]
+        need, p, q = max(steps, key=lambda step: (step[0], -step[1]))
+        if need <= ACCURATE * scale:
             break
-        coarse = table
-    pieces = _cut(_costs(table, steps, nodes, scale), nodes)
-    positions, weights = _rule(pieces, steps)
-    return Nodes(positions, weights, len(pieces), len(known) - 2)
+        middle = (p + q) / 2
+        guess = (spline.values(np.array([middle])) @ _table(spline, seen))[0]
+        seen[middle] = _numbers(value(middle))
+        # Halving the step divides a cubic spline's error by sixteen.
+        misses[p] = misses[middle] = float(np.abs(guess - seen[middle]).sum()) / 16
+        if misses[p] > ACCURATE * scale:
+            failed.append((misses[p], p, q))
+    return all(np.isfinite(row).all() for row in seen.values())
 
 
-def _costs(table: Array, steps: int, nodes: int, scale: float) -> Array:
-    """Of every piece [i, j] of the steps with k = 1 to m nodes, in UNITs, [i, j, k]; infinite where there is none."""
-    i, j = np.triu_indices(steps + 1, 1)
-    errors = np.zeros((nodes, len(i)))
-    total = np.zeros((nodes, len(i)))
-    rules = _errors(steps, nodes)  # [m, pieces, steps + 1]
-    for column in range(0, table.shape[1], 256):
-        each = rules @ table[:, column : column + 256]
-        errors += np.abs(each).sum(-1)
-        total += each.sum(-1)
-    costs = np.full((steps + 1, steps + 1, nodes + 1), np.inf)
-    costs[i, j, 1:] = np.round((errors + np.abs(total)) / (scale * UNIT)).T + PIECE
+def _need(p: float, q: float, missed: float, failed: list[tuple[float, float, float]]) -> float:
+    """How much a look into the step [p, q] is needed: for what it missed, or for a failure beside it.
+
+    A spline may be right half-way by chance. So a step rests only when it is less than half of any that failed beside it.
+    """
+    if q - p <= FINEST:
+        return 0.0
+    return max([missed, *(other for other, a, b in failed if 2 * (q - p) >= b - a and (p == b or q == a))])
+
+
+def _table(spline: Spline, seen: dict[float, Array]) -> Array:
+    """f at the knots, [knots, T]."""
+    return np.stack([seen[position] for position in spline.knots.tolist()])
+
+
+def _costs(spline: Spline, table: Array, nodes: int, scale: float) -> Array:
+    """Of every piece [i, j] of the knots with k = 1 to m nodes, in UNITs, [i, j, k]; infinite where there is none."""
+    size = len(spline.knots)
+    i, j = np.triu_indices(size, 1)
+    start, length = spline.knots[i], spline.knots[j] - spline.knots[i]
+    ends = np.eye(size)[j] - np.eye(size)[i]
+    costs = np.full((size, size, nodes + 1), np.inf)
+    for k in range(1, nodes + 1):
+        own, share = (np.array(numbers) for numbers in gauss_legendre(k))
+        slopes = spline.slopes((start[:, None] + own * length[:, None]).ravel()).reshape(len(i), k, size)
+        # e of every piece as a linear map of the values at the knots.
+        errors = np.einsum("pkn,k,p->pn", slopes, share, length) - ends
+        found = np.zeros(len(i))
+        total = np.zeros(len(i))
+        for column in range(0, table.shape[1], 256):
+            each = errors @ table[:, column : column + 256]
+            found += np.abs(each).sum(1)
+            total += each.sum(1)
+        costs[i, j, k] = np.round((found + np.abs(total)) / (scale * UNIT)) + PIECE
     return costs
 
 
 def _cut(costs: Array, nodes: int) -> list[tuple[int, int, int]]:
-    """The cheapest pieces (i, j, k) from the first position to the last whose k add up to m."""
+    """The cheapest pieces (i, j, k) from the first knot to the last whose k add up to m."""
     size = len(costs)
     best = np.full((size, nodes + 1), np.inf)
     best[0, 0] = 0
@@ -139,54 +181,12 @@ def _cut(costs: Array, nodes: int) -> list[tuple[int, int, int]]:
     return pieces[::-1]
 
 
-def _rule(pieces: list[tuple[int, int, int]], steps: int) -> tuple[list[float], list[float]]:
+def _rule(pieces: list[tuple[int, int, int]], knots: Array) -> tuple[list[float], list[float]]:
     positions: list[float] = []
     weights: list[float] = []
     for i, j, k in pieces:
         own, share = gauss_legendre(k)
-        positions += [(i + a * (j - i)) / steps for a in own]
-        weights += [w * (j - i) / steps for w in share]
+        length = float(knots[j] - knots[i])
+        positions += [float(knots[i]) + a * length for a in own]
+        weights += [w * length for w in share]
     return positions, weights
-
-
-@lru_cache(maxsize=64)
-def _errors(steps: int, nodes: int) -> Array:
-    """e of every piece with k = 1 to m nodes as a linear map of the steps' values, [m, pieces, steps + 1]."""
-    i, j = np.triu_indices(steps + 1, 1)
-    exact = np.eye(steps + 1)[j] - np.eye(steps + 1)[i]
-    found = []
-    for k in range(1, nodes + 1):
-        own, share = (np.array(numbers) for numbers in gauss_legendre(k))
-        slopes = _slopes((i[:, None] + own * (j - i)[:, None]).ravel(), steps).reshape(len(i), k, steps + 1)
-        # A step is the unit of length here: a slope per step times a piece's steps.
-        found.append(np.einsum("pkn,k,p->pn", slopes, share, (j - i).astype(float)) - exact)
-    return np.stack(found)
-
-
-@lru_cache(maxsize=16)
-def _curvatures(steps: int) -> Array:
-    """Second derivatives of the cubic spline through the steps' values, not-a-knot, [steps + 1, steps + 1]."""
-    left = np.zeros((steps + 1, steps + 1))
-    right = np.zeros((steps + 1, steps + 1))
-    for row in range(1, steps):
-        left[row, row - 1 : row + 2] = 1, 4, 1
-        right[row, row - 1 : row + 2] = 6, -12, 6
-    left[0, :3] = left[-1, -3:] = 1, -2, 1
-    return np.asarray(np.linalg.solve(left, right), dtype=np.float64)
-
-
-def _slopes(at: Array, steps: int) -> Array:
-    """The spline's slope per step at positions in steps, as a linear map of the values, [positions, steps + 1]."""
-    curvatures, one = _curvatures(steps), np.eye(steps + 1)
-    i = np.clip(at.astype(int), 0, steps - 1)
-    v = (at - i)[:, None]
-    u = 1 - v
-    found: Array = one[i + 1] - one[i] + curvatures[i + 1] * (3 * v * v - 1) / 6 - curvatures[i] * (3 * u * u - 1) / 6
-    return found
-
-
-@lru_cache(maxsize=16)
-def _between(steps: int) -> Array:
-    """The spline half-way between the steps, as a linear map of the steps' values, [steps, steps + 1]."""
-    curvatures, one = _curvatures(steps), np.eye(steps + 1)
-    return (one[1:] + one[:-1]) / 2 - (curvatures[1:] + curvatures[:-1]) / 16
