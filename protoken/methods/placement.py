@@ -125,7 +125,8 @@ def _look(value: Callable[[float], Tensor], seen: dict[float, Array], scale: flo
 def _need(p: float, q: float, missed: float, failed: list[tuple[float, float, float]]) -> float:
     """How much a look into the step [p, q] is needed: for what it missed, or for a failure beside it.
 
-    A spline may be right half-way by chance. So a step rests only when it is less than half of any that failed beside it.
+    A spline may be right half-way by chance. So a step rests only when it is less than half of any that failed beside
+    it.
     """
     if q - p <= FINEST:
         return 0.0
