@@ -3,14 +3,12 @@
 
 #include <stdexcept>
 
-#include "cuda_ops.h"
-
 namespace protoken::cuda {
 
-constexpr int kReduceThreads = 512;
+constexpr int kReduceThreads = 512, kReduceTokens = 16;  // of a block; few clients would not fill the device else
 constexpr int64_t kLargest = (int64_t{1} << 31) - 1;
 
-// x as images, grad transposed: z = 0 and 1, one layer per y.
+// x as images, grad as the lanes will want it: z = 0 and 1, one layer per y.
 __global__ void __launch_bounds__(256) pack_scores(const __grid_constant__ ScoreParams p) {
   const ScoreLayer& layer = p.layers[blockIdx.y];
   const int64_t begin = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, step = gridDim.x * blockDim.x;
@@ -24,36 +22,37 @@ __global__ void __launch_bounds__(256) pack_scores(const __grid_constant__ Score
   }
   const int64_t pitch = static_cast<int64_t>(p.tiles) * p.tile_tokens, rows = round_up(layer.rows, kTeamRows);
   for (int64_t i = begin; i < rows * pitch; i += step) {
-    const int64_t row = i % rows, t = i / rows;
+    const int64_t row = i % rows, t = i / rows, place = relevance_place(row, t, rows / 16, p.tile_tokens);
     const bool inside = row < layer.rows && t < p.tokens;
     const int64_t at = inside ? t * layer.grad.stride_t + row * layer.grad.stride_c : 0;
     if (layer.relevance_bf16) {
       const uint16_t bits = inside ? static_cast<const uint16_t*>(layer.grad.data)[at] : uint16_t{0};
-      static_cast<uint16_t*>(const_cast<void*>(layer.relevance))[row * pitch + t] = bits;
+      static_cast<uint16_t*>(const_cast<void*>(layer.relevance))[place] = bits;
     } else {
       const float value = inside ? load_float(layer.grad.data, at, layer.grad.dtype) : 0.0f;
-      static_cast<float*>(const_cast<void*>(layer.relevance))[row * pitch + t] = value;
+      static_cast<float*>(const_cast<void*>(layer.relevance))[place] = value;
     }
   }
 }
 
-// out[k, t] = sum over the units of client k, in an order that depends on the tile width only.
+// out[k, t] = sum over the units of client k, in an order that depends on their number only.
 __global__ void __launch_bounds__(kReduceThreads) reduce_scores(const __grid_constant__ ScoreParams p) {
   PT_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const ScoreLayer& layer = p.layers[blockIdx.z];
-  const int tokens = p.tile_tokens, slices = kReduceThreads / tokens;
-  const int slice = threadIdx.x / tokens, t = threadIdx.x % tokens;
-  const int64_t client = blockIdx.x, tile = blockIdx.y, slots = static_cast<int64_t>(layer.chunks) * layer.row_units;
+  constexpr int kSlices = kReduceThreads / kReduceTokens;
+  const int tokens = p.tile_tokens, pieces = tokens / kReduceTokens, slice = threadIdx.x / kReduceTokens,
+            t = static_cast<int>(blockIdx.x % pieces) * kReduceTokens + threadIdx.x % kReduceTokens;
+  const int64_t client = blockIdx.x / pieces, tile = blockIdx.y, token = tile * tokens + t,
+                slots = static_cast<int64_t>(layer.chunks) * layer.row_units;
   const float* from = layer.partial + (tile * slots * p.clients + client) * tokens + t;
   float sum = 0.0f;
 #pragma unroll 8
-  for (int64_t slot = slice; slot < slots; slot += slices) sum += from[slot * p.clients * tokens];
-  sums[slice * tokens + t] = sum;
+  for (int64_t slot = slice; slot < slots; slot += kSlices) sum += from[slot * p.clients * tokens];
+  sums[threadIdx.x] = sum;
   __syncthreads();
-  const int64_t token = tile * tokens + t;
   if (slice == 0 && token < p.tokens) {
-    for (int s = 1; s < slices; ++s) sum += sums[s * tokens + t];
+    for (int s = 1; s < kSlices; ++s) sum += sums[s * kReduceTokens + threadIdx.x];
     layer.out[client * p.tokens + token] = sum;
   }
 }
@@ -93,7 +92,7 @@ static int64_t plan(ScoreParams& p, const ScoresCall& call, int64_t first_layer,
     throw std::invalid_argument("T: at most " + std::to_string(kMostBlocksYZ) + " tiles of " +
                                 std::to_string(p.tile_tokens) + " tokens in one call, got " +
                                 std::to_string(call.tokens) + " tokens; score them in parts");
-  require_int("K", call.clients);
+  require_int("K", call.clients * (p.tile_tokens / kReduceTokens));
   int64_t end = 0, weight = 0;
   p.image_bytes = 0;
   for (int l = 0; l < p.count; ++l) {
@@ -146,16 +145,16 @@ int64_t client_scores_workspace(const ScoresCall& call, const Device& device) {
   return bytes;
 }
 
-static std::string launch_format(const ScoreParams& p, const LaunchShape& shape, const ScoresCall& call,
-                                 cudaStream_t stream) {
+static void launch_format(const ScoreParams& p, const LaunchShape& shape, const ScoresCall& call, const Device& device,
+                          cudaStream_t stream) {
   switch (call.format) {
-    case kF32: return launch_scores<kF32>(p, shape, call.vectors, stream);
-    case kBF16: return launch_scores<kBF16>(p, shape, call.vectors, stream);
-    case kF16: return launch_scores<kF16>(p, shape, call.vectors, stream);
-    case kI8: return launch_scores<kI8>(p, shape, call.vectors, stream);
-    case kE4M3: return launch_scores<kE4M3>(p, shape, call.vectors, stream);
-    case kHalf: return launch_scores<kHalf>(p, shape, call.vectors, stream);
-    default: return "unknown format code " + std::to_string(call.format);
+    case kF32: return launch_scores<kF32>(p, shape, call.vectors, device, stream);
+    case kBF16: return launch_scores<kBF16>(p, shape, call.vectors, device, stream);
+    case kF16: return launch_scores<kF16>(p, shape, call.vectors, device, stream);
+    case kI8: return launch_scores<kI8>(p, shape, call.vectors, device, stream);
+    case kE4M3: return launch_scores<kE4M3>(p, shape, call.vectors, device, stream);
+    case kHalf: return launch_scores<kHalf>(p, shape, call.vectors, device, stream);
+    default: throw std::invalid_argument("unknown format code " + std::to_string(call.format));
   }
 }
 
@@ -176,9 +175,9 @@ void client_scores(const ScoresCall& call, const Device& device, void* workspace
     const int resident = device.processors * (call.vectors ? blocks_per_sm(p->tile_tokens) : 1);
     shape.grid_x = static_cast<int>(most(1, resident / p->tiles));
     shape.grid_y = p->tiles;
-    const std::string error = launch_format(*p, shape, call, stream);
-    if (!error.empty()) throw std::runtime_error("client_scores: " + error);
-    PT_LAUNCH(reduce_scores, dim3(static_cast<unsigned>(p->clients), p->tiles, p->count), dim3(kReduceThreads),
+    launch_format(*p, shape, call, device, stream);
+    const int64_t reductions = p->clients * (p->tile_tokens / kReduceTokens);
+    PT_LAUNCH(reduce_scores, dim3(static_cast<unsigned>(reductions), p->tiles, p->count), dim3(kReduceThreads),
               kReduceThreads * sizeof(float), stream, *p);
     check_launch("reduce_scores");
   }

@@ -1,13 +1,8 @@
 // What client_scores' host code and kernels share: the plan of a call and its kernel parameters.
 #pragma once
 
-#include <string>
-
+#include "cuda_ops.h"
 #include "cuda_tiles.cuh"
-
-#ifdef PROTOKEN_EMULATE
-using cudaStream_t = void*;
-#endif
 
 namespace protoken::cuda {
 
@@ -20,7 +15,7 @@ struct ScoreLayer {
   const int64_t* table;   // else their addresses
   const float* scale;     // [K, O] or null
   const uint16_t* image;  // packed x, [tiles, chunks] images
-  const void* relevance;  // grad transposed, [O rounded up, tiles * tokens], fp32 or bf16
+  const void* relevance;  // grad as `relevance_place` says, fp32 or bf16
   float* partial;         // [tiles, chunks, row_units, K, tokens]
   float* out;             // [K, T]
   Matrix x, grad;
@@ -52,12 +47,20 @@ PT_BOTH constexpr int max_width(int tokens, int planes_x) {
 PT_BOTH constexpr int unit_rows(int tokens) { return tokens == 16 ? 64 : 128; }
 PT_BOTH constexpr int teams(int tokens, bool wgmma) { return wgmma && tokens == 64 ? 3 : 2; }
 PT_BOTH constexpr int blocks_per_sm(int tokens) { return tokens == 16 ? 2 : 1; }
+// Which value of the packed relevance belongs to a row and a token: those that a lane needs for 16 rows and 8 tokens,
+// which are rows g and g + 8 and tokens 2 c and 2 c + 1, lie together, and all lanes' next to each other.
+// `row_blocks` blocks of 16 rows, tiles of `tokens` tokens.
+PT_BOTH int64_t relevance_place(int64_t row, int64_t token, int64_t row_blocks, int tokens) {
+  const int64_t block = token / tokens * row_blocks + row / 16, lane = row % 8 * 4 + token % 8 / 2;
+  return ((block * (tokens / 8) + token % tokens / 8) * 32 + lane) * 4 + row / 8 % 2 * 2 + token % 2;
+}
 PT_BOTH int shared_bytes(int image_bytes, int tokens, bool wgmma) {
   return image_bytes + teams(tokens, wgmma) * 2 * 4 * tokens * static_cast<int>(sizeof(float)) + 16;
 }
 
-// One per format, each in a file of its own so that they compile side by side. Returns an error or "".
+// One per format, each in a file of its own so that they compile side by side.
 template <int kFormat>
-std::string launch_scores(const ScoreParams& params, const LaunchShape& shape, bool vectors, cudaStream_t stream);
+void launch_scores(const ScoreParams& params, const LaunchShape& shape, bool vectors, const Device& device,
+                   cudaStream_t stream);
 
 }  // namespace protoken::cuda

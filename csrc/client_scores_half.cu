@@ -2,5 +2,5 @@
 #include "client_scores_kernel.cuh"
 
 namespace protoken::cuda {
-template std::string launch_scores<kHalf>(const ScoreParams&, const LaunchShape&, bool, cudaStream_t);
+template void launch_scores<kHalf>(const ScoreParams&, const LaunchShape&, bool, const Device&, cudaStream_t);
 }

@@ -7,12 +7,10 @@
 // a unit computes depends neither on the grid nor on K, so scores are the same bits for any split of the clients.
 #pragma once
 
+#include <stdexcept>
+
 #include "client_scores.cuh"
 #include "cuda_wgmma.cuh"
-
-#ifndef PROTOKEN_EMULATE
-#include <cuda_runtime.h>
-#endif
 
 namespace protoken::cuda {
 
@@ -32,19 +30,27 @@ PT_BOTH int first_value(int lane) {
   return (lane / 16 % 2) * (kValues / 2) + (lane / 8 % 2) * (kValues / 4) + (lane / 4 % 2) * (kValues / 8);
 }
 
-__device__ __forceinline__ float2 load_relevance(const ScoreLayer& layer, int64_t index) {
+// Of rows g and g + 8: two tokens each.
+struct Relevance {
+  float2 low, high;
+};
+__device__ __forceinline__ float2 bf16_pair(uint32_t pair) {
+  return make_float2(bits_float(pair << 16), bits_float(pair & 0xffff0000u));
+}
+__device__ __forceinline__ Relevance load_relevance(const ScoreLayer& layer, int64_t index) {
   if (layer.relevance_bf16) {
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(layer.relevance) + index);
-    return make_float2(bits_float(pair << 16), bits_float(pair & 0xffff0000u));
+    const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(layer.relevance) + index);
+    return {bf16_pair(v.x), bf16_pair(v.y)};
   }
-  return *reinterpret_cast<const float2*>(static_cast<const float*>(layer.relevance) + index);
+  const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const float*>(layer.relevance) + index);
+  return {make_float2(bits_float(v.x), bits_float(v.y)), make_float2(bits_float(v.z), bits_float(v.w))};
 }
 
 // sum[i] += over this warp's 16 rows of acc * relevance (* scale). `row` is the lane's row g.
 template <int kFormat, int kTokens>
 __device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4],
                                       float (&sum)[kTokens >= 32 ? kTokens / 32 : 1], const ScoreLayer& layer,
-                                      int client, int row, int pitch) {
+                                      int client, int row) {
   const int lane = threadIdx.x % 32;
   float scale_low = 1.0f, scale_high = 1.0f;
   if constexpr (format_bytes(kFormat) == 1) {
@@ -53,10 +59,11 @@ __device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4],
     scale_high = row + 8 < layer.rows ? scale[8] : 0.0f;
   }
   float values[kTokens / 4];
-  const int64_t at = static_cast<int64_t>(row) * pitch + blockIdx.y * kTokens + 2 * (lane % 4);
+  const int64_t row_blocks = ceil_div(layer.rows, kTeamRows) * (kTeamRows / 16),
+                at = (blockIdx.y * row_blocks + row / 16) * (kTokens / 8) * 128 + lane * 4;
 #pragma unroll
   for (int n = 0; n < kTokens / 8; ++n) {
-    const float2 low = load_relevance(layer, at + n * 8), high = load_relevance(layer, at + 8 * pitch + n * 8);
+    const auto [low, high] = load_relevance(layer, at + n * 128);
     if constexpr (format_bytes(kFormat) == 1) {
       values[2 * n] = acc[n][0] * scale_low * low.x + acc[n][2] * scale_high * high.x;
       values[2 * n + 1] = acc[n][1] * scale_low * low.y + acc[n][3] * scale_high * high.y;
@@ -215,7 +222,7 @@ __device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLay
           rows = next_rows;
         }
       }
-      weigh<kFormat, kTokens>(acc, sum, layer, client, row + lane_row, p.tiles * kTokens);
+      weigh<kFormat, kTokens>(acc, sum, layer, client, row + lane_row);
     }
     // The team's 4 warps, in their order; two buffers in turn, so that one barrier per unit is enough.
     float* sums = team_sums + ((team * 2 + (turn & 1)) * 4) * kTokens;
@@ -291,41 +298,35 @@ __global__ void __launch_bounds__(teams(kTokens, kWgmma) * kTeamThreads, kVector
 }
 
 template <int kFormat, int kPlanesX, int kTokens, bool kVectors, bool kWgmma>
-std::string launch_instance(const ScoreParams& params, const LaunchShape& shape, cudaStream_t stream) {
+void launch_instance(const ScoreParams& params, const LaunchShape& shape, const Device& device, cudaStream_t stream) {
   const auto kernel = client_scores_kernel<kFormat, kPlanesX, kTokens, kVectors, kWgmma>;
-#ifndef PROTOKEN_EMULATE
-  const cudaError_t raised = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
-  if (raised != cudaSuccess) return cudaGetErrorString(raised);
-#endif
+  allow_shared(reinterpret_cast<const void*>(kernel), shape.shared, device);
   PT_LAUNCH(kernel, dim3(shape.grid_x, shape.grid_y), dim3(teams(kTokens, kWgmma) * kTeamThreads), shape.shared, stream,
             params);
-#ifndef PROTOKEN_EMULATE
-  const cudaError_t launched = cudaGetLastError();
-  if (launched != cudaSuccess) return cudaGetErrorString(launched);
-#endif
-  return "";
+  check_launch("client_scores_kernel");
 }
 
 template <int kFormat>
-std::string launch_scores(const ScoreParams& params, const LaunchShape& shape, bool vectors, cudaStream_t stream) {
+void launch_scores(const ScoreParams& params, const LaunchShape& shape, bool vectors, const Device& device,
+                   cudaStream_t stream) {
   constexpr int kFull = full_planes(kFormat);
   const int tokens = params.tile_tokens, planes = params.planes_x;
-  if (!vectors) return launch_instance<kFormat, kFull, 16, false, false>(params, shape, stream);
+  if (!vectors) return launch_instance<kFormat, kFull, 16, false, false>(params, shape, device, stream);
   if (planes == kFull && kFull > 1) {
-    return tokens == 16 ? launch_instance<kFormat, kFull, 16, true, false>(params, shape, stream)
-                        : launch_instance<kFormat, kFull, 64, true, false>(params, shape, stream);
+    return tokens == 16 ? launch_instance<kFormat, kFull, 16, true, false>(params, shape, device, stream)
+                        : launch_instance<kFormat, kFull, 64, true, false>(params, shape, device, stream);
   }
   if constexpr (kFormat != kF16) {
-    if (tokens == 16) return launch_instance<kFormat, 1, 16, true, false>(params, shape, stream);
+    if (tokens == 16) return launch_instance<kFormat, 1, 16, true, false>(params, shape, device, stream);
     if (params.descriptor) {
-      return tokens == 64 ? launch_instance<kFormat, 1, 64, true, true>(params, shape, stream)
-                          : launch_instance<kFormat, 1, 128, true, true>(params, shape, stream);
+      return tokens == 64 ? launch_instance<kFormat, 1, 64, true, true>(params, shape, device, stream)
+                          : launch_instance<kFormat, 1, 128, true, true>(params, shape, device, stream);
     }
-    if (tokens == 64) return launch_instance<kFormat, 1, 64, true, false>(params, shape, stream);
+    if (tokens == 64) return launch_instance<kFormat, 1, 64, true, false>(params, shape, device, stream);
     if constexpr (widest_tile(kFormat, 1, false) == 128)
-      return launch_instance<kFormat, 1, 128, true, false>(params, shape, stream);
+      return launch_instance<kFormat, 1, 128, true, false>(params, shape, device, stream);
   }
-  return "client_scores: no kernel for this combination of format, planes and tile";
+  throw std::runtime_error("client_scores: no kernel for this combination of format, planes and tile");
 }
 
 }  // namespace protoken::cuda

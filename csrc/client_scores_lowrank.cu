@@ -437,11 +437,7 @@ static void launch(const LowRankParams& p, const Device& device, cudaStream_t st
     throw std::runtime_error("client_scores_lowrank needs " + std::to_string(shared) +
                              " bytes of shared memory, the device has " + std::to_string(device.shared_bytes));
   const auto kernel = lowrank_kernel<kFormat, kPlanesX, kTokens>;
-#ifndef PROTOKEN_EMULATE
-  const cudaError_t raised = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (raised != cudaSuccess)
-    throw std::runtime_error(std::string("client_scores_lowrank: ") + cudaGetErrorString(raised));
-#endif
+  allow_shared(reinterpret_cast<const void*>(kernel), shared, device);
   PT_LAUNCH(kernel, dim3(static_cast<unsigned>(p.blocks) * p.tiles, p.split ? 2 * kSegments : 1),
             dim3(block_threads(kPlanesX)), shared, stream, p);
   check_launch("lowrank_kernel");

@@ -1,11 +1,19 @@
 // The CUDA runtime around the kernels: devices, the current device, launch errors.
+#include <map>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda_ops.h"
 
+#ifdef PROTOKEN_EMULATE
+#include "cuda_emulation.h"
+#endif
+
 namespace protoken::cuda {
+
+constexpr int kSharedByRight = 48 << 10;  // dynamic shared memory of a kernel that was not allowed more
 
 #ifdef PROTOKEN_EMULATE
 
@@ -13,12 +21,14 @@ Device device_of(int index) { return {index, 9, 0, 3, 227 << 10}; }  // few proc
 Current::Current(int) : before_(0) {}
 Current::~Current() {}
 void check_launch(const char*) {}
+static void check(cudaError_t, const char*) {}
 
 #else
 
 static void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // or the next launch would be told of it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
 }
 
 Device device_of(int index) {
@@ -51,5 +61,16 @@ Current::~Current() {
 void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 #endif
+
+void allow_shared(const void* kernel, int bytes, const Device& device) {
+  if (bytes <= kSharedByRight) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;
+  const std::lock_guard<std::mutex> guard(mutex);
+  int& before = allowed[{kernel, device.index}];
+  if (bytes <= before) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+  before = bytes;
+}
 
 }  // namespace protoken::cuda

@@ -1,19 +1,24 @@
 // The CUDA kernels on a CPU, one fiber per thread of a block, for tests of index arithmetic and barriers.
 //
 // Included by cuda_primitives.cuh when PROTOKEN_EMULATE is defined. Warp and block operations meet at barriers
-// as on the device; fragments and descriptors are read as the PTX manual lays them out. Blocks run one after
-// another, so races between blocks, memory ordering and speed are not what this shows. Never part of a wheel.
+// as on the device; fragments and descriptors are read as the PTX manual lays them out; what the device does in the
+// background is as late as it may be (cuda_emulation_async.h). Blocks run one after another, so races between blocks,
+// memory ordering and speed are not what this shows. Never part of a wheel.
 #pragma once
 
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -64,6 +69,8 @@ inline thread_local unsigned char* shared_base = nullptr;
 inline thread_local std::function<void()> body;
 inline thread_local jmp_buf scheduler;
 inline thread_local int current = 0;
+inline thread_local size_t shared_size = 0;      // of this launch
+inline thread_local std::exception_ptr failure;  // what a fiber threw: nobody catches it on its own stack
 
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kShared = 227 << 10;  // what one block may have on Hopper
@@ -88,12 +95,20 @@ inline uint32_t* lane_slot(int other) { return slot(current / 32 * 32 + other); 
 
 inline void trampoline() {
   thread_index = dim3(current);
-  body();
+  try {
+    body();
+  } catch (...) {
+    failure = std::current_exception();
+  }
   fibers[current].done = true;
   _longjmp(scheduler, 1);
 }
 
+inline void begin_background(int threads);
+inline void end_background();
+
 inline void run_block(int threads) {
+  begin_background(threads);
   fibers.resize(threads);
   warps.assign((threads + 31) / 32, Meeting());
   for (Meeting& barrier : barriers) barrier = Meeting();
@@ -119,12 +134,18 @@ inline void run_block(int threads) {
         }
         _longjmp(fiber.state, 1);
       }
+      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
       if (fibers[current].done) --left;
     }
     idle = left == before ? idle + 1 : 0;
     if (idle > 1000000) throw std::runtime_error("emulated block hangs: threads wait for each other");
   }
+  end_background();
 }
+
+// Dynamic shared memory that each kernel may have; 48 KB unless it was told more.
+inline std::mutex limits_lock;
+inline std::map<const void*, int> limits;
 
 // What the driver refuses: CUDA C++ programming guide, "Features and Technical Specifications".
 inline void check_limits(dim3 grid, dim3 block, size_t shared, size_t parameters) {
@@ -137,9 +158,18 @@ inline void check_limits(dim3 grid, dim3 block, size_t shared, size_t parameters
                              " x " + std::to_string(grid.z));
 }
 
+inline void check_allowed(const void* kernel, size_t shared) {
+  const std::lock_guard<std::mutex> guard(limits_lock);
+  const auto found = limits.find(kernel);
+  if (shared > static_cast<size_t>(found == limits.end() ? 48 << 10 : found->second))
+    throw std::runtime_error("emulated launch: more shared memory than the kernel was allowed to have");
+}
+
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, const Arguments&... arguments) {
   check_limits(grid, block, shared, (sizeof(Arguments) + ... + 0));
+  check_allowed(reinterpret_cast<const void*>(kernel), shared);
+  shared_size = shared;
   std::vector<unsigned char> memory(kShared + 1024);
   shared_base = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
   grid_size = grid;
@@ -151,6 +181,8 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, const Arguments
         std::memset(shared_base, 0xff, kShared);  // NaN in every format: nothing may be read before it is written
         block_index = dim3(x, y, z);
         run_block(static_cast<int>(block.x));
+        for (size_t at = shared; at < kShared; ++at)
+          if (shared_base[at] != 0xff) throw std::runtime_error("emulated block wrote beyond its shared memory");
       }
 }
 
@@ -163,6 +195,16 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, const Arguments
 #define PT_SHARED(name) unsigned char* name = ::protoken::cuda::emulation::shared_base
 #define PT_LAUNCH(kernel, grid, block, shared, stream, ...) \
   ::protoken::cuda::emulation::launch(kernel, grid, block, shared, __VA_ARGS__)
+
+enum cudaError_t { cudaSuccess = 0 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  const std::lock_guard<std::mutex> guard(::protoken::cuda::emulation::limits_lock);
+  int& limit = ::protoken::cuda::emulation::limits[kernel];
+  if (bytes < limit) throw std::runtime_error("emulated limit of shared memory lowered: another thread may need it");
+  limit = bytes;
+  return cudaSuccess;
+}
 
 static inline void __syncthreads() {
   ::protoken::cuda::emulation::meet(::protoken::cuda::emulation::barriers[0],
@@ -184,6 +226,9 @@ T load_checked(const void* address) {
   return v;
 }
 inline uint4 load_stream16(const void* address) { return load_checked<uint4>(address); }
+inline uint4 load_stream16_or_zeros(const void* address, bool wanted) {
+  return wanted ? load_checked<uint4>(address) : uint4{};
+}
 inline uint2 load_stream8(const void* address) { return load_checked<uint2>(address); }
 inline uint32_t load_stream4(const void* address) { return load_checked<uint32_t>(address); }
 
@@ -239,6 +284,10 @@ inline uint32_t e4m3x2_to_bf16x2(uint32_t pair) {  // the arithmetic of the path
   if ((spread & 0x7f00u) == 0x7f00u) moved |= 0x7fffu;
   if ((spread & 0x7f000000u) == 0x7f000000u) moved |= 0x7fff0000u;
   return bf16x2_fma(moved, 0x7b807b80u, 0x80008000u);
+}
+
+inline float e4m3_to_float(uint32_t pair, bool upper) {
+  return upper ? bf16_high(e4m3x2_to_bf16x2(pair)) : bf16_low(e4m3x2_to_bf16x2(pair));
 }
 
 template <bool kHalf>
@@ -307,60 +356,11 @@ inline int shuffle_first(int v) {
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emu::shared_base);
 }
-inline void copy16_async(void* shared, const void* global) {
-  check_alignment(shared, 16);
-  check_alignment(global, 16);
-  std::memcpy(shared, global, 16);
-}
-inline void copy_commit() {}
-template <int kPending>
-void copy_wait() {}
 template <int kId>
 void named_barrier(int threads) {
   emu::meet(emu::barriers[kId], threads);
 }
 
-// Phase in the low bit, bytes still to come above it.
-inline void mbarrier_init(uint64_t* barrier, uint32_t) { *barrier = 0; }
-inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) { *barrier += static_cast<uint64_t>(bytes) << 1; }
-inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  while ((*barrier & 1) == parity) emu::yield();
-}
-inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  if (bytes % 16) throw std::runtime_error("emulated bulk copy: size is not a multiple of 16");
-  check_alignment(shared, 16);
-  check_alignment(global, 16);
-  std::memcpy(shared, global, bytes);
-  *barrier -= static_cast<uint64_t>(bytes) << 1;
-  if (*barrier >> 1 == 0) *barrier ^= 1;
-}
-
-inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-inline void wgmma_wait() {}
-inline void pin(float&) {}
-template <int kN, bool kHalf>
-struct Wgmma {
-  static void run(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t descriptor) {
-    uint32_t* mine = emu::lane_slot(emu::lane());
-    for (int i = 0; i < 4; ++i) mine[i] = a[i];
-    emu::meet_warp();
-    const uint32_t* lanes[32];
-    for (int i = 0; i < 32; ++i) lanes[i] = emu::lane_slot(i);
-    if (descriptor >> 62) throw std::runtime_error("emulated wgmma knows only the layout without swizzle");
-    const uint32_t start = (descriptor & 0x3fff) << 4, leading = ((descriptor >> 16) & 0x3fff) << 4,
-                   stride = ((descriptor >> 32) & 0x3fff) << 4;
-    for (int n = 0; n < kN / 8; ++n)
-      for (int i = 0; i < 4; ++i) {
-        const int row = emu::lane() / 4 + 8 * (i / 2), column = 2 * (emu::lane() % 4) + i % 2;
-        for (int k = 0; k < 16; ++k) {
-          uint16_t bits;  // core matrices of 8 columns x 16 bytes: `leading` apart along k, `stride` along n
-          std::memcpy(&bits, emu::shared_base + start + (k / 8) * leading + n * stride + column * 16 + (k % 8) * 2, 2);
-          d[n][i] += fragment_a<kHalf>(lanes, row, k) * element<kHalf>(bits, 0);
-        }
-      }
-    emu::meet_warp();
-  }
-};
-
 }  // namespace protoken::cuda
+
+#include "cuda_emulation_async.h"

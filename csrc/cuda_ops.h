@@ -32,6 +32,9 @@ class Current {
 };
 
 void check_launch(const char* kernel);  // throws what the runtime says of the last launch
+// Lets a kernel have so much dynamic shared memory on the current device. The limit is the kernel's, not a launch's, so
+// it only grows: another thread may be about to launch the same kernel with more.
+void allow_shared(const void* kernel, int bytes, const Device& device);
 
 enum Path : int { kPathAuto = 0, kPathMma = 1, kPathWgmma = 2 };
 

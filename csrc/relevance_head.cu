@@ -275,10 +275,7 @@ static void launch_twice(const HeadParams& p, const Device& device, cudaStream_t
   const int shared = static_cast<int>(2 * shape.elements() * 2);
   const auto logits = head_logits_kernel<kFormat, kVectors, kTokens>;
   const auto mean = head_mean_kernel<kFormat, kVectors, kTokens>;
-#ifndef PROTOKEN_EMULATE
-  const cudaError_t raised = cudaFuncSetAttribute(logits, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (raised != cudaSuccess) throw std::runtime_error(std::string("relevance_head: ") + cudaGetErrorString(raised));
-#endif
+  allow_shared(reinterpret_cast<const void*>(logits), shared, device);
   PT_LAUNCH(head_pack, dim3(2 * device.processors), dim3(kHeadThreads), 0, stream, p, shape);
   check_launch("head_pack");
   const int64_t row_blocks = ceil_div(p.vocabulary, kLogitRows);

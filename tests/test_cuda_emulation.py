@@ -90,6 +90,17 @@ def test_client_scores_do_not_depend_on_the_order_or_the_number_of_clients(cuda:
     assert torch.equal(outs[0][:2], outs[2])
 
 
+def test_a_small_call_leaves_a_kernel_the_shared_memory_that_larger_ones_need(cuda: ModuleType) -> None:
+    """The limit belongs to the kernel: lowered between another thread's two steps, it would fail that launch."""
+    from protoken.ops import DenseBank, client_scores_reference
+
+    for columns in (768, 520, 64, 768):  # 77, 53 and 8 KB
+        x, grad, bank = normal(2, columns, seed=1), normal(2, 8, seed=2), normal(1, 8, columns, seed=3)
+        out = poisoned(1, 1, 2)
+        cuda.launch_client_scores(out, [x], [grad], [DenseBank.of(bank)])
+        assert_close(out[0], client_scores_reference(x, grad, bank))
+
+
 def test_null_client_scores_exactly_zero(cuda: ModuleType) -> None:
     from protoken.ops import DenseBank
 
