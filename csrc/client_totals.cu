@@ -39,7 +39,7 @@ __device__ __forceinline__ uint4 load_bank(const TotalsLayer& layer, const char*
                                            bool inside) {
   constexpr int kBytes = format_bytes(kFormat);
   if constexpr (kVectors) {
-    return inside ? load_stream16(client + offset) : make_uint4(0, 0, 0, 0);
+    return load_stream16_or_zeros(client + offset, inside);
   } else {
     uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll 1
@@ -98,12 +98,11 @@ __global__ void __launch_bounds__(kThreads) client_totals_kernel(const __grid_co
     now[q] = load_bank<kFormat, kVectors>(layer, client_base(begin), offset[q], first[q], first[q] < size);
 #pragma unroll 1
   for (int64_t client = begin; client < end; ++client) {
-    if (client + 1 < end) {
-      const char* base = client_base(client + 1);
+    const bool more = client + 1 < end;
+    const char* base = client_base(more ? client + 1 : client);
 #pragma unroll
-      for (int q = 0; q < kLoads; ++q)
-        next[q] = load_bank<kFormat, kVectors>(layer, base, offset[q], first[q], first[q] < size);
-    }
+    for (int q = 0; q < kLoads; ++q)
+      next[q] = load_bank<kFormat, kVectors>(layer, base, offset[q], first[q], more && first[q] < size);
     float sum = 0.0f;
 #pragma unroll
     for (int q = 0; q < kLoads; ++q) {

@@ -38,6 +38,16 @@ __device__ __forceinline__ uint4 load_stream16(const void* address) {
                : "l"(address));
   return v;
 }
+// The same, zeros when not wanted, without a branch.
+__device__ __forceinline__ uint4 load_stream16_or_zeros(const void* address, bool wanted) {
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(wanted)));
+  return v;
+}
 __device__ __forceinline__ uint2 load_stream8(const void* address) {
   uint2 v;
   asm volatile("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
@@ -105,6 +115,18 @@ __device__ __forceinline__ uint32_t e4m3x2_to_bf16x2(uint32_t pair) {
   if ((spread & 0x7f00u) == 0x7f00u) moved |= 0x7fffu;
   if ((spread & 0x7f000000u) == 0x7f000000u) moved |= 0x7fff0000u;
   return bf16x2_fma(moved, 0x7b807b80u, 0x80008000u);
+#endif
+}
+
+// One of two e4m3 in the low 16 bits -> fp32, exact; NaN stays NaN.
+__device__ __forceinline__ float e4m3_to_float(uint32_t pair, bool upper) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+  return half_to_float(static_cast<uint16_t>(upper ? halves >> 16 : halves));
+#else
+  const uint32_t values = e4m3x2_to_bf16x2(pair);
+  return __uint_as_float(upper ? values & 0xffff0000u : values << 16);
 #endif
 }
 

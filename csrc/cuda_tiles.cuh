@@ -135,7 +135,8 @@ __device__ __forceinline__ float value_of(const uint4& v, int i) {
   if constexpr (kFormat == kF32) return bits_float(words[i]);
   if constexpr (kFormat == kBF16) return bits_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
   if constexpr (kFormat == kF16) return half_to_float(static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2))));
-  if constexpr (kFormat == kI8 || kFormat == kE4M3) {
+  if constexpr (kFormat == kE4M3) return e4m3_to_float(words[i / 4] >> (i % 4 >= 2 ? 16 : 0) & 0xffffu, i % 2 == 1);
+  if constexpr (kFormat == kI8) {
     const uint32_t pair = byte_pair<kFormat>(words[i / 4], i % 4 >= 2);
     return bits_float(i % 2 ? pair & 0xffff0000u : pair << 16);
   }

@@ -90,6 +90,55 @@ def test_score_kernels_for_ampere_use_matrix_units_and_16_byte_loads() -> None:
         assert "LDGSTS" in code
 
 
+def positions(code: str, pattern: str, among: str) -> list[int]:
+    """Where the instructions of a pattern stand among those of both patterns, in the loop that streams the bank.
+
+    That loop is the smallest one with a wide load; it ends with a jump back to its first instruction.
+    """
+    lines = [
+        (int(found[1], 16), found[2])
+        for line in code.splitlines()
+        if (found := re.match(r"\s*/\*(\w{4,})\*/ (.*);", line))
+    ]
+    loops = []
+    for end, (address, text) in enumerate(lines):
+        jump = re.search(r"\bBRA[.\w]*\s.*?0x(\w+)", text)
+        if jump and int(jump[1], 16) <= address:
+            body = [text for at, text in lines[: end + 1] if at >= int(jump[1], 16)]
+            if any(re.search(WIDE_LOAD, text) for text in body):
+                loops.append(body)
+    order = [text for text in min(loops, key=len) if re.search(f"{pattern}|{among}", text)]
+    return [at for at, text in enumerate(order) if re.search(pattern, text)]
+
+
+@pytest.mark.parametrize(("source", "number"), [("client_scores_bf16.cu", 1), ("client_scores_e4m3.cu", 4)])
+def test_the_next_loads_of_the_bank_are_under_way_while_this_one_is_multiplied(source: str, number: int) -> None:
+    _, sass = compiled(source, "90a")
+    (narrow,) = kernels_named(sass, rf"client_scores_kernelILi{number}ELi1ELi16ELb1ELb0E")
+    loads, products = positions(narrow, WIDE_LOAD, r"\bHMMA"), positions(narrow, r"\bHMMA", WIDE_LOAD)
+    assert len(loads) == 8
+    assert loads[3] < products[len(products) // 3]
+    (wide,) = kernels_named(sass, rf"client_scores_kernelILi{number}ELi1ELi128ELb1ELb1E")
+    wait = r"WARPGROUP\.DEPBAR"  # products run by themselves until then
+    assert len(positions(wide, WIDE_LOAD, wait)) == 8
+    assert positions(wide, wait, WIDE_LOAD) == [8]
+
+
+def test_totals_have_enough_loads_under_way() -> None:
+    """Either four blocks share a multiprocessor, 64 KB in all, or the next loads come before the last sums."""
+    report, sass = compiled("client_totals.cu", "90a")
+    names = re.findall(r"Compiling entry function '(\S+)'", report)
+    registers = dict(zip(names, map(int, re.findall(r"Used (\d+) registers", report)), strict=True))
+    checked = 0
+    for name, code in sass.items():
+        if re.search(r"client_totals_kernelILi\dELb1E", name):
+            loads = positions(code, WIDE_LOAD, r"\bFFMA")
+            sums = positions(code, r"\bFFMA", WIDE_LOAD)
+            assert registers[name] <= 64 or loads[-1] < sums[-1]
+            checked += 1
+    assert checked == 5
+
+
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_totals_stream_16_bytes_at_a_time(architecture: str) -> None:
     _, sass = compiled("client_totals.cu", architecture)
