@@ -7,8 +7,8 @@ captured into a CUDA graph after one warm-up call; scratch memory comes from tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ MAX_RANK = 128
 AUTO, MMA, WGMMA = 0, 1, 2  # path of client_scores: WGMMA is what AUTO takes on compute capability 9.0
 WHOLE, SPLIT = 1, 2  # path of client_scores_lowrank; AUTO decides by the amount of work
 ONCE, TWICE = 1, 2  # path of relevance_head: how often the head is read; AUTO: once for up to 4 tokens
+COLUMNS = {"client_scores": 17, "client_scores_lowrank": 26, "client_totals": 13}  # of a row, csrc/cuda_ops.h
 NORM_CODES = {"none": 0, "rms": 1, "layer": 2}  # HeadNorm of csrc/relevance_head.cuh
 assert set(NORM_CODES) == set(NORMS)
 
@@ -36,8 +37,12 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _rows(rows: Iterable[list[int]]) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64)
+class _Tables(dict[Any, "array[int]"]):
+    """Rows of int64 by what their launches have in common."""
+
+    def __missing__(self, key: Any) -> array[int]:
+        self[key] = array("q")
+        return self[key]
 
 
 def _workspace(size: int, device: torch.device) -> Tensor:
@@ -84,44 +89,46 @@ def _layout(bank: DenseBank) -> tuple[bool, bool]:
     return False, False
 
 
+def _stored(bank: DenseBank) -> tuple[bool, bool, list[int]]:
+    """`_layout`, and the columns of a layer's row that say where the bank lies; found once per bank.
+
+    A small model has many layers, and what Python does per layer is what its calls cost.
+    """
+    found = bank.cache.get("cuda_layer")
+    if found is None:
+        transposed, vectors = _layout(bank)
+        order = -1 if transposed else 1
+        shape, strides = [bank.rows, bank.columns][::order], [bank.stride_o, bank.stride_i][::order]
+        scale = 0 if bank.scale is None else bank.scale.data_ptr()
+        found = transposed, vectors, [*shape, *_clients(bank), *strides, scale]
+        bank.cache["cuda_layer"] = found
+    elif bank.tensor is None:
+        bank.device_pointers()  # whose address the row holds
+    return found
+
+
 def launch_client_scores(
     out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[DenseBank], *, path: int = AUTO
 ) -> None:
     """s[k, t] = <grad[t], delta_k x[t]>; one launch per format, for up to 48 layers each."""
     clients, tokens = out.shape[1:]
-    rows: list[tuple[tuple[int, int, bool], list[int]]] = []
+    results, bytes_each = out.data_ptr(), 4 * clients * tokens
+    tables = _Tables()
     for layer, bank in enumerate(banks):
-        transposed, vectors = _layout(bank)
+        transposed, vectors, stored = _stored(bank)
         x, grad = (grads[layer], xs[layer]) if transposed else (xs[layer], grads[layer])
-        shape = [bank.columns, bank.rows] if transposed else [bank.rows, bank.columns]
-        strides = [bank.stride_i, bank.stride_o] if transposed else [bank.stride_o, bank.stride_i]
         half = bank.dtype == x.dtype == torch.float16
-        scale = 0 if bank.scale is None else bank.scale.data_ptr()
-        rows.append(
-            (
-                (HALF if half else CODES[bank.dtype], 1 if half or x.dtype == torch.bfloat16 else 3, vectors),
-                [
-                    *_matrix(x),
-                    *_matrix(grad),
-                    *shape,
-                    *_clients(bank),
-                    *strides,
-                    scale,
-                    out[layer].data_ptr(),
-                ],
-            )
-        )
-    for (code, planes, vectors), members in _by_key(rows):
-        table = _rows(members)
-        call = (table.data_ptr(), len(members), clients, tokens, code, planes, vectors, path)
-        _run("client_scores", call, out.device)
+        key = (HALF if half else CODES[bank.dtype], 1 if half or x.dtype == torch.bfloat16 else 3, vectors)
+        tables[key].extend((*_matrix(x), *_matrix(grad), *stored, results + layer * bytes_each))
+    for (code, planes, vectors), table in tables.items():
+        _run("client_scores", table, out.device, clients, tokens, code, planes, vectors, path)
 
 
 def launch_client_scores_lowrank(
     out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank], *, path: int = AUTO
 ) -> None:
     """s[k, t] = scale[k] <B_k^T grad[t], A_k x[t]>; one launch per format, for up to 48 jobs each."""
-    rows: list[tuple[tuple[int, int], list[int]]] = []
+    tables = _Tables()
     for layer, bank in enumerate(banks):
         x, grad = xs[layer], grads[layer]
         half = bank.dtype == x.dtype == grad.dtype == torch.float16
@@ -138,14 +145,9 @@ def launch_client_scores_lowrank(
             if kept is not None:
                 read_here(kept)
             row = [*_matrix(x), *_matrix(grad), bank.rows, bank.columns, *job]
-            rows.append((key, [*row, bank.scale.data_ptr(), out[layer].data_ptr(), *modes]))
-    for (code, planes), members in _by_key(rows):
-        table = _rows(members)
-        _run(
-            "client_scores_lowrank",
-            (table.data_ptr(), len(members), out.shape[2], code, planes, path),
-            out.device,
-        )
+            tables[key].extend((*row, bank.scale.data_ptr(), out[layer].data_ptr(), *modes))
+    for (code, planes), table in tables.items():
+        _run("client_scores_lowrank", table, out.device, out.shape[2], code, planes, path)
 
 
 def why_not_client_scores_lowrank(xs: list[Tensor], grads: list[Tensor], banks: list[LowRankBank]) -> str | None:
@@ -155,22 +157,15 @@ def why_not_client_scores_lowrank(xs: list[Tensor], grads: list[Tensor], banks: 
 
 def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) -> None:
     """S[k] = <m, delta_k>; one launch per format, for up to 64 layers each."""
-    rows: list[tuple[tuple[int, bool], list[int]]] = []
+    clients = out.shape[1]
+    results = out.data_ptr()
+    tables = _Tables()
     for layer, bank in enumerate(banks):
-        transposed, vectors = _layout(bank)
+        transposed, vectors, stored = _stored(bank)
         m = ms[layer].t() if transposed else ms[layer]
-        shape = [bank.columns, bank.rows] if transposed else [bank.rows, bank.columns]
-        strides = [bank.stride_i, bank.stride_o] if transposed else [bank.stride_o, bank.stride_i]
-        scale = 0 if bank.scale is None else bank.scale.data_ptr()
-        rows.append(
-            (
-                (CODES[bank.dtype], vectors),
-                [*_matrix(m), *shape, *_clients(bank), *strides, scale, out[layer].data_ptr()],
-            )
-        )
-    for (code, vectors), members in _by_key(rows):
-        table = _rows(members)
-        _run("client_totals", (table.data_ptr(), len(members), out.shape[1], code, vectors), out.device)
+        tables[CODES[bank.dtype], vectors].extend((*_matrix(m), *stored, results + 4 * layer * clients))
+    for (code, vectors), table in tables.items():
+        _run("client_totals", table, out.device, clients, code, vectors)
 
 
 def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str | None:
@@ -196,35 +191,32 @@ def launch_relevance_head(
     row = [*_matrix(hidden), targets.data_ptr(), targets.stride(0), weight.data_ptr(), *weight.stride()]
     for vector in held:
         row += [0, 0, 0] if vector is None else _matrix(vector)
-    table = _rows([[*row, grad.data_ptr(), value.data_ptr(), *hidden.shape, weight.shape[0]]])
+    table = array("q", [*row, grad.data_ptr(), value.data_ptr(), *hidden.shape, weight.shape[0]])
     kinds = CODES[weight.dtype], vectors, NORM_CODES[head.norm], head.objective == "logprob", path
     numbers = head.eps, head.scale, head.softcap or 0.0
-    _run("relevance_head", (table.data_ptr(), *kinds, *numbers), hidden.device)
+    _run("relevance_head", table, hidden.device, *kinds, *numbers)
 
 
 def launch_capture_append(buffers: list[Tensor], steps: list[Tensor], cursor: Tensor) -> None:
     """One launch for up to 64 buffers, then one for the cursor."""
     codes = CODES | {torch.float64: FLOAT64}
-    table = _rows(
-        [
-            *(buffer.data_ptr(), buffer.stride(0), codes[buffer.dtype]),
-            *(step.data_ptr(), *step.stride(), codes[step.dtype], buffer.shape[1]),
-        ]
-        for buffer, step in zip(buffers, steps, strict=True)
-        if buffer.shape[1]
-    )
-    sizes = table.shape[0], buffers[0].shape[0], steps[0].shape[0]
-    native.capture_append(table.data_ptr(), *sizes, cursor.data_ptr(), cursor.device.index or 0, _stream(cursor.device))
+    table = array("q")
+    count = 0
+    for buffer, step in zip(buffers, steps, strict=True):
+        if buffer.shape[1]:
+            table.extend((buffer.data_ptr(), buffer.stride(0), codes[buffer.dtype]))
+            table.extend((step.data_ptr(), *step.stride(), codes[step.dtype], buffer.shape[1]))
+            count += 1
+    sizes = count, buffers[0].shape[0], steps[0].shape[0]
+    address, device = table.buffer_info()[0], cursor.device
+    native.capture_append(address, *sizes, cursor.data_ptr(), device.index or 0, _stream(device))
 
 
-def _by_key(rows: list[tuple[Any, list[int]]]) -> list[tuple[Any, list[list[int]]]]:
-    ordered = sorted(rows, key=lambda row: row[0])
-    return [(key, [row for _, row in members]) for key, members in groupby(ordered, key=lambda row: row[0])]
-
-
-def _run(op: str, call: tuple[Any, ...], device: torch.device) -> None:
+def _run(op: str, table: array[int], device: torch.device, *numbers: Any) -> None:
     """Ask for the size of the workspace, allocate it, launch. Only client_totals plans without the device."""
     index = device.index or 0
+    layers = () if op == "relevance_head" else (len(table) // COLUMNS[op],)
+    call = (table.buffer_info()[0], *layers, *numbers)
     planned = call if op == "client_totals" else (*call, index)
     try:
         scratch = _workspace(getattr(native, f"{op}_workspace")(*planned), device)
