@@ -90,8 +90,10 @@ def test_auto_asks_for_objections_at_every_call() -> None:
 
 
 def test_instruction_sets_are_known_by_name() -> None:
-    assert _C.instruction_sets()[-1] == "portable"
-    with pytest.raises(ValueError, match="portable, amx-emulated, got mmx"):
+    sets = _C.instruction_sets()
+    assert sets[-1] == "portable"
+    known = [*sets, "amx-emulated"] if "avx512" in sets else sets  # which is made of AVX-512
+    with pytest.raises(ValueError, match=f"one of {', '.join(known)}, got mmx"):
         _C.use_instruction_set("mmx")
 
 
