@@ -58,6 +58,8 @@ def _client_scores_kernel(
     SCALED: tl.constexpr,
     FLOAT8: tl.constexpr,
     ALIGNED: tl.constexpr,
+    X_ALIGNED: tl.constexpr,
+    G_ALIGNED: tl.constexpr,
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BO: tl.constexpr,
@@ -74,8 +76,13 @@ def _client_scores_kernel(
     grad = tl.load(table + layer * 4 + 1).to(tl.pointer_type(G))
     pointers = tl.load(table + layer * 4 + 2).to(tl.pointer_type(tl.int64))
     bank = tl.load(pointers + client).to(tl.pointer_type(BANK))
+    # An address from a table has no known alignment, and what has none is loaded value by value.
     if ALIGNED:
         bank = tl.multiple_of(bank, 16)
+    if X_ALIGNED:
+        x = tl.multiple_of(x, 16)
+    if G_ALIGNED:
+        grad = tl.multiple_of(grad, 16)
     t = tile * BT + tl.arange(0, BT)
     t_in = t < tokens
     t64 = t.to(tl.int64)
@@ -136,6 +143,8 @@ def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], ban
             SCALED=bank.scale is not None,
             FLOAT8=bank.dtype == torch.float8_e4m3fn,
             ALIGNED=bank_aligned(bank),
+            X_ALIGNED=x.data_ptr() % 16 == 0,
+            G_ALIGNED=grad.data_ptr() % 16 == 0,
             SPAN=ROWS_PER_PROGRAM,
             BT=block,
             BO=rows,
@@ -153,7 +162,8 @@ def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], ban
 def _kind(x: Tensor, grad: Tensor, bank: DenseBank) -> tuple[object, ...]:
     """Layers of one kind share a launch: same shapes, strides, dtypes and alignment."""
     stored = (bank.rows, bank.columns, bank.dtype, bank.stride_o, bank.stride_i, bank_aligned(bank))
-    return (*stored, x.stride(), x.dtype, grad.stride(), grad.dtype)
+    aligned = x.data_ptr() % 16 == 0, grad.data_ptr() % 16 == 0
+    return (*stored, x.stride(), x.dtype, grad.stride(), grad.dtype, *aligned)
 
 
 def scatter(out: Tensor, layers: list[int], values: Tensor) -> None:

@@ -39,6 +39,7 @@ def _inner_products(
     BANK: tl.constexpr,
     X: tl.constexpr,
     MODE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CLIENTS: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
@@ -51,6 +52,8 @@ def _inner_products(
     row_in = (row < CLIENTS * rank) & (member < clients)
     number = tl.load(numbers + member, mask=row_in, other=0)
     bases = tl.load(base_table + number * 7 + address_column, mask=row_in, other=0).to(tl.pointer_type(BANK))
+    if ALIGNED:  # addresses from a table have no known alignment, and what has none is loaded value by value
+        bases = tl.multiple_of(bases, 16)
     rows = bases + (row % rank).to(tl.int64) * stride_r
     total = tl.zeros([BR, BT], tl.float32)
     for piece in range(0, length, DEPTH):
@@ -94,6 +97,8 @@ def _client_scores_lowrank_kernel(
     G: tl.constexpr,
     MODE_X: tl.constexpr,
     MODE_G: tl.constexpr,
+    A_ALIGNED: tl.constexpr,
+    B_ALIGNED: tl.constexpr,
     CLIENTS: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
@@ -107,11 +112,11 @@ def _client_scores_lowrank_kernel(
     # Columns 0 and 3 of the table are the addresses of A and B.
     left = _inner_products(
         table, 0, numbers, first, clients, a_r, a_i, x, x_t, x_i, columns,
-        t, t_in, rank, BANK, X, MODE_X, CLIENTS, BR, BT, BC, DEPTH,
+        t, t_in, rank, BANK, X, MODE_X, A_ALIGNED, CLIENTS, BR, BT, BC, DEPTH,
     )  # fmt: skip
     right = _inner_products(
         table, 3, numbers, first, clients, b_r, b_o, grad, g_t, g_o, rows,
-        t, t_in, rank, BANK, G, MODE_G, CLIENTS, BR, BT, BC, DEPTH,
+        t, t_in, rank, BANK, G, MODE_G, B_ALIGNED, CLIENTS, BR, BT, BC, DEPTH,
     )  # fmt: skip
     product = left * right
     slot = tl.arange(0, BR) // rank
@@ -132,7 +137,7 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
         if bool(bank.cache["triton_groups"][1]):
             out[layer].zero_()  # rank 0 scores 0
         x, grad = xs[layer], grads[layer]
-        for (a_r, a_i, b_o, b_r, rank), numbers in bank.cache["triton_groups"][0]:
+        for (a_r, a_i, b_o, b_r, rank), (a_aligned, b_aligned), numbers in bank.cache["triton_groups"][0]:
             rows = max(ROWS, triton.next_power_of_2(rank))
             together = min(MOST_CLIENTS, rows // rank)
             grid = (triton.cdiv(len(numbers), together) * triton.cdiv(tokens, block),)
@@ -159,6 +164,8 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
                 G=TYPES[grad.dtype],
                 MODE_X=dot_mode(bank.dtype, x.dtype),
                 MODE_G=dot_mode(bank.dtype, grad.dtype),
+                A_ALIGNED=a_aligned,
+                B_ALIGNED=b_aligned,
                 CLIENTS=together,
                 BR=rows,
                 BT=block,
@@ -169,12 +176,14 @@ def launch_client_scores_lowrank(out: Tensor, xs: list[Tensor], grads: list[Tens
             )
 
 
-def _groups(bank: LowRankBank) -> tuple[list[tuple[list[int], Tensor]], bool]:
-    """Per kind of client (strides of A and B, rank) the clients' numbers; and whether any has rank 0."""
+def _groups(bank: LowRankBank) -> tuple[list[tuple[list[int], list[bool], Tensor]], bool]:
+    """Per kind of client (strides of A and B, rank) whether all addresses of A and of B are multiples of 16, and the
+    clients' numbers; and whether any has rank 0."""
     kinds, kind_of = torch.unique(bank.table[:, [1, 2, 4, 5, 6]], dim=0, return_inverse=True)
-    groups = [
-        (kind, torch.nonzero(kind_of == index).flatten().to(bank.device))
-        for index, kind in enumerate(kinds.tolist())
-        if kind[4]
-    ]
+    groups = []
+    for index, kind in enumerate(kinds.tolist()):
+        numbers = torch.nonzero(kind_of == index).flatten()
+        if kind[4]:
+            aligned = (bank.table[numbers][:, [0, 3]] % 16 == 0).all(0).tolist()
+            groups.append((kind, aligned, numbers.to(bank.device)))
     return groups, len(groups) < len(kinds)

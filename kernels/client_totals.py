@@ -43,6 +43,7 @@ def _client_totals_kernel(
     SCALED: tl.constexpr,
     FLOAT8: tl.constexpr,
     ALIGNED: tl.constexpr,
+    M_ALIGNED: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
 ):
@@ -55,6 +56,8 @@ def _client_totals_kernel(
     bank = tl.load(pointers + client).to(tl.pointer_type(BANK))
     if ALIGNED:
         bank = tl.multiple_of(bank, 16)
+    if M_ALIGNED:
+        m = tl.multiple_of(m, 16)
     o = program * BO + tl.arange(0, BO)
     o_in = o < rows
     o64 = o.to(tl.int64)
@@ -80,10 +83,7 @@ def why_not_client_totals(ms: list[Tensor], banks: list[DenseBank]) -> str | Non
 def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) -> None:
     """Two launches per kind of layer: the totals' parts, and their sum."""
     clients = out.shape[1]
-    keys = [
-        (bank.rows, bank.columns, bank.dtype, bank.stride_o, bank.stride_i, m.stride(), m.dtype, bank_aligned(bank))
-        for m, bank in zip(ms, banks, strict=True)
-    ]
+    keys = [_kind(m, bank) for m, bank in zip(ms, banks, strict=True)]
     for layers in alike(keys):
         m, bank = ms[layers[0]], banks[layers[0]]
         programs = triton.cdiv(bank.rows, BLOCK_ROWS)
@@ -111,6 +111,7 @@ def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) 
             SCALED=bank.scale is not None,
             FLOAT8=bank.dtype == torch.float8_e4m3fn,
             ALIGNED=bank_aligned(bank),
+            M_ALIGNED=m.data_ptr() % 16 == 0,
             BO=BLOCK_ROWS,
             BI=BLOCK_COLUMNS,
             num_warps=WARPS,
@@ -119,3 +120,9 @@ def launch_client_totals(out: Tensor, ms: list[Tensor], banks: list[DenseBank]) 
         sum_parts(summed.view(-1, 1), parts.view(-1, programs, 1))
         if len(layers) > 1:
             scatter(out, layers, summed)
+
+
+def _kind(m: Tensor, bank: DenseBank) -> tuple[object, ...]:
+    """Layers of one kind share a launch."""
+    stored = (bank.rows, bank.columns, bank.dtype, bank.stride_o, bank.stride_i, bank_aligned(bank))
+    return (*stored, m.stride(), m.dtype, m.data_ptr() % 16 == 0)

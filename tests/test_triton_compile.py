@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -30,6 +31,8 @@ KERNELS = {
             "SCALED": False,
             "FLOAT8": False,
             "ALIGNED": True,
+            "X_ALIGNED": True,
+            "G_ALIGNED": True,
             "SPAN": 256,
             "BT": 64,
             "BO": 64,
@@ -49,6 +52,8 @@ KERNELS = {
             "SCALED": True,
             "FLOAT8": True,
             "ALIGNED": True,
+            "X_ALIGNED": True,
+            "G_ALIGNED": True,
             "SPAN": 256,
             "BT": 16,
             "BO": 64,
@@ -68,6 +73,8 @@ KERNELS = {
             "SCALED": False,
             "FLOAT8": False,
             "ALIGNED": False,
+            "X_ALIGNED": False,
+            "G_ALIGNED": False,
             "SPAN": 256,
             "BT": 128,
             "BO": 64,
@@ -79,7 +86,16 @@ KERNELS = {
         "client_totals",
         "_client_totals_kernel",
         {"table": "*i64", "parts": "*fp32"},
-        {"BANK": "int8", "M": "float32", "SCALED": True, "FLOAT8": False, "ALIGNED": True, "BO": 8, "BI": 512},
+        {
+            "BANK": "int8",
+            "M": "float32",
+            "SCALED": True,
+            "FLOAT8": False,
+            "ALIGNED": True,
+            "M_ALIGNED": True,
+            "BO": 8,
+            "BI": 512,
+        },
     ),
     "client_scores_lowrank-bf16": (
         "client_scores_lowrank",
@@ -91,6 +107,8 @@ KERNELS = {
             "G": "bfloat16",
             "MODE_X": 0,
             "MODE_G": 0,
+            "A_ALIGNED": True,
+            "B_ALIGNED": True,
             "CLIENTS": 8,
             "BR": 64,
             "BT": 64,
@@ -108,6 +126,8 @@ KERNELS = {
             "G": "float32",
             "MODE_X": 2,
             "MODE_G": 2,
+            "A_ALIGNED": True,
+            "B_ALIGNED": True,
             "CLIENTS": 1,
             "BR": 64,
             "BT": 16,
@@ -200,18 +220,26 @@ class _NoGpu:
         return 0
 
 
+class Launched(NamedTuple):
+    """A kernel as a launcher compiled it."""
+
+    name: str
+    shared: int  # bytes
+    ptx: str
+
+
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Launchers compile for compute capability 8.9 as they would there, and launch nothing: (kernel, shared bytes)."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
+    """Launchers compile for compute capability 8.9 as they would there, and launch nothing."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    compiled: list[tuple[str, int]] = []
+    compiled: list[Launched] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *operands: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *operands, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, kernel.metadata.shared))
+        compiled.append(Launched(self.fn.__name__, kernel.metadata.shared, kernel.asm["ptx"]))
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", _NoGpu(89))
@@ -227,7 +255,7 @@ SMALLEST_SHARED = 101376  # bytes that a block may have on compute capability 8.
     [("float32", "float32", 16), ("float32", "float32", 32), ("bfloat16", "float32", 128), ("float16", "float16", 64)],
 )
 def test_client_scores_fit_into_the_shared_memory_of_small_gpus(
-    bank: str, x: str, tokens: int, launched: list[tuple[str, int]]
+    bank: str, x: str, tokens: int, launched: list[Launched]
 ) -> None:
     import torch
     from protoken.kernels.client_scores import launch_client_scores
@@ -237,12 +265,12 @@ def test_client_scores_fit_into_the_shared_memory_of_small_gpus(
     xs, grads = ([torch.ones(tokens, n, dtype=getattr(torch, x))] for n in (256, 64))
     banks = [DenseBank.of(torch.ones(2, 64, 256, dtype=getattr(torch, bank)))]
     launch_client_scores(torch.empty(1, 2, tokens), xs, grads, banks)
-    assert [name for name, _ in launched] == ["_client_scores_kernel", "_sum_parts_kernel"]
-    assert 0 < launched[0][1] <= SMALLEST_SHARED
+    assert [kernel.name for kernel in launched] == ["_client_scores_kernel", "_sum_parts_kernel"]
+    assert 0 < launched[0].shared <= SMALLEST_SHARED
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-def test_client_scores_lowrank_fit_into_the_shared_memory_of_small_gpus(launched: list[tuple[str, int]]) -> None:
+def test_client_scores_lowrank_fit_into_the_shared_memory_of_small_gpus(launched: list[Launched]) -> None:
     import torch
     from protoken.kernels.client_scores_lowrank import launch_client_scores_lowrank
 
@@ -250,9 +278,32 @@ def test_client_scores_lowrank_fit_into_the_shared_memory_of_small_gpus(launched
 
     bank = LowRankBank.of(torch.ones(2, 128, 128), torch.ones(2, 64, 128))
     launch_client_scores_lowrank(torch.empty(1, 2, 64), [torch.ones(64, 128)], [torch.ones(64, 64)], [bank])
-    ((name, shared),) = launched
-    assert name == "_client_scores_lowrank_kernel"
-    assert 0 < shared <= SMALLEST_SHARED
+    (kernel,) = launched
+    assert kernel.name == "_client_scores_lowrank_kernel"
+    assert 0 < kernel.shared <= SMALLEST_SHARED
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_what_is_aligned_is_loaded_16_bytes_at_a_time(launched: list[Launched]) -> None:
+    import torch
+    from protoken.kernels.client_scores import launch_client_scores
+    from protoken.kernels.client_scores_lowrank import launch_client_scores_lowrank
+    from protoken.kernels.client_totals import launch_client_totals
+
+    from protoken.ops import DenseBank, LowRankBank
+
+    x, grad, m = (torch.ones(*shape, dtype=torch.bfloat16) for shape in ((64, 256), (64, 128), (128, 256)))
+    dense = DenseBank.of(torch.ones(2, 128, 256, dtype=torch.bfloat16))
+    turned = torch.ones(2, 16, 128, dtype=torch.bfloat16).transpose(1, 2)
+    lowrank = LowRankBank.of(torch.ones(2, 16, 256, dtype=torch.bfloat16), turned)
+    launch_client_scores(torch.empty(1, 2, 64), [x], [grad], [dense])
+    launch_client_totals(torch.empty(1, 2), [m], [dense])
+    launch_client_scores_lowrank(torch.empty(1, 2, 64), [x], [grad], [lowrank])
+    kernels = [kernel for kernel in launched if kernel.name != "_sum_parts_kernel"]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        assert not re.findall(r"ld\.global\S*b16", kernel.ptx), kernel.name
+        assert re.search(r"ld\.global\.v4\.b32|cp\.async\.c[ag]\S* .*, 0x10", kernel.ptx), kernel.name
 
 
 def test_the_package_of_kernels_imports_nothing() -> None:
