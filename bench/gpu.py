@@ -2,11 +2,13 @@
 
 One command, no network, under nine minutes. Every step is a process of its own with a time limit of its own; what a
 step has found is on disk seconds after it is found, a step that fails, hangs or runs out of time is reported as such
-and the rest goes on (gpu_runner.py). The JSON holds the device, the versions, each step's outcome and every row.
+and the rest goes on (gpu_runner.py). A step whose process dies of a kernel is started again behind that kernel. The
+JSON holds the device, the versions, each step's outcome and every row.
 
-Steps: build (gpu_build.py, into a temporary folder); then side by side the checks: cuda and triton, each op a step,
-graph by backend, trace, tests and four compute-sanitizer tools; then alone on the device the bench, in four steps.
-gpu_steps.py names what they do. `--steps cuda bench` takes all steps of these names, `--steps cuda:client_totals` one.
+Steps: build (gpu_build.py, into a temporary folder); then side by side the checks: cuda and triton, each op a step or
+several, graph by backend, trace, tests, four compute-sanitizer tools, and two runs that have to make it object; beside
+them Triton compiles for the bench; then alone on the device the bench, in four steps. gpu_steps.py names what they do.
+`--steps cuda bench` takes all steps of these names, `--steps cuda:client_totals` one.
 
 `--dry-run` needs no GPU: the same steps at tiny sizes on the CPU (gpu_device.py), to see that the script works.
 """
@@ -21,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 OPS = ("client_scores", "client_scores_lowrank", "client_totals", "relevance_head", "capture_append")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOUND = 9  # compute-sanitizer's exit status when it has something to object to
+CONTROLLED = ("memcheck", "initcheck")  # whose control step plants an error and wants it found
+# In how many processes Triton's kernels of an op are checked: to compile them takes a processor one to two minutes.
+PARTS = {"client_scores_lowrank": 4, "client_scores": 3, "relevance_head": 3}
 TOOLKIT = Path("/usr/local/cuda/bin")
 
 
@@ -44,27 +51,45 @@ def plan(workdir: Path, site: Path, chosen: Sequence[str], dry_run: bool = False
     # Two dozen processes at once share the cores.
     together = run | {"OMP_NUM_THREADS": "2"}
 
-    def python(name: str, seconds: float, wave: int, environment: dict[str, str], *prefix: str) -> Step:
+    def python(
+        name: str,
+        seconds: float,
+        wave: int,
+        environment: dict[str, str],
+        *prefix: str,
+        action: str = "",
+        expects: int = 0,
+    ) -> Step:
         rows = workdir / f"{name.replace(':', '-')}.jsonl"
-        action = "sanitize" if name in SANITIZERS else name
-        command = [*prefix, sys.executable, str(HERE / "gpu_steps.py"), action, str(rows)]
-        return Step(name, command, slow * seconds, wave, environment, rows, shows=name in SANITIZERS)
+        command = [*prefix, sys.executable, str(HERE / "gpu_steps.py"), action or name, str(rows)]
+        return Step(name, command, slow * seconds, wave, environment, rows, shows=bool(prefix), expects=expects)
 
     cuda = os.environ.get("PROTOKEN_CUDA", "1") if dry_run else "1"
     build = tools() | {"PROTOKEN_CUDA": cuda, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 2)}
     steps = [Step("build", [sys.executable, str(HERE / "gpu_build.py"), str(site)], 180, 0, build)]
-    steps += [python(f"{backend}:{op}", 140, 1, together) for backend in ("cuda", "triton") for op in OPS]
+    steps += [python(f"cuda:{op}", 140, 1, together) for op in OPS]
+    steps += [python(f"triton:{part}", 140, 1, together) for op in OPS for part in parts(op)]
     steps += [python(f"graph:{backend}", 100, 1, together) for backend in ("cuda", "triton", "auto")]
     steps += [python("trace", 120, 1, together), Step("tests", tests(), slow * 140, 1, together, shows=True)]
     for tool in SANITIZERS:
-        steps.append(python(tool, 140, 1, together | sanitized(), *(() if dry_run else sanitizer(tool))))
+        prefix = () if dry_run else sanitizer(tool)
+        steps.append(python(tool, 140, 1, together | sanitized(), *prefix, action="sanitize"))
+        if tool in CONTROLLED:
+            action, expects = f"control:{tool}", 0 if dry_run else FOUND
+            steps.append(python(action, 100, 1, together | sanitized(), *prefix, expects=expects))
     steps += [
+        python("compile", 140, 1, together | {"PROTOKEN_GPU_FEW_CLIENTS": "1"}),
         python("bench:dense", 90, 2, run),
         python("bench:lowrank", 40, 3, run),
         python("bench:others", 50, 4, run),
         python("bench:more", 200, 5, run),  # what the others leave
     ]
-    return [step for step in steps if not chosen or {step.name, step.name.split(":")[0]} & set(chosen)]
+    return [step for step in steps if not chosen or any(f"{step.name}:".startswith(f"{name}:") for name in chosen)]
+
+
+def parts(op: str) -> list[str]:
+    count = PARTS.get(op, 1)
+    return [op] if count == 1 else [f"{op}:{number}of{count}" for number in range(1, count + 1)]
 
 
 def tools() -> dict[str, str]:
@@ -75,12 +100,17 @@ def tools() -> dict[str, str]:
 
 def sanitizer(tool: str) -> list[str]:
     """compute-sanitizer's command. Only protoken's kernels are instrumented: torch's would take all the time."""
-    found = shutil.which("compute-sanitizer", path=tools()["PATH"]) or str(TOOLKIT / "compute-sanitizer")
     # Importing torch takes longer than the ten seconds that it waits for a process to show itself; torch asks the
     # driver for functions that are not there, which is no error; a gap behind every allocation shows small overruns.
+    # Of what the host was at, the rows say more than its stack, which is long and takes long.
     only = ["--report-api-errors", "no", "--padding", "64"] if tool == "memcheck" else []
-    common = ["--error-exitcode", "9", "--launch-timeout", "0", "--kernel-name", "kns=protoken"]
-    return [found, "--tool", tool, *common, *only]
+    common = ["--error-exitcode", str(FOUND), "--launch-timeout", "0", "--kernel-name", "kns=protoken"]
+    common += ["--show-backtrace", "no", "--print-limit", "50"]
+    return [found_sanitizer(), "--tool", tool, *common, *only]
+
+
+def found_sanitizer() -> str:
+    return shutil.which("compute-sanitizer", path=tools()["PATH"]) or str(TOOLKIT / "compute-sanitizer")
 
 
 def sanitized() -> dict[str, str]:
@@ -90,7 +120,7 @@ def sanitized() -> dict[str, str]:
 
 def tests() -> list[str]:
     """pytest on the test file that runs on a GPU when there is one."""
-    spread = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    spread = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     quiet = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     return [sys.executable, "-m", "pytest", *quiet, *spread, str(ROOT / "tests" / "test_triton_kernels.py")]
 
@@ -106,13 +136,18 @@ def describe() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             about[name] = None
     nvcc = shutil.which("nvcc", path=tools()["PATH"]) or "nvcc"
-    for name, command in (
-        ("nvcc", [nvcc, "--version"]),
-        ("driver", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+    smi = ["nvidia-smi", "--format=csv,noheader"]
+    # What others do with the device, and how it is set, explains figures.
+    card = "name,compute_mode,memory.used,utilization.gpu,clocks.sm,clocks.max.sm,clocks.max.mem,power.limit"
+    for name, command, line in (
+        ("nvcc", [nvcc, "--version"], -2),
+        ("sanitizer", [found_sanitizer(), "--version"], -1),
+        ("driver", [*smi, "--query-gpu=driver_version"], 0),
+        ("card", [*smi, f"--query-gpu={card}"], 0),
     ):
         try:
             run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-            about[name] = run.stdout.strip().splitlines()[-2 if name == "nvcc" else 0]
+            about[name] = run.stdout.strip().splitlines()[line]
         except (OSError, subprocess.SubprocessError, IndexError) as error:
             about[name] = f"not found: {error}"
     if torch.cuda.is_available():
@@ -160,6 +195,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every step ended well and every check was right, 1 when not, 2 without a CUDA device."""
     options = parse(arguments)
+    begin = time.monotonic()
     about = describe()
     report: dict[str, Any] = {**about, "dry_run": options.dry_run, "steps": {}, "rows": []}
     if about["device"] is None and not options.dry_run:
@@ -169,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         site = options.site or Path(folder) / "site"
         steps = plan(Path(folder), site, options.steps, options.dry_run)
-        run_steps(steps, report, options.out, options.seconds)
+        run_steps(steps, report, options.out, options.seconds - (time.monotonic() - begin))
     copies = [row["copy_bandwidth"] for row in report["rows"] if "copy_bandwidth" in row]
     report["copy_bandwidth"] = max(copies, default=None)
     write(report, options.out)

@@ -1,7 +1,12 @@
-"""Step bench: what every op costs on the device, ours beside torch's ways; correctness of the very operands first."""
+"""Steps bench and compile: what every op costs on the device, ours beside torch's ways.
+
+Correctness of the very operands first. A way that ended an earlier process of the step is left out, and so are others
+that run the same kernels.
+"""
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +14,7 @@ from typing import Any
 
 import torch
 from gpu_cases import built, has, launcher
-from gpu_device import DEVICE, DRY_RUN, RMS, Clock, Rows, alive, captured, empty_cache, error_of
+from gpu_device import DEVICE, DRY_RUN, RMS, Clock, Lost, Rows, alive, captured, empty_cache, error_of, memory_free
 from torch import Tensor
 
 Ways = dict[str, Callable[[], Any]]
@@ -56,7 +61,12 @@ def into(launch: Callable[..., None], shape: tuple[int, ...], operands: tuple[An
 
 def time_rows(rows: Rows, clock: Clock, copy: float, work: Work) -> None:
     """Check, then time, every way: torch's first, then ours, each of which is on disk before the next begins."""
-    theirs = [row for name, call in work.theirs.items() if (row := time_way(rows, clock, copy, work, name, call))]
+    timed = {row["backend"]: row for row in rows.earlier if "median_s" in row and work.about.items() <= row.items()}
+    theirs = [
+        row
+        for name, call in work.theirs.items()
+        if (row := timed.get(name) or time_way(rows, clock, copy, work, name, call))
+    ]
     best = min((row["median_s"] for row in theirs), default=None)
 
     def found(row: dict[str, Any]) -> None:
@@ -65,9 +75,10 @@ def time_rows(rows: Rows, clock: Clock, copy: float, work: Work) -> None:
         rows.add(**row)
 
     for row in theirs:
-        found(row)
+        if row["backend"] not in timed:
+            found(row)
     for name, call in work.ours.items():
-        if row := time_way(rows, clock, copy, work, name, call):
+        if name not in timed and (row := time_way(rows, clock, copy, work, name, call)):
             found(row)
 
 
@@ -79,7 +90,8 @@ def time_way(
     if rows.left() < 6:
         rows.add(left_out=[name, work.about])
         return None
-    rows.begin(f"bench {name} {work.about}")
+    if not rows.begin(f"bench {name} {work.about}", kind_of(work, name), repeat=True):
+        return None
     try:
         empty_cache()
         pairs = zip(work.part(call()), work.reference, strict=True)
@@ -96,6 +108,8 @@ def time_way(
         wrong = {"ok": False} if name in work.ours else {}
         rows.add(**row, problem=f"{type(problem).__name__}: {problem}"[:300], **wrong)
         traceback.print_exc()
+        if not alive():
+            raise Lost(f"bench {name} {work.about}") from problem
         return None
     if work.graphs:
         try:
@@ -103,6 +117,11 @@ def time_way(
         except Exception as problem:  # what was timed without a graph stands
             row["graph_problem"] = f"{type(problem).__name__}: {problem}"[:300]
     return row
+
+
+def kind_of(work: Work, name: str) -> str:
+    """What other rows run the same kernels; what auto picks is the native module where there is one."""
+    return f"{work.about['op']} {'cuda' if name == 'auto' and built() else name} T = {work.about['T']}"
 
 
 def groups() -> dict[str, list[tuple[Callable[..., Work], tuple[Any, ...]]]]:
@@ -148,19 +167,44 @@ def groups() -> dict[str, list[tuple[Callable[..., Work], tuple[Any, ...]]]]:
 
 def bench(rows: Rows, group: str) -> None:
     """What the time does not allow is left out and said."""
+    rows.begin("bench: copy bandwidth", repeat=True)
     clock = Clock()
     copy = clock.copy_bandwidth()
-    rows.add(copy_bandwidth=copy, counts="bytes read plus bytes written")
+    rows.add(copy_bandwidth=copy, counts="bytes read plus bytes written", memory_free=memory_free())
     for op, arguments in groups()[group]:
+        key = f"bench {op.__name__} {arguments}"
+        if key in rows.done:
+            continue
         if rows.left() < 8:
             rows.add(left_out=[op.__name__, *arguments])
             continue
-        rows.begin(f"bench {op.__name__} {arguments}: operands")
+        if not rows.begin(f"{key}: operands", repeat=True):
+            continue
         try:
             time_rows(rows, clock, copy, op(*arguments))
+        except Lost:
+            raise
         except Exception as problem:  # out of memory, say: this row is lost, the rest is not
             traceback.print_exc()
             rows.add(lost=[op.__name__, *arguments], problem=f"{type(problem).__name__}: {problem}"[:300])
         if not alive():
+            raise Lost(key)
+        rows.finish(key)
+        empty_cache()
+
+
+def compile_ahead(rows: Rows) -> None:
+    """Triton's kernels of every row, run for few clients: the bench finds them compiled."""
+
+    def compiled(work: Work) -> dict[str, Any]:
+        start = time.monotonic()
+        work.ours["triton"]()
+        return {"seconds": round(time.monotonic() - start, 2)}
+
+    for op, arguments in (row for rows_of in groups().values() for row in rows_of):
+        if rows.left() < 10:
+            rows.add(left_out=["compile", op.__name__, *arguments])
             return
+        case = f"compile {op.__name__} {arguments}"
+        rows.attempt(case, lambda op=op, arguments=arguments: compiled(op(*arguments)))  # type: ignore[misc]
         empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -35,10 +36,15 @@ MODELS = {
 }
 SMALL = {name: tuple(max(size // 256, 4) for size in sizes) for name, sizes in MODELS.items()}
 SIZES = SMALL if DRY_RUN else MODELS
-MOST_CLIENTS = 3 if DRY_RUN else 1 << 30
+FEW_CLIENTS = DRY_RUN or os.environ.get("PROTOKEN_GPU_FEW_CLIENTS") == "1"
 # By whom the ops of a model's own tensors are served; a dry run has no cuda.
 SERVED_BY = ("triton", "torch", "auto") if DRY_RUN else ("cuda", "triton", "torch", "auto")
 GRAPHED_BYTES = 1 << 29  # below, launches weigh enough to be looked at without them
+
+
+def _number(clients: int) -> int:
+    """Of few clients so many that Triton compiles the same kernels: it tells numbers that 16 divides from others."""
+    return clients if not FEW_CLIENTS else 16 if clients % 16 == 0 else 3
 
 
 def _shapes(model: str) -> list[tuple[int, int]]:
@@ -55,17 +61,22 @@ def _ends(clients: int) -> list[int]:
     return sorted({0, clients // 2, clients - 1})
 
 
+def _some(bank: Tensor, clients: list[int]) -> Tensor:
+    """bank[clients] of any dtype: by copies, which torch has for float8, too."""
+    return torch.stack([bank[client].view(torch.uint8) for client in clients]).view(bank.dtype)
+
+
 def dense(model: str, name: str, clients: int, tokens: int, blocks: int) -> Work:
     """client_scores of o_proj and down_proj, ``blocks`` times in one grouped call."""
     shapes = _shapes(model) * (min(blocks, 2) if DRY_RUN else blocks)
-    clients = min(clients, MOST_CLIENTS)
+    clients = _number(clients)
     held = [bank_of(name, clients, *shape) for shape in shapes]
     exact = torch.bfloat16 if name in ("int8", "fp8") else DTYPES[name]
     xs = [normal(tokens, columns, seed=n, dtype=exact) for n, (_, columns) in enumerate(shapes)]
     grads = [normal(tokens, rows, seed=50 + n, dtype=exact) for n, (rows, _) in enumerate(shapes)]
     banks = [DenseBank.of(bank, scale) for bank, scale in held]
     ends = _ends(clients)
-    parts = [(bank[ends], None if scale is None else scale[ends]) for bank, scale in held[:2]]
+    parts = [(_some(bank, ends), None if scale is None else scale[ends]) for bank, scale in held[:2]]
     moved = sum(_bytes(*pair) for pair in held) + _bytes(*xs, *grads) + 4 * len(shapes) * clients * tokens
     shape = (len(shapes), clients, tokens)
     return Work(
@@ -115,7 +126,7 @@ def _widened(
 
 def lowrank(model: str, clients: int, rank: int, tokens: int) -> Work:
     """client_scores_lowrank of o_proj and down_proj, bf16."""
-    shapes, clients = _shapes(model), min(clients, MOST_CLIENTS)
+    shapes, clients = _shapes(model), _number(clients)
     factors = [
         (
             normal(clients, rank, i, seed=n, dtype=torch.bfloat16),
@@ -152,7 +163,7 @@ def lowrank(model: str, clients: int, rank: int, tokens: int) -> Work:
 
 def totals(model: str, name: str, clients: int) -> Work:
     """client_totals of o_proj and down_proj."""
-    shapes, clients = _shapes(model), min(clients, MOST_CLIENTS)
+    shapes, clients = _shapes(model), _number(clients)
     held = [bank_of(name, clients, *shape) for shape in shapes]
     ms = [normal(*shape, seed=n) for n, shape in enumerate(shapes)]
     banks = [DenseBank.of(bank, scale) for bank, scale in held]
@@ -161,7 +172,7 @@ def totals(model: str, name: str, clients: int) -> Work:
     if name == "bf16":
         theirs = {"torch.mv": lambda: [torch.mv(b.flatten(1), m) for (b, _), m in zip(held, low, strict=True)]}
     ends = _ends(clients)
-    parts = [(bank[ends], None if scale is None else scale[ends]) for bank, scale in held]
+    parts = [(_some(bank, ends), None if scale is None else scale[ends]) for bank, scale in held]
     return Work(
         {"op": "client_totals", "format": name, "shape": model, "T": 0, "K": clients},
         sum(_bytes(*pair) for pair in held) + _bytes(*ms),

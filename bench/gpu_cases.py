@@ -33,12 +33,16 @@ SMALL_LOWRANK = [(5, 3, 12, 20, 3)] if DRY_RUN else [(20, 5, 72, 136, 8)]
 
 @dataclass(frozen=True)
 class Case:
-    """``run`` fills outputs that arrive poisoned and returns them; ``reference`` returns the same in fp64."""
+    """``run`` fills outputs that arrive poisoned and returns them; ``reference`` returns the same in fp64.
+
+    ``kind``: what cases of other formats share with this one; a kernel that hangs in one is likely to in all.
+    """
 
     name: str
     run: Callable[[], list[Tensor]]
     reference: Callable[[], list[Tensor]]
     allowed: float = RMS
+    kind: str = ""
 
 
 def launcher(backend: str, op: str) -> Callable[..., None]:
@@ -114,6 +118,7 @@ def _scores(backend: str, launch: Callable[..., None], small: bool) -> Iterator[
                             (1, c, t), launch, [x], [g], [held], **options
                         ),
                         lambda x=x, g=grad, b=bank, s=scale: [client_scores_reference(x, g, b, scale=s)[None]],
+                        kind=f"client_scores {(clients, tokens, rows, columns)} {options}",
                     )
 
 
@@ -135,6 +140,7 @@ def _lowrank(backend: str, launch: Callable[..., None], small: bool) -> Iterator
                             (1, c, t), launch, [x], [g], [held], **options
                         ),
                         lambda x=x, g=grad, a=a, b=b, s=s: [client_scores_lowrank_reference(x, g, a, b, s)[None]],
+                        kind=f"client_scores_lowrank {shape} {options}",
                     )
 
 
@@ -149,6 +155,7 @@ def _totals(_: str, launch: Callable[..., None], small: bool) -> Iterator[Case]:
                 f"client_totals {name} {(clients, rows, columns)}",
                 lambda c=clients, m=m, held=held: _into((1, c), launch, [m], [held]),
                 lambda m=m, b=bank, s=scale: [client_totals_reference(m, b, scale=s)[None]],
+                kind=f"client_totals {(clients, rows, columns)}",
             )
 
 
@@ -196,6 +203,7 @@ def _head(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Ca
                         lambda hidden=hidden, targets=targets, head=head: list(
                             relevance_head_reference(hidden, targets, head)
                         ),
+                        kind=f"relevance_head {(tokens, width, vocabulary)} {objective} {options}",
                     )
 
 
@@ -224,4 +232,5 @@ def _append(backend: str, launch: Callable[..., None], small: bool) -> Iterator[
                     run,
                     lambda run=run: run(capture_append_reference),
                     allowed=0.0,
+                    kind=f"capture_append {(capacity, tokens, width)}",
                 )

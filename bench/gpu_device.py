@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_runner import lines_of
 from torch import Tensor
 
 DRY_RUN = os.environ.get("PROTOKEN_GPU_DRY_RUN") == "1"
@@ -35,31 +36,75 @@ DTYPES = {
 RMS = 1e-5
 
 
+class Lost(Exception):
+    """The device no longer answers this process: the next process of the step goes on."""
+
+
 class Rows:
-    """Appends findings to the file, one JSON line each; knows when the step's time is up.
+    """Appends findings to the file, one JSON line each; knows when the step's time is up, and what earlier processes
+    of the same step did before they died (gpu_runner.py starts a step again).
 
     With ``patience`` (seconds), a thread ends the process when nothing was begun or added for so long: a kernel hangs,
-    and the steps that wait for this one shall not wait in vain.
+    and the steps that wait for this one shall not wait in vain. What died is not begun again, nor, after ``strikes``
+    deaths, anything else of its kind: every hang costs the patience and a start.
     """
 
-    def __init__(self, path: Path, seconds: float, patience: float | None = None) -> None:
+    def __init__(self, path: Path, seconds: float, patience: float | None = None, strikes: int = 1) -> None:
+        self.earlier = lines_of(path)
         self.file = path.open("a")
         self.end = time.monotonic() + seconds
         self.doing, self.since = "start", time.monotonic()
+        self.strikes = strikes
+        begun = [row for row in self.earlier if "begin" in row]
+        if begun:  # the last thing that the process before this one began is what it died of
+            self._write({"died": begun[-1]["begin"], "kind": begun[-1]["kind"]})
+        died = [row for row in lines_of(path) if "died" in row]
+        self.begun, self.died = {row["begin"] for row in begun}, {row["died"] for row in died}
+        self.kinds = [row["kind"] for row in died if row["kind"]]
+        self.done = {row["done"] for row in self.earlier if "done" in row}
         if patience is not None:
             threading.Thread(target=self._watch, args=(patience,), daemon=True).start()
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, kind: str = "", repeat: bool = False) -> bool:
+        """Whether to do it: not if an earlier process did (unless ``repeat``), died of it, or of others like it."""
+        if what in self.died or (what in self.begun and not repeat):
+            return False
+        if self.kinds.count(kind) >= self.strikes:
+            self.add(left_out=what, reason=f"of a kind that ended the process: {kind}")
+            return False
         self.doing, self.since = what, time.monotonic()
+        self._write({"begin": what, "kind": kind})
+        return True
+
+    def attempt(self, case: str, work: Callable[[], dict[str, Any]], kind: str = "") -> None:
+        """Begin the case and add what ``work`` finds. An error is a wrong case, and the rest goes on; `Lost` if not."""
+        if not self.begin(case, kind):
+            return
+        try:
+            self.add(case=case, **work())
+        except Exception as problem:
+            self.add(case=case, ok=False, problem=f"{type(problem).__name__}: {problem}"[:600])
+            if not alive():
+                raise Lost(case) from problem
+
+    def finish(self, what: str) -> None:
+        """Remembered in ``done`` of the processes that come after."""
+        self._write({"done": what})
+
+    def close(self) -> None:
+        """The step has come to its end."""
+        self._write({"end": True})
 
     def add(self, **row: Any) -> None:
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        self._write({key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()})
         self.since = time.monotonic()
 
     def left(self) -> float:
         return self.end - time.monotonic()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
 
     def _watch(self, patience: float) -> None:
         while time.monotonic() - self.since < patience:
@@ -112,6 +157,11 @@ def alive() -> bool:
         return float(torch.ones(1, device=DEVICE)) == 1.0
     except RuntimeError:
         return False
+
+
+def memory_free() -> int | None:
+    """Bytes; whatever else the device holds, of other processes, too, is missing here."""
+    return torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else None
 
 
 def empty_cache() -> None:

@@ -3,6 +3,10 @@
 Steps of one wave run side by side, waves one after another. What the steps have found is collected into the report on
 disk every few seconds, so that it is there whatever ends the run; a step that fails, hangs or loses the device takes
 none of the others with it. SIGTERM and Ctrl-C end all steps, and the report says so.
+
+A step with a rows file says there what it begins (``{"begin": ...}``) and that it came to its end (``{"end": true}``).
+One that died before is started again, as long as there is time and it gets further each time: it goes on behind what it
+had begun, so that one kernel that hangs or traps does not hide what the others do.
 """
 
 from __future__ import annotations
@@ -20,16 +24,17 @@ from pathlib import Path
 from typing import Any
 
 TOTAL_SECONDS = 525.0
-TAIL = 4000
+TAIL = 12_000  # characters of a step's output
 WRITE_EVERY = 5.0
+WORTH_A_START = 20.0  # seconds: importing torch takes a part of them
 
 
 @dataclass
 class Step:
     """A command with a time limit; ``shows`` keeps the end of its output also when it went well.
 
-    PROTOKEN_GPU_UNTIL tells the command when it will be ended (seconds since the epoch), which is before its own limit
-    when the whole run is late.
+    ``expects`` is the exit status of a step that went well. PROTOKEN_GPU_UNTIL tells the command when it will be ended
+    (seconds since the epoch), which is before its own limit when the whole run is late.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     rows_file: Path | None = None
     shows: bool = False
+    expects: int = 0
 
 
 class Stopped(BaseException):
@@ -106,14 +112,20 @@ class Running:
     """A step under way. A command that cannot be started is a step that has failed."""
 
     def __init__(self, step: Step, limit: float) -> None:
-        self.step, self.started, self.limit = step, time.monotonic(), limit
+        self.step, self.begun, self.limit = step, time.monotonic(), limit
+        self.until = time.time() + limit
         self.process: subprocess.Popen[bytes] | None = None
         self.problem = ""
+        self.deaths: list[int] = []
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - read when the step ends
+        self._start()
+
+    def _start(self) -> None:
+        self.far = len(self._rows())
         try:
             self.process = subprocess.Popen(
-                step.command,
-                env=os.environ | step.environment | {"PROTOKEN_GPU_UNTIL": f"{time.time() + limit:.1f}"},
+                self.step.command,
+                env=os.environ | self.step.environment | {"PROTOKEN_GPU_UNTIL": f"{self.until:.1f}"},
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
@@ -124,41 +136,85 @@ class Running:
             self.problem = str(error)
 
     def ended(self) -> bool:
-        return self.process is None or self.process.poll() is not None
+        """Whether the step is over; one that died on the way is started again."""
+        if self.process is None:
+            return True
+        status = self.process.poll()
+        if status is None:
+            return False
+        rows = self._rows()
+        over = self.step.rows_file is None or (bool(rows) and "end" in rows[-1])
+        further = any("begin" in row for row in rows[self.far :])
+        if over or not further or time.time() + WORTH_A_START > self.until:
+            return True
+        self._end_group()
+        self._note_death(f"exit status {status}")
+        self.deaths.append(status)
+        self._start()
+        return self.process is None
 
     def late(self) -> bool:
-        return time.monotonic() - self.started > self.limit
+        return time.monotonic() - self.begun > self.limit
 
     def finish(self, otherwise: str) -> dict[str, Any]:
         """The outcome; one that still runs is ended with all it started, and its status is ``otherwise``."""
         if self.process is None:
             return {"status": "failed", "seconds": 0.0, "reason": self.problem}
-        status = {None: otherwise, 0: "ok"}.get(self.process.poll(), "failed")
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a process that the driver holds cannot be waited for
-            self.process.wait(10)
-        outcome: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - self.started, 1)}
+        status = {None: otherwise, self.step.expects: "ok"}.get(self.process.poll(), "failed")
+        self._end_group()
+        if status == "ok" and self.deaths:
+            status = "failed"
+        elif status in ("failed", "timeout"):
+            self._note_death(status if status == "timeout" else f"exit status {self.process.returncode}")
+        outcome: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - self.begun, 1)}
         outcome["returncode"] = self.process.returncode
+        if self.deaths:
+            outcome["died_with"] = self.deaths
         if status != "ok" or self.step.shows:
             self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - TAIL))
             outcome["output"] = self.log.read().decode(errors="replace")
         self.log.close()
         return outcome
 
+    def _end_group(self) -> None:
+        assert self.process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # a process that the driver holds cannot be waited for
+            self.process.wait(10)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return lines_of(self.step.rows_file)
+
+    def _note_death(self, how: str) -> None:
+        """A row for what the process was at when it ended, unless it has said so itself."""
+        rows = self._rows()
+        if rows and "begin" in rows[-1]:
+            assert self.step.rows_file is not None
+            with self.step.rows_file.open("a") as file:  # after a line that may be cut off
+                row = {"case": rows[-1]["begin"], "ok": False, "problem": f"ended: {how}"}
+                file.write("\n" + json.dumps(row) + "\n")
+
+
+def lines_of(path: Path | None) -> list[dict[str, Any]]:
+    """What a step has written so far; a line that is cut off is left out."""
+    rows: list[dict[str, Any]] = []
+    if path is None or not path.exists():
+        return rows
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
 
 def collect(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """What the steps have written so far; a line that is cut off is left out."""
-    rows = []
-    for step in steps:
-        if step.rows_file is None or not step.rows_file.exists():
-            continue
-        for line in step.rows_file.read_text().splitlines():
-            try:
-                rows.append({"step": step.name} | json.loads(line))
-            except ValueError:
-                continue
-    return rows
+    """What the steps have found so far."""
+    return [
+        {"step": step.name} | row
+        for step in steps
+        for row in lines_of(step.rows_file)
+        if not row.keys() & {"begin", "end", "done"}
+    ]
 
 
 def write(report: dict[str, Any], out: Path) -> None:

@@ -48,7 +48,7 @@ def check_family(rows: Rows, family: str, federation: Any) -> None:
     response = [token.id for token in first.token_list]
 
     def traced(call: dict[str, Any]) -> torch.Tensor:
-        return torch.as_tensor(protoken.trace(model, PROMPT, ledger=path, response=response, **call).totals)
+        return torch.tensor(protoken.trace(model, PROMPT, ledger=path, response=response, **call).totals)
 
     def streamed() -> torch.Tensor:
         stream = protoken.stream(model, PROMPT, ledger=path, max_new_tokens=5)
@@ -59,13 +59,13 @@ def check_family(rows: Rows, family: str, federation: Any) -> None:
         for name, call in CALLS.items()
     }
     asked["stream"] = streamed
+    rows.begin(f"trace {family} on the CPU", repeat=True)
     wanted = {name: ask() for name, ask in asked.items()}
     model.to(DEVICE)
-    for name, ask in asked.items():
-        rows.begin(f"trace {family} {name}")
-        case = f"trace {family}, {name}"
-        try:
-            error = error_of(ask(), wanted[name])
-            rows.add(case=case, error=error, allowed=RELATIVE, ok=error <= RELATIVE)
-        except Exception as problem:
-            rows.add(case=case, ok=False, problem=f"{type(problem).__name__}: {problem}"[:600])
+
+    def compared(name: str) -> dict[str, Any]:
+        error = error_of(asked[name](), wanted[name])
+        return {"error": error, "allowed": RELATIVE, "ok": error <= RELATIVE}
+
+    for name in asked:
+        rows.attempt(f"trace {family}, {name}", lambda name=name: compared(name), kind=name)  # type: ignore[misc]

@@ -72,6 +72,101 @@ def test_a_command_that_does_not_exist_is_a_failed_step(gpu: ModuleType, tmp_pat
     assert "/no/such/tool" in report["steps"]["none"]["reason"]
 
 
+def test_a_step_may_have_to_fail_as_a_control_does(gpu: ModuleType, tmp_path: Path) -> None:
+    report = empty_report()
+    steps = [gpu.Step(f"{n}", [sys.executable, "-c", f"raise SystemExit({n})"], 20.0, 0, expects=9) for n in (9, 0)]
+    gpu.run_steps(steps, report, tmp_path / "r.json")
+    assert {name: step["status"] for name, step in report["steps"].items()} == {"9": "ok", "0": "failed"}
+
+
+DIES = """
+import os, time
+from pathlib import Path
+from gpu_device import Rows
+rows = Rows(Path(ROWS), 60, patience=4.0, strikes=2)
+for number, (name, kind, does) in enumerate(CASES):
+    def work():
+        if does == "abort": os.abort()
+        if does == "hang": time.sleep(60)
+        if does == "raise": raise ValueError("no")
+        return {"ok": True, "number": number}
+    rows.attempt(name, work, kind)
+rows.close()
+"""
+
+
+def dying(gpu: ModuleType, rows: Path, cases: list[tuple[str, str, str]]) -> Any:
+    code = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n" + DIES.replace("ROWS", repr(str(rows)), 1)
+    environment = {"PROTOKEN_GPU_DRY_RUN": "1"}
+    command = [sys.executable, "-c", code.replace("CASES", repr(cases), 1)]
+    return gpu.Step("dies", command, 100.0, 0, environment, rows)
+
+
+def test_a_step_that_dies_goes_on_behind_what_it_died_of(gpu: ModuleType, tmp_path: Path) -> None:
+    """A kernel that traps, one that hangs, one that is wrong: the cases behind them are seen all the same."""
+    cases = [("a", "", "run"), ("b", "", "abort"), ("c", "", "raise"), ("d", "", "hang"), ("e", "", "run")]
+    report = empty_report()
+    gpu.run_steps([dying(gpu, tmp_path / "rows.jsonl", cases)], report, tmp_path / "r.json")
+    found = {row["case"]: row for row in report["rows"] if "case" in row}
+    assert {name: row["ok"] for name, row in found.items()} == {
+        "a": True,
+        "b": False,
+        "c": False,
+        "hangs: d": False,
+        "e": True,
+    }
+    assert found["b"]["problem"] == "ended: exit status -6"
+    assert len([row for row in report["rows"] if row.get("number") == 0]) == 1  # "a" was not run again
+    assert report["steps"]["dies"]["status"] == "failed"
+    assert report["steps"]["dies"]["died_with"] == [-6, 3]
+    assert report["steps"]["dies"]["returncode"] == 0
+
+
+def test_after_two_deaths_others_of_their_kind_are_left_out(gpu: ModuleType, tmp_path: Path) -> None:
+    cases = [(name, "wide", "abort") for name in "abc"] + [("d", "narrow", "run")]
+    report = empty_report()
+    gpu.run_steps([dying(gpu, tmp_path / "rows.jsonl", cases)], report, tmp_path / "r.json")
+    assert [row["left_out"] for row in report["rows"] if "left_out" in row] == ["c"]
+    assert {row["case"]: row["ok"] for row in report["rows"] if "case" in row} == {"a": False, "b": False, "d": True}
+
+
+def test_a_step_that_dies_before_it_begins_anything_is_not_started_again(gpu: ModuleType, tmp_path: Path) -> None:
+    rows, starts = tmp_path / "rows.jsonl", tmp_path / "starts"
+    code = f"open({str(starts)!r}, 'a').write('x'); open({str(rows)!r}, 'a').close(); raise SystemExit(1)"
+    report = empty_report()
+    gpu.run_steps([step(gpu, "broken", code, seconds=60.0, rows=rows)], report, tmp_path / "r.json")
+    assert starts.read_text() == "x"
+    assert report["steps"]["broken"]["status"] == "failed"
+    assert report["rows"] == []
+
+
+def test_a_bench_goes_on_behind_a_way_that_died(gpu: ModuleType, tmp_path: Path) -> None:
+    """torch's times from before the death count still; auto, which would run the same kernel, is left out."""
+    pytest.importorskip("triton", reason="the bench imports triton's kernels")
+    rows = tmp_path / "rows.jsonl"
+    code = (
+        f"import sys, os; sys.path.insert(0, {str(BENCH)!r})\n"
+        "from pathlib import Path\nimport torch, gpu_bench, gpu_bench_ops, gpu_device\n"
+        "def work(*_):\n"
+        "    same = lambda: torch.ones(3)\n"
+        "    about = {'op': 'client_scores', 'format': 'bf16', 'shape': 's', 'T': 1, 'K': 3}\n"
+        "    ours = {'cuda': os.abort, 'triton': same, 'auto': same}\n"
+        "    return gpu_bench.Work(about, 12, ours, {'torch.bmm': same}, lambda got: [got], [torch.ones(3)])\n"
+        "gpu_bench_ops.dense = work\n"
+        f"rows = gpu_device.Rows(Path({str(rows)!r}), 60)\n"
+        "gpu_bench.bench(rows, 'dense')\nrows.close()\n"
+    )
+    step = gpu.Step("bench", [sys.executable, "-c", code], 100.0, 0, {"PROTOKEN_GPU_DRY_RUN": "1"}, rows)
+    report = empty_report()
+    gpu.run_steps([step], report, tmp_path / "r.json")
+    assert [row["backend"] for row in report["rows"] if "median_s" in row] == ["torch.bmm", "triton"]
+    timed = {row["backend"]: row for row in report["rows"] if "median_s" in row}
+    assert timed["triton"]["best_torch"] == timed["torch.bmm"]["median_s"]
+    assert [row["case"].split(" {")[0] for row in report["rows"] if row.get("ok") is False] == ["bench cuda"]
+    assert [row["left_out"].split(" {")[0] for row in report["rows"] if "left_out" in row] == ["bench auto"]
+    assert report["steps"]["bench"]["died_with"] == [-6]
+
+
 def test_steps_of_a_wave_run_side_by_side_and_waves_in_order(gpu: ModuleType, tmp_path: Path) -> None:
     log = tmp_path / "log"
     wait = f"import time, pathlib; time.sleep(1.0); pathlib.Path({str(log)!r}).open('a').write('first ')"
@@ -93,7 +188,9 @@ def test_the_plan_fits_into_nine_minutes(gpu: ModuleType, tmp_path: Path) -> Non
     steps = gpu.plan(tmp_path, tmp_path / "site", [])
     names = {step.name for step in steps}
     assert names >= {"build", "trace", "tests", "memcheck", "racecheck", "initcheck", "synccheck"}
-    assert names >= {f"{backend}:{op}" for backend in ("cuda", "triton") for op in OPS}
+    assert names >= {f"cuda:{op}" for op in OPS}
+    assert {":".join(name.split(":")[:2]) for name in names} >= {f"triton:{op}" for op in OPS}
+    assert names >= {"control:memcheck", "control:initcheck", "compile"}
     assert names >= {f"graph:{backend}" for backend in ("cuda", "triton", "auto")}
     assert names >= {"bench:dense", "bench:lowrank", "bench:others", "bench:more"}
     assert gpu.TOTAL_SECONDS < 540
@@ -102,7 +199,24 @@ def test_the_plan_fits_into_nine_minutes(gpu: ModuleType, tmp_path: Path) -> Non
     assert sum(max(step.seconds for step in named if step.wave == wave) for wave in waves) < gpu.TOTAL_SECONDS
     assert [step.name for step in gpu.plan(tmp_path, tmp_path, ["build", "bench:dense"])] == ["build", "bench:dense"]
     assert len(gpu.plan(tmp_path, tmp_path, ["bench"])) == 4
+    assert {step.name for step in gpu.plan(tmp_path, tmp_path, ["triton:client_scores"])} == {
+        f"triton:client_scores:{n}of3" for n in (1, 2, 3)
+    }
     assert len({step.rows_file for step in steps if step.rows_file}) == len(steps) - 2  # build and tests have none
+
+
+def test_the_parts_of_a_check_are_the_whole(gpu: ModuleType, tmp_path: Path) -> None:
+    code = (
+        "import gpu_checks, gpu_steps; from gpu_cases import cases\n"
+        "part = lambda text: [c.name for c in gpu_checks.list_of('cuda', *gpu_steps.share(text))]\n"
+        "op = 'client_scores'; whole = [c.name for c in cases('cuda', op)]\n"
+        "assert part(op) == whole\n"
+        "parts = [name for n in (1, 2, 3) for name in part(f'{op}:{n}of3')]\n"
+        "assert len(whole) > 3 and sorted(parts) == sorted(whole)\n"
+    )
+    pytest.importorskip("triton", reason="the steps import triton's kernels")
+    environment = os.environ | {"PROTOKEN_GPU_DRY_RUN": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, timeout=100, check=True)
 
 
 def test_sanitizers_see_what_is_written_and_where_a_tensor_ends(gpu: ModuleType, tmp_path: Path) -> None:
@@ -111,6 +225,10 @@ def test_sanitizers_see_what_is_written_and_where_a_tensor_ends(gpu: ModuleType,
         assert step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
         assert step.environment["PROTOKEN_GPU_HOST_OPERANDS"] == "1"
         assert step.command[step.command.index("--kernel-name") + 1] == "kns=protoken"
+        assert step.expects == 0
+    for step in gpu.plan(tmp_path, tmp_path / "site", ["control"]):
+        assert step.expects == int(step.command[step.command.index("--error-exitcode") + 1]) != 0
+        assert step.name == f"control:{step.command[2]}"
 
 
 def test_stopped_by_a_signal_the_report_is_whole_and_nothing_runs_on(tmp_path: Path) -> None:
@@ -179,7 +297,8 @@ def test_a_kernel_that_hangs_ends_its_step_and_is_named(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, timeout=50, check=False)
     assert run.returncode == 3
     found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert found == [{"error": None}, {"case": "hangs: the kernel", "ok": False}]
+    begun = {"begin": "the kernel", "kind": ""}
+    assert found == [{"error": None}, begun, {"case": "hangs: the kernel", "ok": False}]
 
 
 def test_without_pip_or_nvcc_what_can_be_built_is_built(
