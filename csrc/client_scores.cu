@@ -71,11 +71,11 @@ static void require_int(const char* name, int64_t value) {
 // Fills the parameters; addresses inside the workspace are offsets until `bind` adds its base. Returns its size.
 static int64_t plan(ScoreParams& p, const ScoresCall& call, int64_t first_layer, const Device& device) {
   p.planes_x = call.planes_x == 1 && call.vectors && call.format != kF16 ? 1 : full_planes(call.format);
-  const bool wgmma = call.vectors && p.planes_x == 1 && call.tokens > 16 && call.path != kPathMma && device.major == 9;
+  const bool wgmma = call.vectors && call.tokens > 16 && call.path != kPathMma && device.major == 9;
   const auto fits = [&](int tile) {  // the widest image a layer may have
     const int width = static_cast<int>(round_up(max_width(tile, p.planes_x), stage_columns(call.format)));
     const ImageShape shape = {tile, p.planes_x, width, per_load(call.format), 0};
-    return shared_bytes(static_cast<int>(shape.elements() * 2), tile, wgmma) <= device.shared_bytes;
+    return shared_bytes(static_cast<int>(shape.elements() * 2), tile, p.planes_x, wgmma) <= device.shared_bytes;
   };
   p.tile_tokens = widest_tile(call.format, p.planes_x, wgmma);
   if (call.tokens <= 64 || !fits(p.tile_tokens)) p.tile_tokens = 64;
@@ -114,7 +114,7 @@ static int64_t plan(ScoreParams& p, const ScoresCall& call, int64_t first_layer,
     layer.chunks = static_cast<int32_t>(ceil_div(layer.columns, layer.width));
     layer.row_units = static_cast<int32_t>(ceil_div(layer.rows, unit_rows(p.tile_tokens)));
     require_int("K * O / 64", call.clients * layer.row_units + 4);
-    layer.granules = ceil_div(call.clients * layer.row_units, teams(p.tile_tokens, wgmma));
+    layer.granules = ceil_div(call.clients * layer.row_units, teams(p.tile_tokens, p.planes_x, wgmma));
     layer.first_weight = weight;
     weight += layer.granules * layer.chunks * layer.width * unit_rows(p.tile_tokens);
     layer.relevance_bf16 = layer.grad.dtype == kBF16 ? 1 : 0;
@@ -168,7 +168,7 @@ void client_scores(const ScoresCall& call, const Device& device, void* workspace
     PT_LAUNCH(pack_scores, dim3(2 * device.processors, p->count, 2), dim3(256), 0, stream, *p);
     check_launch("pack_scores");
     LaunchShape shape;
-    shape.shared = shared_bytes(p->image_bytes, p->tile_tokens, p->descriptor != 0);
+    shape.shared = shared_bytes(p->image_bytes, p->tile_tokens, p->planes_x, p->descriptor != 0);
     if (shape.shared > device.shared_bytes)
       throw std::runtime_error("client_scores needs " + std::to_string(shape.shared) +
                                " bytes of shared memory, the device has " + std::to_string(device.shared_bytes));

@@ -45,7 +45,9 @@ PT_BOTH constexpr int max_width(int tokens, int planes_x) {
   return tokens == 16 ? (planes_x < 3 ? 1024 : 768) : (planes_x < 3 ? 512 : 256);
 }
 PT_BOTH constexpr int unit_rows(int tokens) { return tokens == 16 ? 64 : 128; }
-PT_BOTH constexpr int teams(int tokens, bool wgmma) { return wgmma && tokens == 64 ? 3 : 2; }
+PT_BOTH constexpr int teams(int tokens, int planes_x, bool wgmma) {
+  return wgmma && tokens == 64 && planes_x == 1 ? 3 : 2;
+}
 PT_BOTH constexpr int blocks_per_sm(int tokens) { return tokens == 16 ? 2 : 1; }
 // Which value of the packed relevance belongs to a row and a token: those that a lane needs for 16 rows and 8 tokens,
 // which are rows g and g + 8 and tokens 2 c and 2 c + 1, lie together, and all lanes' next to each other.
@@ -54,8 +56,8 @@ PT_BOTH int64_t relevance_place(int64_t row, int64_t token, int64_t row_blocks, 
   const int64_t block = token / tokens * row_blocks + row / 16, lane = row % 8 * 4 + token % 8 / 2;
   return ((block * (tokens / 8) + token % tokens / 8) * 32 + lane) * 4 + row / 8 % 2 * 2 + token % 2;
 }
-PT_BOTH int shared_bytes(int image_bytes, int tokens, bool wgmma) {
-  return image_bytes + teams(tokens, wgmma) * 2 * 4 * tokens * static_cast<int>(sizeof(float)) + 16;
+PT_BOTH int shared_bytes(int image_bytes, int tokens, int planes_x, bool wgmma) {
+  return image_bytes + teams(tokens, planes_x, wgmma) * 2 * 4 * tokens * static_cast<int>(sizeof(float)) + 16;
 }
 
 // One per format, each in a file of its own so that they compile side by side.

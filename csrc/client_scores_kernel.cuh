@@ -128,9 +128,14 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[kTokens / 8][4], con
 #pragma unroll
       for (int j = 0; j < kProducts; ++j) {
         const int slots = column + q * group_columns(kFormat) + 16 * j;
-        const uint64_t b = wgmma_descriptor(start + static_cast<uint32_t>(slots * kTokens * 2), kTokens);
 #pragma unroll
-        for (int p = 0; p < kPlanes; ++p) Wgmma<kTokens, kFormat == kHalf>::run(acc, a[q][j][p], b);
+        for (int px = 0; px < kPlanesX; ++px) {
+          const uint64_t b =
+              wgmma_descriptor(start + static_cast<uint32_t>((px * width + slots) * kTokens * 2), kTokens);
+#pragma unroll
+          for (int p = 0; p < kPlanes; ++p)
+            if (p + px <= 2) Wgmma<kTokens, kFormat == kHalf>::run(acc, a[q][j][p], b);
+        }
       }
     }
     wgmma_commit();
@@ -193,7 +198,7 @@ __device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLay
 #pragma unroll 1
   while (unit < last) {
     float sum[kSums] = {};
-    unit += teams(kTokens, kWgmma);
+    unit += teams(kTokens, kPlanesX, kWgmma);
     const int end = static_cast<int>(least((unit_row + 1) * kUnitRows, layer.rows));
 #pragma unroll 1
     for (int row = unit_row * kUnitRows; row < end; row += kTeamRows) {
@@ -255,7 +260,7 @@ template <int kFormat, int kPlanesX, int kTokens, bool kVectors, bool kWgmma>
 __device__ __forceinline__ void score_block(const ScoreParams& p) {
   PT_SHARED(shared);
   float* team_sums = reinterpret_cast<float*>(shared + p.image_bytes);
-  uint64_t* barrier = reinterpret_cast<uint64_t*>(team_sums + teams(kTokens, kWgmma) * 2 * 4 * kTokens);
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(team_sums + teams(kTokens, kPlanesX, kWgmma) * 2 * 4 * kTokens);
   uint32_t parity = 0, turn = 0;
 #if defined(PROTOKEN_EMULATE) || __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) mbarrier_init(barrier, 1);
@@ -282,8 +287,8 @@ __device__ __forceinline__ void score_block(const ScoreParams& p) {
       load_image(shared, layer.image + (blockIdx.y * static_cast<int64_t>(layer.chunks) + chunk) * elements,
                  elements * 2, barrier, parity);
       score_units<kFormat, kPlanesX, kTokens, kVectors, kWgmma>(
-          p, layer, static_cast<int>(chunk), static_cast<int>(from * teams(kTokens, kWgmma)),
-          static_cast<int>(least(to * teams(kTokens, kWgmma), p.clients * layer.row_units)),
+          p, layer, static_cast<int>(chunk), static_cast<int>(from * teams(kTokens, kPlanesX, kWgmma)),
+          static_cast<int>(least(to * teams(kTokens, kPlanesX, kWgmma), p.clients * layer.row_units)),
           reinterpret_cast<const uint16_t*>(shared), team_sums, turn);
       __syncthreads();  // nobody reads the image any more
     }
@@ -291,7 +296,8 @@ __device__ __forceinline__ void score_block(const ScoreParams& p) {
 }
 
 template <int kFormat, int kPlanesX, int kTokens, bool kVectors, bool kWgmma>
-__global__ void __launch_bounds__(teams(kTokens, kWgmma) * kTeamThreads, kVectors ? blocks_per_sm(kTokens) : 1)
+__global__ void __launch_bounds__(teams(kTokens, kPlanesX, kWgmma) * kTeamThreads,
+                                  kVectors ? blocks_per_sm(kTokens) : 1)
     client_scores_kernel(const __grid_constant__ ScoreParams p) {
   // Empty where the target has no wgmma: the host asks for it on compute capability 9.0 only.
   if constexpr (!kWgmma || PT_HAS_WGMMA) score_block<kFormat, kPlanesX, kTokens, kVectors, kWgmma>(p);
@@ -301,8 +307,8 @@ template <int kFormat, int kPlanesX, int kTokens, bool kVectors, bool kWgmma>
 void launch_instance(const ScoreParams& params, const LaunchShape& shape, const Device& device, cudaStream_t stream) {
   const auto kernel = client_scores_kernel<kFormat, kPlanesX, kTokens, kVectors, kWgmma>;
   allow_shared(reinterpret_cast<const void*>(kernel), shape.shared, device);
-  PT_LAUNCH(kernel, dim3(shape.grid_x, shape.grid_y), dim3(teams(kTokens, kWgmma) * kTeamThreads), shape.shared, stream,
-            params);
+  PT_LAUNCH(kernel, dim3(shape.grid_x, shape.grid_y), dim3(teams(kTokens, kPlanesX, kWgmma) * kTeamThreads),
+            shape.shared, stream, params);
   check_launch("client_scores_kernel");
 }
 
@@ -313,8 +319,9 @@ void launch_scores(const ScoreParams& params, const LaunchShape& shape, bool vec
   const int tokens = params.tile_tokens, planes = params.planes_x;
   if (!vectors) return launch_instance<kFormat, kFull, 16, false, false>(params, shape, device, stream);
   if (planes == kFull && kFull > 1) {
-    return tokens == 16 ? launch_instance<kFormat, kFull, 16, true, false>(params, shape, device, stream)
-                        : launch_instance<kFormat, kFull, 64, true, false>(params, shape, device, stream);
+    if (tokens == 16) return launch_instance<kFormat, kFull, 16, true, false>(params, shape, device, stream);
+    return params.descriptor ? launch_instance<kFormat, kFull, 64, true, true>(params, shape, device, stream)
+                             : launch_instance<kFormat, kFull, 64, true, false>(params, shape, device, stream);
   }
   if constexpr (kFormat != kF16) {
     if (tokens == 16) return launch_instance<kFormat, 1, 16, true, false>(params, shape, device, stream);

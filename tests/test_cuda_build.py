@@ -52,11 +52,14 @@ def spilled(report: str, allowed: int = 0) -> list[str]:
     return [line for line, match in found if match and int(match[1]) > allowed]
 
 
-@pytest.mark.parametrize("source", ["client_scores_bf16.cu", "client_scores_e4m3.cu", "client_scores_i8.cu"])
-def test_score_kernels_for_hopper_spill_nothing_and_keep_wgmma_asynchronous(source: str) -> None:
-    report, _ = compiled(source, "90a")
+@pytest.mark.parametrize("format_", ["bf16", "e4m3", "i8", "f32"])
+def test_score_kernels_for_hopper_spill_nothing_and_keep_wgmma_asynchronous(format_: str) -> None:
+    report, sass = compiled(f"client_scores_{format_}.cu", "90a")
     assert not spilled(report)
     assert "serialized" not in report
+    for code in kernels_named(sass, r"client_scores_kernelILi\dELi[13]ELi\d+ELb1ELb1E"):
+        assert "HGMMA" in code
+        assert "HMMA" not in code
 
 
 def test_score_kernels_for_hopper_use_warpgroup_products_and_bulk_copies() -> None:
