@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from protoken.arguments import check_count, check_flag, check_rate, generator_of
 from protoken.confidence import traces_of
 from protoken.errors import ArgumentError, UnknownClientError
 from protoken.results import Trace
-from protoken.results_checks import Array, check_count, check_rate, generator_of
+from protoken.results_checks import Array
 
 EXACT_UP_TO = 12
 
@@ -72,7 +73,7 @@ class Account:
     def __getitem__(self, client: str) -> ClientAccount:
         """One client's entry; UnknownClientError for a client of none of the responses."""
         for entry in self.clients:
-            if entry.client == client:
+            if isinstance(client, str) and entry.client == client:
                 return entry
         raise UnknownClientError("client", expected="a client of one of the responses", got=ascii(client)[:80])
 
@@ -112,6 +113,7 @@ def account(
     check_rate("rate", rate)
     check_rate("confidence", confidence)
     check_count("draws", draws, 1)
+    check_flag("dependent", dependent)
     generator = generator_of(seed)
     ids = sorted({client for trace in listed for client in trace.client_ids})
     rows = [_of_client(client, listed, confidence, draws, generator) for client in ids]

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Architecture, architecture_of
+from .arguments import check_flag
 from .bank import Bank, LedgerBank
 from .errors import LayerError, LedgerMismatchError, ModelError
 from .layers import layer_of
 from .ledger import Ledger, tensor_digest
 from .methods.weights import Updates, parameter_of, read_updates
+from .patching import refuse_no_model
 from .text import check_tokenizer
 from .verification import check_layer, compare
 
@@ -177,7 +179,8 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Forget the model's ledger; no error if none was attached."""
+    """Forget the model's ledger; no error if none was attached. ModelError for what is no model."""
+    refuse_no_model(model)
     _attachments.pop(model, None)
 
 
@@ -191,6 +194,7 @@ def make_attachment(
 ) -> Attachment:
     """What `attach` stores, for one call that brings its own ledger."""
     check_tokenizer(tokenizer)
+    check_flag("verify", verify)
     opened = ledger if isinstance(ledger, Ledger) else Ledger.open(ledger)
     number = opened.round("last" if at_round is None else at_round).number
     return Attachment(opened, tokenizer, architecture_of(model), number, verify)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .errors import ArgumentError, LedgerMismatchError
 from .layer_bank import LayerBank
 from .layers import Layer, layer_of
 from .ledger import Ledger, Round
+from .ledger.ledger import slice_of
 from .lineage_sums import LayerSums, add_round
 
 Rounds = int | str | slice | Sequence[int]
@@ -222,22 +223,17 @@ def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
             )
         chosen = words[rounds]
     elif isinstance(rounds, slice):
-        chosen = _sliced(known, rounds)
+        chosen = list(slice_of(known, rounds))
     else:
-        chosen = [ledger.round(number).number for number in (rounds if isinstance(rounds, Iterable) else [rounds])]
+        given: Any = rounds
+        several = isinstance(given, Iterable) and getattr(given, "ndim", None) != 0
+        chosen = [ledger.round(number).number for number in (given if several else [given])]
     for number in chosen:
         if number > last:
             raise ArgumentError("rounds", expected=f"rounds up to the model's own, {last}", got=number)
     if not chosen:
         raise ArgumentError("rounds", expected=f"at least one round of {len(known)}", got=rounds)
     return tuple(sorted(set(chosen)))
-
-
-def _sliced(known: list[int], rounds: slice) -> list[int]:
-    try:
-        return known[rounds]
-    except (TypeError, ValueError) as error:
-        raise ArgumentError("rounds", expected="a slice of whole numbers, its step not 0", got=rounds) from error
 
 
 def check_shape(record: Round, layer: Layer, recorded: Recorded) -> None:

@@ -12,14 +12,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from protoken.arguments import check_count, check_rate, finite, generator_of, listed
 from protoken.errors import ArgumentError
 from protoken.results import Trace
-from protoken.results_checks import Array, check_count, check_rate, finite, generator_of, vector
+from protoken.results_checks import Array, vector
 
 _NUMBERS_AT_ONCE = 1 << 22
 
@@ -72,7 +72,8 @@ def top_rates(trace: Trace, *, draws: int = 1000, seed: int = 0) -> Array | None
     In pieces of draws: a federation of thousands takes no [draws, K].
     """
     check_trace(trace)
-    generator = np.random.default_rng(seed)
+    check_count("draws", draws, 1)
+    generator = generator_of(seed)
     clients = len(trace.totals)
     piece = max(1, _NUMBERS_AT_ONCE // clients)
     tops = np.zeros(clients)
@@ -127,11 +128,11 @@ def traces_of(argument: str, traces: Iterable[Trace]) -> list[Trace]:
     Raises:
         ArgumentError: one trace in the place of several, or what is no trace.
     """
-    listed: list[object] = list(traces) if isinstance(traces, Iterable) else [traces]
-    wrong = [traces] if isinstance(traces, Trace) else [found for found in listed if not isinstance(found, Trace)]
+    found = listed(argument, traces, "a list of protoken.Trace")
+    wrong = [one for one in found if not isinstance(one, Trace)]
     if wrong:
-        raise ArgumentError(argument, expected="a list of protoken.Trace", got=f"a {type(wrong[0]).__name__}")
-    return cast(list[Trace], listed)
+        raise ArgumentError(argument, expected="a list of protoken.Trace", got=f"one with a {type(wrong[0]).__name__}")
+    return list(found)
 
 
 def check_trace(trace: Trace) -> None:
@@ -165,6 +166,10 @@ class Calibration:
     slope: float
     intercept: float
     samples: int
+
+    def __post_init__(self) -> None:
+        for name in ("slope", "intercept"):
+            object.__setattr__(self, name, finite(name, getattr(self, name)))
 
     @staticmethod
     def fit(margins: ArrayLike, correct: ArrayLike) -> Calibration:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .arguments import check_flag, listed
+from .errors import ArgumentError
 from .layers import input_device
 from .ledger import Ledger
 from .methods.game import Game
@@ -108,14 +110,15 @@ def counterfactual(
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:
-        ArgumentError: the trace is a part of an answer that does not begin where the answer does.
+        ArgumentError: the trace is a part of an answer that does not begin where the answer does; nobody is absent.
         ModelError: the trace does not know its model, or that model is gone.
         UnknownClientError: a client took part in none of the rounds.
         LedgerMismatchError: the model is not the one that the ledger was written for.
     """
     ids, prompt_length = ids_of(trace)
     model, own = origin_of(trace, model, ledger, tokenizer)
-    absent = (without,) if isinstance(without, str) else tuple(sorted(set(without)))
+    reaggregate, generate = check_flag("reaggregate", reaggregate), check_flag("generate", generate)
+    absent = _absent(without)
     rounds = trace.info.rounds
     names = moving_parameters("leave_one_out", own.ledger, rounds, model, own.architecture, None, None)
     updates = own.moving(model, names, rounds)
@@ -143,6 +146,14 @@ def counterfactual(
         response=answered[0],
         response_ids=answered[1],
     )
+
+
+def _absent(without: str | Collection[str]) -> tuple[str, ...]:
+    expected = "a client, or a list of one or more"
+    found = (without,) if isinstance(without, str) else listed("without", without, expected)
+    if not found or not all(isinstance(client, str) for client in found):
+        raise ArgumentError("without", expected=expected, got=repr(without))
+    return tuple(sorted(set(found)))
 
 
 def _answer(model: PreTrainedModel, tokenizer: Any, trace: Trace) -> tuple[str, tuple[int, ...]]:

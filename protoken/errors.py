@@ -7,6 +7,8 @@ protoken.errors.ShapeError: grad: expected [T, 8] to match the bank, got (3, 7)
 
 from __future__ import annotations
 
+LONGEST_GOT = 400  # characters of a message
+
 
 class ProtokenWarning(UserWarning):
     """Something the caller should know, while the result still stands."""
@@ -26,7 +28,7 @@ class ProtokenError(Exception):
         if expected is not None:
             text += f": expected {expected}"
         if got is not None:
-            text += f"{', ' if expected is not None else ': '}got {got}"
+            text += f"{', ' if expected is not None else ': '}got {_short(got)}"
         if remedy:
             text += f". {remedy}"
         super().__init__(text)
@@ -34,6 +36,12 @@ class ProtokenError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The default would call cls(message) and lose the parts.
         return _rebuild, (type(self), self.argument, self.expected, self.got, self.remedy)
+
+
+def _short(got: object) -> str:
+    """What came, on a line that can be read: a model's repr has hundreds of lines."""
+    text = str(got)
+    return text if len(text) <= LONGEST_GOT else f"{' '.join(text[:LONGEST_GOT].split())} ..."
 
 
 def _rebuild(

@@ -163,7 +163,7 @@ def history(
     refuse_inference_mode(model)
     numbers = select_rounds(own.ledger, "all", own.round)
     if since is not None:
-        (since,) = select_rounds(own.ledger, since, own.round)
+        (since,) = select_rounds(own.ledger, (since,), own.round)
         numbers = tuple(number for number in numbers if number >= since)
     response = Response(as_row(ids, input_device(model)), prompt_length)
     with evaluation_mode(model):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
+from .arguments import check_word, is_whole, listed
 from .bank import Rounds
 from .dispatch import ORDER
 from .errors import ArgumentError
@@ -62,15 +63,16 @@ class Options:
     memory_limit: int | str | None = None
 
     def __post_init__(self) -> None:
-        _check_word("method", self.method, get_args(Method))
-        _check_word("way", self.way, get_args(Way))
-        _check_word("granularity", self.granularity, get_args(Granularity))
-        _check_word("backend", self.backend, ("auto", *ORDER))
-        _check_word("objective", self.resolved_objective, get_args(Objective))
+        check_word("method", self.method, get_args(Method))
+        check_word("way", self.way, get_args(Way))
+        check_word("granularity", self.granularity, get_args(Granularity))
+        check_word("backend", self.backend, ("auto", *ORDER))
+        check_word("objective", self.resolved_objective, get_args(Objective))
         for argument in ("blocks", "nodes", "pairs"):
             value = getattr(self, argument)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
+            if value is not None and not is_whole(value):
                 raise ArgumentError(argument, expected="a whole number, or None", got=repr(value))
+            object.__setattr__(self, argument, None if value is None else int(value))
         if self.layers is not None:
             object.__setattr__(self, "layers", names_of(self.layers))
         object.__setattr__(self, "memory_limit", bytes_of(self.memory_limit))
@@ -78,7 +80,8 @@ class Options:
     @property
     def resolved_objective(self) -> Objective:
         """The published method attributes the raw logit, all others the log-probability."""
-        return self.objective or ("logit" if self.method == "paper" else "log_prob")
+        default: Objective = "logit" if self.method == "paper" else "log_prob"
+        return default if self.objective is None else self.objective
 
     @property
     def resolved_nodes(self) -> int:
@@ -111,8 +114,8 @@ def bytes_of(size: int | str | None) -> int | None:
         number = text[: len(text) - len(unit)].strip()
         if unit in _UNITS and number.count(".") <= 1 and number.strip("."):
             count = float(number) * _UNITS[unit]
-    elif type(size) is int:
-        count = size
+    elif is_whole(size):
+        count = int(size)
     if count < 1:
         raise ArgumentError(
             "memory_limit", expected='a number of bytes above 0, or a size like "2GB" or "512MiB"', got=size
@@ -126,13 +129,8 @@ def names_of(layers: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ArgumentError: one text in the place of a list, none, or what is no text.
     """
-    listed = isinstance(layers, Iterable) and not isinstance(layers, str | bytes)
-    names = tuple(layers) if listed else ()
+    expected = "a list of names or patterns, one at least"
+    names = listed("layers", layers, expected)
     if not names or not all(isinstance(name, str) for name in names):
-        raise ArgumentError("layers", expected="a list of names or patterns, one at least", got=repr(layers))
+        raise ArgumentError("layers", expected=expected, got=repr(layers))
     return names
-
-
-def _check_word(argument: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ArgumentError(argument, expected=f"one of {', '.join(known)}", got=value)

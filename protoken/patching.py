@@ -183,6 +183,17 @@ def hooks(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
         yield
 
 
+def refuse_no_model(model: object) -> None:
+    """ModelError for what is no module at all."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            "model",
+            expected="a transformers causal language model",
+            got=f"a {type(model).__name__}",
+            remedy="Load it with AutoModelForCausalLM.from_pretrained",
+        )
+
+
 def refuse_parallel(model: nn.Module) -> None:
     """Refuse what splits a batch over devices and has no `generate` of its own.
 
@@ -204,13 +215,7 @@ def refuse_inference_mode(model: nn.Module) -> None:
     Raises:
         ModelError: inference mode is on, a parameter was created in it or has no numbers, or this is no model at all.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            "model",
-            expected="a transformers causal language model",
-            got=f"a {type(model).__name__}",
-            remedy="Load it with AutoModelForCausalLM.from_pretrained",
-        )
+    refuse_no_model(model)
     refuse_parallel(model)
     if torch.is_inference_mode_enabled():
         raise ModelError(

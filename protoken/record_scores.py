@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import finite, listed
 from .errors import ArgumentError
-from .results_checks import Array, finite, frozen_array, utf8
+from .paths import file_to_read, path_of, write_text, write_whole
+from .results_checks import Array, frozen_array, utf8
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +54,8 @@ class RecordScores:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("keys", "clients", "texts"):
+            object.__setattr__(self, name, listed(name, getattr(self, name)))
         count = len(self.keys)
         if len(self.clients) != count or len(self.texts) not in (0, count):
             raise ArgumentError("clients", expected=f"one for each of {count} records", got=len(self.clients))
@@ -115,7 +120,7 @@ class RecordScores:
         return table
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the numbers and names as JSON; the records' text is left out."""
+        """Write the numbers and names as JSON, whole or not at all; the records' text is left out. OSError names it."""
         content = {
             "schema": 1,
             "kind": "protoken record scores",
@@ -126,7 +131,8 @@ class RecordScores:
             "loss_up": self.loss_up.tolist(),
             "loss_down": self.loss_down.tolist(),
         }
-        Path(path).write_text(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+        write_whole(path_of("path", path), partial(write_text, text=text))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RecordScores:
@@ -135,6 +141,7 @@ class RecordScores:
         Raises:
             ArgumentError: the file is something else, or damaged.
         """
+        path = file_to_read("path", path, "a file written by RecordScores.save")
         try:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["kind"] != "protoken record scores" or content["schema"] != 1:
@@ -147,7 +154,7 @@ class RecordScores:
                 step=content["step"],
                 steps=int(content["steps"]),
             )
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ArgumentError(
                 "path", expected="a file written by RecordScores.save", got=f"{path}: {error}"
             ) from error

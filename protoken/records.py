@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .architectures import architecture_of
+from .arguments import check_count, check_rate
+from .confidence import check_trace
 from .errors import ArgumentError, LedgerMismatchError, NonFiniteError
 from .layers import input_device
 from .ledger import Ledger, tensor_digest
@@ -46,6 +48,7 @@ from .objective import objective_values
 from .options import names_of
 from .origin import ids_of, origin_of
 from .patching import evaluation_mode, refuse_inference_mode
+from .paths import file_to_read
 from .record_scores import RecordScores
 from .record_text import EncodedRecord, Record, encode_record
 from .relevance import Response
@@ -104,8 +107,8 @@ class RecordProbe:
         refuse_inference_mode(model)
         if isinstance(records, str | bytes) or not isinstance(records, Sequence) or not records:
             raise ArgumentError("records", expected="a sequence of at least one record", got=type(records).__name__)
-        if type(batch_size) is not int or batch_size < 1:
-            raise ArgumentError("batch_size", expected="a whole number of 1 or more", got=batch_size)
+        check_count("batch_size", batch_size, 1)
+        check_count("max_tokens", max_tokens, 2)
         check_tokenizer(tokenizer)
         if tokenizer is None:
             raise ArgumentError("tokenizer", expected="the model's tokenizer, since records are text", got="None")
@@ -167,6 +170,7 @@ class RecordProbe:
         Raises:
             ArgumentError: the file is something else, or damaged.
         """
+        path = file_to_read("path", path, "a file written by RecordProbe.save")
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["probe"])
@@ -176,7 +180,7 @@ class RecordProbe:
                 up = {name: file.get_tensor(f"up.{name}") for name in digests}
                 down = {n: file.get_tensor(f"down.{n}") if steps > 1 else -up[n] for n in digests}
                 step = float(about["step"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, SafetensorError) as error:
             raise ArgumentError(
                 "path", expected="a file written by RecordProbe.save", got=f"{path}: {error}"
             ) from error
@@ -214,12 +218,13 @@ def record_probe(
         LedgerMismatchError: the model is not the one that the ledger was written for.
         NonFiniteError: the gradient vanishes or is not finite, so it gives no direction.
     """
-    if not isinstance(step, int | float) or not 0 < step < 1:
-        raise ArgumentError("step", expected="a number above 0 and below 1", got=step)
+    check_trace(trace)
+    check_rate("step", step)
     if layers is not None:
         layers = list(names_of(layers))
-    if type(steps) is not int or steps < 1:
-        raise ArgumentError("steps", expected="a whole number of 1 or more", got=steps)
+    step, steps = float(step), check_count("steps", steps, 1)
+    if blocks is not None:
+        check_count("blocks", blocks, 1)
     ids, prompt_length = ids_of(trace)
     model, own = origin_of(trace, model, ledger, tokenizer)
     refuse_inference_mode(model)

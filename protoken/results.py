@@ -17,7 +17,6 @@ Nothing here imports torch or transformers: a trace is text and numbers, whateve
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -26,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from protoken.arguments import check_flag, finite, listed, whole
 from protoken.errors import ArgumentError
-from protoken.results_checks import Array, check_sums, finite, frozen_array, utf8
+from protoken.results_checks import Array, check_parts, check_sums, frozen_array, utf8
 from protoken.results_parts import (
     UNITS,
     WITHOUT_CONSERVATION,
@@ -98,9 +98,10 @@ class Trace:
 
         for name in ("prompt", "response"):
             utf8(name, getattr(self, name))
-        put("prompt_ids", tuple(operator.index(i) for i in self.prompt_ids))
-        put("token_list", tuple(self.token_list))
-        put("client_ids", tuple(utf8("client_ids", client) for client in self.client_ids))
+        put("prompt_ids", tuple(whole("prompt_ids", i) for i in listed("prompt_ids", self.prompt_ids)))
+        put("token_list", listed("token_list", self.token_list))
+        put("client_ids", tuple(utf8("client_ids", client) for client in listed("client_ids", self.client_ids)))
+        check_parts(self)
         tokens, clients, layers = len(self.token_list), len(self.client_ids), len(self.info.layers)
         if not clients or len(set(self.client_ids)) != clients:
             raise ArgumentError("client_ids", expected="at least one, all different", got=self.client_ids)
@@ -125,7 +126,7 @@ class Trace:
             put(name, None if value is None and name not in needed else frozen_array(name, value, shape, axes))
         for name in ("residual", "change"):
             put(name, finite(name, getattr(self, name)))
-        put("start", operator.index(self.start))
+        put("start", whole("start", self.start))
         check_sums(self)
 
     # ---- reading -------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class Trace:
         totals-only trace.
         """
         scores, residuals = self._need_token_scores("span")
-        i, j = operator.index(start), operator.index(stop)
+        i, j = whole("start", start), whole("stop", stop)
         if not 0 <= i < j <= len(self.token_list):
             limit = f"0 <= start < stop <= {len(self.token_list)}"
             raise ArgumentError("span", expected=limit, got=(i, j), remedy="Token indices are trace.tokens[n].index")
@@ -242,8 +243,9 @@ class Trace:
         from protoken.results_spans import phrase_ranges
 
         self._need_token_scores("find")
-        if not phrase:
+        if not isinstance(phrase, str) or not phrase:
             raise ArgumentError("phrase", expected="at least one character", got=repr(phrase))
+        check_flag("ignore_case", ignore_case)
         return [self.span(i, j) for i, j in phrase_ranges(self.token_list, phrase, ignore_case=ignore_case)]
 
     def _need_token_scores(self, asked: str) -> tuple[Array, Array]:
@@ -376,7 +378,10 @@ class Trace:
         return to_dict(self)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write JSON (schema-versioned; every float comes back bit for bit)."""
+        """Write JSON (schema-versioned; every float comes back bit for bit). The file appears whole or not at all.
+
+        OSError names the file. Links are followed; to a device or a pipe (/dev/stdout) it is written as it stands.
+        """
         from protoken.results_export import save
 
         save(self, path)

@@ -1,5 +1,4 @@
-"""What a result may hold: finite float64 arrays of the right shape, and text that UTF-8 can carry; and the numbers
-that callers hand in beside results: rates, counts, seeds.
+"""What a result may hold: finite float64 arrays of the right shape, and text that UTF-8 can carry.
 
 Kept apart from results.py so that the dataclasses there read as the contract they are.
 """
@@ -43,38 +42,8 @@ def frozen_array(name: str, value: object, shape: tuple[int, ...], axes: str) ->
 
 def vector(name: str, value: object) -> Array:
     """``value`` as a finite float64 array of one axis, a copy."""
-    length = len(value) if isinstance(value, Sized) and not isinstance(value, str | bytes) else 0
-    return frozen_array(name, value, (length,), "[n]")
-
-
-def check_rate(name: str, value: object) -> None:
-    """ArgumentError unless it is a number between 0 and 1, both excluded."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or not 0 < value < 1:
-        raise ArgumentError(name, expected="a number between 0 and 1", got=repr(value))
-
-
-def check_count(name: str, value: object, low: int, high: int | None = None) -> None:
-    """ArgumentError unless it is a whole number from `low` to `high` (None: without end)."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
-        bounds = f"of {low} or more" if high is None else f"from {low} to {high}"
-        raise ArgumentError(name, expected=f"a whole number {bounds}", got=repr(value))
-
-
-def generator_of(seed: int) -> np.random.Generator:
-    """numpy's generator of that seed; ArgumentError for what is no seed."""
-    check_count("seed", seed, 0)
-    return np.random.default_rng(seed)
-
-
-def finite(name: str, value: object) -> float:
-    """``value`` as a Python float; NaN, infinity and non-numbers are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise DtypeError(name, expected="a number", got=type(value).__name__)
-    number = float(value)
-    if not math.isfinite(number):
-        raise NonFiniteError(name, expected="a finite number", got=number)
-    return number
+    many = isinstance(value, Sized) and not isinstance(value, str | bytes | bytearray) and getattr(value, "ndim", 1) > 0
+    return frozen_array(name, value, (len(value) if many else 0,), "[n]")  # type: ignore[arg-type]
 
 
 def utf8(name: str, value: object) -> str:
@@ -107,6 +76,17 @@ def plain(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
+
+
+def check_parts(trace: Trace) -> None:
+    """ArgumentError for a field of a trace that is of another kind altogether."""
+    from protoken.results_parts import Token, TraceInfo
+
+    if not isinstance(trace.info, TraceInfo):
+        raise ArgumentError("info", expected="a TraceInfo", got=f"a {type(trace.info).__name__}")
+    odd = [token for token in trace.token_list if not isinstance(token, Token)]
+    if odd:
+        raise ArgumentError("token_list", expected="Token each", got=f"a {type(odd[0]).__name__}")
 
 
 def check_sums(trace: Trace) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+from functools import partial
 from typing import Any
 
 from protoken.errors import ArgumentError, ProtokenError, TraceFormatError
+from protoken.paths import path_of, write_text, write_whole
 from protoken.results import Trace
 from protoken.results_parts import Token, TraceInfo
 
@@ -117,27 +119,19 @@ def from_dict(data: object) -> Trace:
 
 
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Write `to_dict` as UTF-8 JSON; the file appears whole or not at all."""
+    """Write `to_dict` as UTF-8 JSON; the file appears whole or not at all. OSError names it."""
     content = json.dumps(to_dict(trace), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-    target = os.fspath(path)
-    partial = f"{target}.{os.getpid()}.partial"
-    try:
-        with open(partial, "x", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-        os.replace(partial, target)
-    except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
+    write_whole(path_of("path", path), partial(write_text, text=content))
 
 
 def load(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Trace:
     """Read what `save` wrote. FileNotFoundError as usual; TraceFormatError for anything not a trace."""
     # O_NONBLOCK: opening a named pipe must not wait for a writer that never comes.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(path_of("path", path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise TraceFormatError("path", expected="a regular file", got=os.fspath(path))
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise TraceFormatError("path", expected="a regular file", got=os.fspath(path))
         raw = file.read(max_bytes + 1)
     if len(raw) > max_bytes:
         remedy = "Raise protoken.results_export.load(path, max_bytes=...) if you trust the file"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from protoken.arguments import check_word
 from protoken.errors import ArgumentError, MissingDependencyError
 from protoken.results_checks import Array
 
@@ -42,13 +43,14 @@ def _axes(trace: Trace, granularity: str) -> tuple[list[dict[str, list[Any]]], A
     ids = [*trace.prompt_ids, *(token.id for token in tokens)]
     by_position: dict[str, list[Any]] = {"position": list(range(len(ids) - 1)), "id": ids[:-1]}
     by_client: dict[str, list[Any]] = {"client": list(trace.client_ids)}
+    check_word("granularity", granularity, ("sequence", "token", "layer", "position"))
     known: dict[str, tuple[list[dict[str, list[Any]]], Array | None]] = {
         "sequence": ([by_client], trace.totals),
         "token": ([by_token, by_client], trace.token_scores),
         "layer": ([by_token, {"layer": list(trace.info.layers)}, by_client], trace.token_layer_scores),
         "position": ([by_position, by_client], trace.position_scores),
     }
-    names, scores = known.get(granularity, ([], None))
+    names, scores = known[granularity]
     if scores is None:
         there = ", ".join(name for name, (_, values) in known.items() if values is not None)
         there = "sequence totals only" if there == "sequence" else there
@@ -56,6 +58,6 @@ def _axes(trace: Trace, granularity: str) -> tuple[list[dict[str, list[Any]]], A
             "to_dataframe",
             expected=f"{granularity} scores",
             got=f"a trace with {there}",
-            remedy=f'Trace again with granularity="{granularity}"' if granularity in known else None,
+            remedy=f'Trace again with granularity="{granularity}"',
         )
     return names, scores

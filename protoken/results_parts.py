@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from protoken.arguments import check_word, finite, listed, whole
 from protoken.errors import ArgumentError
-from protoken.results_checks import finite, plain, utf8
+from protoken.results_checks import plain, utf8
 
 Objective = Literal["log_prob", "log_odds", "logit"]
 UNITS: dict[str, str] = {"log_prob": "nats", "log_odds": "nats of log-odds", "logit": "logit units"}
@@ -36,7 +37,7 @@ class Token:
     special: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "id", operator.index(self.id))
+        object.__setattr__(self, "id", whole("token id", self.id))
         utf8("token text", self.text)
 
 
@@ -79,16 +80,17 @@ class TraceInfo:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
-        if self.objective not in UNITS:
-            raise ArgumentError("objective", expected=" or ".join(UNITS), got=self.objective)
+        check_word("objective", self.objective, UNITS)
+        if not isinstance(self.versions, Mapping):
+            raise ArgumentError("versions", expected="versions by package", got=f"a {type(self.versions).__name__}")
         clean: dict[str, Any] = {
             name: utf8(name, getattr(self, name))
             for name in ("method", "way", "granularity", "reason", "backend", "model", "ledger", "created")
         }
-        clean["layers"] = tuple(utf8("layers", layer) for layer in self.layers)
-        clean["rounds"] = tuple(operator.index(number) for number in self.rounds)
+        clean["layers"] = tuple(utf8("layers", layer) for layer in listed("layers", self.layers))
+        clean["rounds"] = tuple(whole("rounds", number) for number in listed("rounds", self.rounds))
         clean["versions"] = {utf8("versions", k): utf8("versions", v) for k, v in self.versions.items()}
-        clean["seed"] = None if self.seed is None else operator.index(self.seed)
+        clean["seed"] = None if self.seed is None else whole("seed", self.seed)
         clean["generate_arguments"] = plain(self.generate_arguments)
         clean["settings"] = plain(self.settings)
         for name in ("seconds_generate", "seconds_trace"):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .arguments import check_callable
 from .attachment import attachment_of, make_attachment
 from .bank import Rounds, select_rounds
 from .dispatch import choose
@@ -123,6 +124,7 @@ def stream(
     refuse_inference_mode(model)
     arguments = checked_arguments(model, prompt, generate_arguments)
     check_seed(seed)
+    check_callable("on_token", on_token)
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
     options = Options(rounds, 1, layers, "local", "token", objective, "protoken", backend)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from .errors import ArgumentError, PromptError
@@ -102,8 +103,9 @@ def _check_text(argument: str, text: str) -> None:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """ArgumentError for what is neither None nor can decode ids."""
-    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+    """ArgumentError for what is neither None nor can decode ids (as bytes can, in their way)."""
+    decodes = callable(getattr(tokenizer, "decode", None)) and not isinstance(tokenizer, bytes | bytearray)
+    if tokenizer is not None and not decodes:
         raise ArgumentError(
             "tokenizer", expected="a tokenizer as AutoTokenizer loads it, or None", got=f"a {type(tokenizer).__name__}"
         )
@@ -168,9 +170,12 @@ def _encode_conversation(tokenizer: Any, conversation: Any) -> list[int]:
             got=f"{type(tokenizer).__name__} without one",
             remedy="Set tokenizer.chat_template, or pass the prompt as text with chat=False",
         )
-    encoded = tokenizer.apply_chat_template(
-        [dict(turn) for turn in conversation], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    turns = [dict(turn) for turn in conversation]
+    try:
+        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        # Templates refuse roles and orders that their model was not trained on, each in words of its own.
+        raise PromptError("prompt", expected="turns that the tokenizer's chat template takes", got=error) from error
     return list(encoded["input_ids"])
 
 

@@ -16,10 +16,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from protoken.arguments import check_count, check_rate, finite, generator_of, listed
 from protoken.confidence import check_trace, resampled_totals, traces_of
 from protoken.errors import ArgumentError
 from protoken.results import Trace
-from protoken.results_checks import Array, check_count, check_rate, finite, generator_of, vector
+from protoken.results_checks import vector
 
 
 def leading(totals: ArrayLike) -> tuple[tuple[int, ...], float]:
@@ -131,9 +132,14 @@ class Abstention:
         lead = _resampled_lead(trace, found, draws, seed)
         return self._decide(found, evidence_of(trace), lead, lead >= self.lead, trace.client_ids)
 
-    def judge_totals(self, totals: Array, tokens: int, clients: Sequence[str]) -> Verdict:
+    def judge_totals(self, totals: ArrayLike, tokens: int, clients: Sequence[str]) -> Verdict:
         """The same from totals [K] of a response of so many tokens, by the gap below the leading clients."""
+        check_count("tokens", tokens, 0)
+        totals = vector("totals", totals)
         found, gap = leading(totals)
+        clients = listed("clients", clients)
+        if len(clients) != len(totals):
+            raise ArgumentError("clients", expected=f"{len(totals)}, one for each of the totals", got=len(clients))
         evidence = float(totals.max()) / tokens if tokens else 0.0
         return self._decide(found, evidence, gap, gap >= self.gap, clients)
 
@@ -161,7 +167,7 @@ def threshold(evidence: ArrayLike, false_alarm: float) -> float:
         ArgumentError: too few answers for that rate, or another rate than between 0 and 1.
     """
     check_rate("false_alarm", false_alarm)
-    found = np.sort(np.asarray(evidence, dtype=np.float64))
+    found = np.sort(vector("evidence", evidence))
     count = len(found)
     # Rounded against 99 * 0.99 = 98.01000000000001.
     place = math.ceil(round((count + 1) * (1 - false_alarm), 9))
@@ -177,6 +183,7 @@ def threshold(evidence: ArrayLike, false_alarm: float) -> float:
 
 def evidence_of(trace: Trace) -> float:
     """The top client's total per generated token; 0 for an empty response."""
+    check_trace(trace)
     return float(trace.totals.max()) / len(trace.token_list) if trace.token_list else 0.0
 
 

@@ -18,12 +18,12 @@ MAPPED = ("benchmarks", "evaluation", "integrations", "ledger", "methods", "ops"
 # What these may import of the package outside themselves. The ledger and the ops stand on their own, and a trace is
 # numbers and text, whatever made it.
 BELOW = {
-    "ledger": {"errors"},
+    "ledger": {"arguments", "errors", "paths"},
     "ops": {"dispatch", "errors", "versions"},
     "kernels": {"ops"},
-    "results": {"errors"},
-    "report": {"results", "errors"},
-    "integrations": {"ledger", "errors"},
+    "results": {"arguments", "errors", "paths"},
+    "report": {"arguments", "errors", "paths", "results"},
+    "integrations": {"arguments", "errors", "ledger", "paths"},
 }
 # Who may train federations, which is no part of tracing.
 TRAINING = {"evaluation", "benchmarks", "demo", "demo_report", "cli", "cli_evaluate", "cli_records"}

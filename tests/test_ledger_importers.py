@@ -234,7 +234,7 @@ def test_what_the_server_averaged_may_be_told_and_is_checked_where_it_is_not(led
     for name, model in (("start", start), ("other", other), ("wide", wide)):
         model.save_pretrained(tmp_path / name)
     sources = {"base": tmp_path / "start", "aggregate": tmp_path / "other"}
-    with pytest.raises(ArgumentError, match="lora: expected auto, factors or products, got 'sum'"):
+    with pytest.raises(ArgumentError, match="lora: expected one of auto, factors, products, got 'sum'"):
         import_round(ledger, **sources, clients={"a": tmp_path / "other"}, lora="sum")
     told = import_round(ledger, **sources, clients={"a": tmp_path / "other"}, lora="factors")
     assert max(told.relative_residual.values()) < 1e-5

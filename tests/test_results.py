@@ -147,7 +147,7 @@ def test_inconsistent_fields_are_refused_by_name(changes: dict[str, Any], error:
 
 
 def test_unknown_objective_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="objective: expected log_prob or log_odds or logit, got perplexity"):
+    with pytest.raises(ArgumentError, match="objective: expected one of log_prob, log_odds, logit, got 'perplexity'"):
         info(objective="perplexity")
 
 

@@ -233,3 +233,30 @@ def test_ledger_that_is_no_path_is_named(federation: TinyFederation) -> None:
         for call in (protoken.Ledger.open, protoken.Ledger.create, lambda x: protoken.attach(federation.model, x)):
             with pytest.raises(errors.ArgumentError, match="ledger"):
                 call(wrong)
+
+
+# ---- what a chat template refuses ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "system", "content": "be kind"}],
+        [{"role": "user", "content": None}],
+        [{"role": 5, "content": "hi"}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+    ],
+    ids=str,
+)
+def test_turns_that_the_template_refuses_are_named(
+    federation: TinyFederation, trace: protoken.Trace, turns: list[dict[str, Any]]
+) -> None:
+    tokenizer = character_tokenizer()
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refuse + str(tokenizer.chat_template)
+    for call in (run, streamed):
+        with pytest.raises(errors.PromptError, match="prompt: expected turns that the tokenizer's chat template takes"):
+            call(federation, turns, tokenizer=tokenizer)
+    record = {"messages": [*turns, {"role": "assistant", "content": "yes"}]}
+    with pytest.raises(errors.ArgumentError, match=r"records\[0\]"):
+        protoken.record_probe(trace, blocks=1).score(federation.model, [record], tokenizer)

@@ -23,9 +23,11 @@ from typing import Any, Literal
 
 import torch
 
+from ..arguments import check_flag, check_word
 from ..errors import ArgumentError, MissingDependencyError, ProtokenError, ProtokenWarning
 from ..ledger import Ledger
 from ..ledger.checkpoints import Patterns, select
+from ..paths import path_of
 from . import flower_messages as messages
 from .flower_rules import Rule, rule_of
 
@@ -67,8 +69,8 @@ def record(
         ArgumentError: this is no Flower strategy.
         LedgerError: (during the run) what the ledger refuses, e.g. initial weights that are not its last aggregate.
     """
-    if on_error not in ("raise", "warn"):
-        raise ArgumentError("on_error", expected="raise or warn", got=on_error)
+    check_word("on_error", on_error, ("raise", "warn"))
+    check_flag("allow_gap", allow_gap)
     if hasattr(strategy, "aggregate_train") and hasattr(strategy, "configure_train"):
         kind: type[_Recorded] = _MessageStrategy
     elif hasattr(strategy, "aggregate_fit") and hasattr(strategy, "configure_fit"):
@@ -76,7 +78,8 @@ def record(
     else:
         raise ArgumentError("strategy", expected="a strategy of Flower", got=type(strategy).__name__)
     if not isinstance(ledger, Ledger):
-        there = (Path(ledger) / "HEAD").exists()
+        path_of("ledger", ledger)
+        there = os.path.exists(Path(ledger) / "HEAD")
         ledger = (
             Ledger.open(ledger, signing_key=signing_key)
             if there

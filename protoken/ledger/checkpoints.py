@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from protoken.arguments import listed
 from protoken.errors import ArgumentError, LayerError, LedgerFormatError
 from protoken.ledger import strictjson
 from protoken.ledger.tensors import LowRank
 from protoken.ledger.updates import Value
+from protoken.paths import path_of
 
 PREFIXES = ("", "model.", "transformer.", "base_model.model.", "module.", "model.language_model.", "gpt_neox.")
 JSON_LIMIT = 32 << 20
@@ -41,8 +43,8 @@ def load(source: str | os.PathLike[str] | Mapping[str, Value], parameters: Patte
     if isinstance(source, Mapping):
         found = {name: value for name, value in source.items() if isinstance(value, LowRank) or _floating(value)}
         return select(found, parameters, "state")
-    path = Path(source)
-    if path.is_dir() and (path / "adapter_config.json").exists():
+    path = Path(path_of("path", source))
+    if os.path.isdir(path) and (path / "adapter_config.json").exists():
         return select(load_adapter(path), parameters, str(path))
     return _load_files(path, parameters)
 
@@ -154,6 +156,8 @@ def _places(path: Path) -> dict[str, Path]:
     """Key -> file of a checkpoint folder or of one file."""
     if path.suffix in PICKLES:
         raise _pickle(path)
+    if not os.path.exists(path):
+        raise ArgumentError("path", expected="a safetensors file or checkpoint folder", got=ascii(str(path)))
     if path.is_file():
         return dict.fromkeys(_keys(path), path)
     if (path / "snapshots").is_dir():
@@ -191,10 +195,14 @@ def _snapshot(path: Path) -> Path:
 
 def _choose(keys: list[str], parameters: Sequence[str], what: str) -> dict[str, str]:
     """In-memory name -> key, for names and patterns; prefixes that files carry or lack are tried in turn."""
+    expected = "a list of names or patterns"
     if isinstance(parameters, str):
-        raise ArgumentError("parameters", expected="a list of names or patterns", got="one string")
+        raise ArgumentError("parameters", expected=expected, got="one string")
+    patterns = listed("parameters", parameters, expected)
+    if not all(isinstance(wanted, str) for wanted in patterns):
+        raise ArgumentError("parameters", expected=expected, got=repr(parameters))
     known, result = set(keys), {}
-    for wanted in parameters:
+    for wanted in patterns:
         if any(c in wanted for c in "*?["):
             found = {key: key for key in keys if fnmatchcase(key, wanted)}
         else:

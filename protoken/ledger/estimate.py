@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from protoken.arguments import check_count, listed
 from protoken.errors import ArgumentError
 from protoken.ledger.codecs import check_codec
 
@@ -39,17 +40,24 @@ def estimate_bytes(
     brings a residual of the size of the change; fp32 and LoRA bring none. Good to about a tenth.
     """
     check_codec(codec)
-    if clients < 1 or rounds < 0 or not shapes:
-        raise ArgumentError("clients", expected="at least one client and one parameter", got=(clients, len(shapes)))
-    client = _PER_SHARD + sum(_tensor_bytes(tuple(shape), codec, lora_rank) for shape in shapes.values())
-    dense = _PER_SHARD + sum(_tensor_bytes(tuple(shape), "fp32", None) for shape in shapes.values())
+    clients, rounds = check_count("clients", clients, 1), check_count("rounds", rounds, 0)
+    lora_rank = None if lora_rank is None else check_count("lora_rank", lora_rank, 1)
+    if not isinstance(shapes, Mapping) or not shapes:
+        raise ArgumentError("shapes", expected="the shape of one parameter or more, by name", got=repr(shapes))
+    sizes = [_lengths(f"shapes[{name!r}]", shape) for name, shape in shapes.items()]
+    client = _PER_SHARD + sum(_tensor_bytes(shape, codec, lora_rank) for shape in sizes)
+    dense = _PER_SHARD + sum(_tensor_bytes(shape, "fp32", None) for shape in sizes)
     change = dense
     if lora_rank is not None:
-        change = _PER_SHARD + sum(_tensor_bytes(tuple(shape), "fp32", 2 * lora_rank) for shape in shapes.values())
+        change = _PER_SHARD + sum(_tensor_bytes(shape, "fp32", 2 * lora_rank) for shape in sizes)
     lossy = codec != "fp32" and lora_rank is None
     shared = change + (dense if lossy else 0) + 700 + _PER_PARAMETER * len(shapes)
     one = shared + clients * (client + _PER_CLIENT)
     return Estimate(client, shared, one, rounds * one)
+
+
+def _lengths(argument: str, shape: object) -> tuple[int, ...]:
+    return tuple(check_count(argument, length, 0) for length in listed(argument, shape))
 
 
 def _tensor_bytes(shape: tuple[int, ...], codec: str, rank: int | None) -> int:

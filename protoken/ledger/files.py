@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from protoken.errors import ArgumentError, CommitConflict, DurabilityError, LedgerError, LedgerFormatError
+from protoken.errors import CommitConflict, DurabilityError, LedgerError, LedgerFormatError
+from protoken.paths import path_of
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -38,10 +39,7 @@ class FileLayer:
     """
 
     def __init__(self, root: str | os.PathLike[str], *, sync: bool = True) -> None:
-        try:
-            self.root = Path(root)
-        except TypeError as error:
-            raise ArgumentError("ledger", expected="the path of a folder", got=f"a {type(root).__name__}") from error
+        self.root = Path(path_of("ledger", root))
         self.syncs = sync
 
     # ---- reading -------------------------------------------------------------------------------------------

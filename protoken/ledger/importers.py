@@ -23,14 +23,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from protoken.arguments import check_callable, check_word
 from protoken.errors import ArgumentError, LedgerFormatError
 from protoken.ledger import strictjson
 from protoken.ledger.checkpoints import Patterns, load
-from protoken.ledger.ledger import Ledger
+from protoken.ledger.ledger import Ledger, check_ledger
 from protoken.ledger.rounds import Round, relative
 from protoken.ledger.rules import lora_factor_split
 from protoken.ledger.tensors import LowRank, norm
 from protoken.ledger.updates import ClientUpdate, Value
+from protoken.paths import path_of
 
 Source = str | os.PathLike[str] | Mapping[str, Value]
 LoraAverage = Literal["auto", "factors", "products"]
@@ -61,6 +63,10 @@ def import_round(
     (names, patterns, a function; None: all). ``lora`` says what the server averaged: "factors" A and B apart, or
     "products" B A; "auto" looks. Parameters that no file changed cost space: choose the layers you will trace.
     """
+    check_ledger(ledger)
+    for name, table in (("clients", clients), ("weights", weights), ("examples", examples)):
+        if not isinstance(table, Mapping) and not (table is None and name != "clients"):
+            raise ArgumentError(name, expected="a mapping by client", got=f"a {type(table).__name__}")
     after = load(aggregate, parameters)
     before = load(base, parameters) if base is not None else _empty(after)
     names = list(before)
@@ -99,6 +105,8 @@ def import_folder(
         ArgumentError: no such folder, no rounds in it or a gap between them, or clients and weights that do not fit.
         LedgerFormatError: a file that cannot be read. And what `Ledger.commit_round` raises.
     """
+    check_ledger(ledger)
+    check_callable("progress", progress)
     found = round_folders(folder)
     committed = []
     for number, path in enumerate(found, 1):
@@ -116,8 +124,8 @@ def round_folders(folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ArgumentError: no such folder, none in it, or a gap between them.
     """
-    root = Path(folder)
-    if not root.is_dir():
+    root = Path(path_of("folder", folder))
+    if not os.path.isdir(root):
         raise ArgumentError("folder", expected="a folder that is there", got=str(root))
     found = sorted(
         (int(match[1]), path)
@@ -235,8 +243,7 @@ def _averaged_apart(
     has_base: bool,
 ) -> bool:
     """Whether the aggregate's factors are the weighted means of the clients' factors."""
-    if lora not in ("auto", "factors", "products"):
-        raise ArgumentError("lora", expected="auto, factors or products", got=ascii(lora)[:40])
+    check_word("lora", lora, ("auto", "factors", "products"))
     adapters = {n: v for n, v in after.items() if isinstance(v, LowRank) and _same_form(before[n], v)}
     if lora == "products" or not adapters or not has_base:
         return False

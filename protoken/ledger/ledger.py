@@ -16,10 +16,9 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
+from protoken.arguments import check_flag, check_word, is_whole, listed
 from protoken.errors import (
     ArgumentError,
     CommitConflict,
@@ -33,13 +32,14 @@ from protoken.ledger.chain import Chain
 from protoken.ledger.files import FileLayer
 from protoken.ledger.pruned import read_pruned
 from protoken.ledger.rounds import Round, ShardCache, folder
-from protoken.ledger.updates import ClientUpdate, Value, check_word
+from protoken.ledger.updates import ClientUpdate, Value
 from protoken.ledger.writer import KeepResidual, RoundWriter
 
 if TYPE_CHECKING:
     from protoken.ledger.signatures import SigningKey
 
 RoundChoice = int | Literal["last", "all"] | slice | Iterable[int]
+_CHOICE = "'last', 'all', a number, a slice or numbers"
 
 
 class Ledger:
@@ -139,6 +139,7 @@ class Ledger:
         it. ``server_key`` is the server's public key from a trusted place: SignatureError when the ledger is
         not signed by it. ``check=False`` skips the hash of each tensor read.
         """
+        check_flag("check", check)
         files = files or FileLayer(path)
         data = files.read("ledger.json", m.GENESIS_LIMIT)
         genesis, head = parsing.parse_genesis(data), parsing.parse_head(files.read("HEAD", m.HEAD_LIMIT))
@@ -215,7 +216,7 @@ class Ledger:
         """One round. UnknownRoundError when there is none of this number."""
         if isinstance(number, str) and number == "last":
             number = self._chain.head.round
-        whole = int(number) if isinstance(number, int | np.integer) and not isinstance(number, bool) else 0
+        whole = int(number) if is_whole(number) else 0
         if not 1 <= whole <= self._chain.head.round:
             raise UnknownRoundError(
                 "round", expected=f"'last' or a number from 1 to {self._chain.head.round}", got=ascii(number)[:40]
@@ -224,27 +225,30 @@ class Ledger:
 
     def select(self, rounds: RoundChoice = "last") -> tuple[Round, ...]:
         """Rounds by "last", "all", a number, a slice of the tuple of rounds, or an iterable of numbers; ascending."""
-        if isinstance(rounds, int) or rounds == "last":
-            return (self.round(rounds),)
-        if isinstance(rounds, slice):
-            chosen: Iterable[int] = self.rounds[rounds]
-        elif isinstance(rounds, str):
-            if rounds != "all":
-                raise UnknownRoundError("rounds", expected="'last', 'all', a slice or numbers", got=ascii(rounds)[:40])
-            chosen = self.rounds
+        chosen: tuple[Any, ...]
+        if isinstance(rounds, str):
+            words: dict[str, tuple[Any, ...]] = {"last": ("last",), "all": self.rounds}
+            if rounds not in words:
+                raise UnknownRoundError("rounds", expected=_CHOICE, got=ascii(rounds)[:40])
+            chosen = words[rounds]
+        elif isinstance(rounds, slice):
+            chosen = slice_of(self.rounds, rounds)
         else:
-            chosen = sorted(set(rounds))
-        found = tuple(self.round(number) for number in chosen)
+            single = isinstance(rounds, bool) or is_whole(rounds)
+            chosen = (rounds,) if single else listed("rounds", rounds, _CHOICE)
+        found = {one.number: one for one in map(self.round, chosen)}
         if not found:
             raise UnknownRoundError("rounds", expected="at least one round", got=f"none of {self._chain.head.round}")
-        return found
+        return tuple(found[number] for number in sorted(found))
 
     def require_pinned(self, pinned: str | m.Head) -> None:
         """StaleSnapshot unless the pinned head is this ledger's or an ancestor of it."""
         self._chain.require_pinned(pinned)
 
     def hash_of(self, number: int) -> str:
-        """Hash of a round's manifest (0: of ledger.json), as the chain below the head fixes it."""
+        """Hash of a round's manifest (0: of ledger.json), as the chain below the head fixes it. UnknownRoundError."""
+        if not is_whole(number) or not 0 <= number <= self._chain.head.round:
+            raise UnknownRoundError("number", expected=f"0 to {self._chain.head.round}", got=ascii(number)[:40])
         return self._chain.hash_of(number)
 
     # ---- writing -------------------------------------------------------------------------------------------
@@ -311,6 +315,7 @@ class Ledger:
         when the base is not what the last round ended with, unless ``allow_gap``.
         """
         check_word("keep_residual", keep_residual, ("auto", "always", "never"))
+        allow_gap = check_flag("allow_gap", allow_gap)
         if self._genesis.server_key is not None and self._key is None:
             raise SignatureError(
                 "signing_key", expected="the server's key", got="none", remedy="Ledger.open(signing_key=...)"
@@ -371,6 +376,23 @@ class Ledger:
         from protoken.ledger.signatures import server_signer
 
         return server_signer(self._key)
+
+
+def check_ledger(ledger: object) -> None:
+    """ArgumentError for what is no open ledger."""
+    if not isinstance(ledger, Ledger):
+        remedy = "Open it: protoken.Ledger.open(path)" if isinstance(ledger, str | os.PathLike) else None
+        raise ArgumentError(
+            "ledger", expected="an open protoken.Ledger", got=f"a {type(ledger).__name__}", remedy=remedy
+        )
+
+
+def slice_of(rounds: Sequence[int], chosen: slice) -> tuple[int, ...]:
+    """A slice of the rounds; ArgumentError for one that is none."""
+    try:
+        return tuple(rounds[chosen])
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("rounds", expected="a slice of whole numbers, its step not 0", got=chosen) from error
 
 
 def _public(signing_key: SigningKey | None) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from protoken.errors import DtypeError, UnknownClientError, UnknownRoundError
+from protoken.errors import ArgumentError, DtypeError, UnknownClientError, UnknownRoundError
 from protoken.ledger.rounds import Round, add_weighted
 from protoken.ledger.tensors import LowRank, concatenate
 
@@ -90,6 +90,8 @@ def _rounds_of(rounds: Sequence[Round], client: str) -> list[Round]:
 
 
 def _require(rounds: Sequence[Round]) -> None:
+    if not isinstance(rounds, Sequence) or not all(isinstance(current, Round) for current in rounds):
+        raise ArgumentError("rounds", expected="a list of rounds, as Ledger.select gives them", got=repr(rounds))
     if not rounds:
         raise UnknownRoundError("rounds", expected="at least one round", got="none")
     numbers = [current.number for current in rounds]

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 
 from torch import Tensor
 
+from protoken.arguments import listed
 from protoken.errors import (
     DtypeError,
     LayerError,
@@ -21,7 +22,7 @@ from protoken.ledger import codecs
 from protoken.ledger.files import FileLayer
 from protoken.ledger.manifest import ClientRecord, Manifest, ParameterSpec, base_hash
 from protoken.ledger.shards import ShardIndex, ShardRef, read_index, read_tensor
-from protoken.ledger.tensors import LARGEST, LowRank, is_finite
+from protoken.ledger.tensors import LARGEST, USUAL, LowRank, is_finite
 
 INDEX_CACHE = 1024
 
@@ -116,11 +117,11 @@ class Round:
 
     def has_client(self, client: str) -> bool:
         """Whether it took part, quarantined or not."""
-        return client in self._records
+        return isinstance(client, str) and client in self._records
 
     def client(self, client: str) -> ClientRecord:
         """One participant's record; UnknownClientError if it took no part."""
-        if client not in self._records:
+        if not self.has_client(client):
             raise UnknownClientError(
                 "client",
                 expected=f"one of the {len(self._records)} clients of round {self.number}",
@@ -172,7 +173,7 @@ class Round:
 
     def deltas(self, client: str, parameters: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(parameter, delta) one after the other; reads each header once."""
-        for parameter in self.parameters if parameters is None else parameters:
+        for parameter in self.parameters if parameters is None else listed("parameters", parameters):
             yield parameter, self.delta(client, parameter)
 
     def change(self, parameter: str) -> Tensor:
@@ -212,7 +213,7 @@ class Round:
         """What a quarantined client sent for one parameter, unchecked: it may hold NaN or have a shape of its own."""
         record = self.client(client)
         index = self._index(record.shard, client)
-        if record.quarantined is None or parameter not in index.entries:
+        if record.quarantined is None or not isinstance(parameter, str) or parameter not in index.entries:
             raise LayerError("parameter", expected="one kept from a quarantined update", got=ascii(parameter)[:80])
         return self.cache.tensor(index, parameter)
 
@@ -220,7 +221,7 @@ class Round:
 
     def spec(self, parameter: str) -> ParameterSpec:
         """What the manifest says of one parameter; LayerError if it is not recorded."""
-        spec = self.parameters.get(parameter)
+        spec = self.parameters.get(parameter) if isinstance(parameter, str) else None
         if spec is None:
             raise LayerError(
                 "parameter",
@@ -333,7 +334,10 @@ def add_factors(total: Tensor, factors: LowRank, weight: float) -> None:
     # A hostile shard's scale may be any double: torch takes infinity for alpha, but no number between it and fp32.
     alpha = weight * factors.scale
     alpha = alpha if abs(alpha) <= LARGEST else math.inf
-    total.addmm_(factors.b.float(), factors.a.float(), alpha=alpha)
+    if abs(alpha) <= USUAL:
+        total.addmm_(factors.b.float(), factors.a.float(), alpha=alpha)
+    else:  # which some machines' matmul multiplies into one factor first, where it may overflow
+        total.add_(factors.b.float() @ factors.a.float(), alpha=alpha)
 
 
 def relative(part: float, whole: float) -> float:

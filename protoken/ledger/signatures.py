@@ -22,7 +22,7 @@ from protoken.ledger.composing import shard_content
 from protoken.ledger.rounds import folder
 from protoken.ledger.shards import encode_shard
 from protoken.ledger.tensors import parameter_digest
-from protoken.ledger.updates import ClientUpdate, Value, check_base, deltas_of
+from protoken.ledger.updates import ClientUpdate, Value, check_base, check_update, deltas_of
 
 if TYPE_CHECKING:
     from protoken.ledger.ledger import Ledger
@@ -40,6 +40,14 @@ def generate_key() -> bytes:
 def public_key(key: SigningKey) -> bytes:
     """The 32 bytes that may be shown to everybody."""
     return bytes(_private(key).public_key().public_bytes_raw())
+
+
+def key_hex(argument: str, key: bytes | str) -> str:
+    """A public key as the ledger writes it: 64 hex digits in lower case. ArgumentError for what is none."""
+    text = key.lower() if isinstance(key, str) else bytes(key).hex() if isinstance(key, bytes | bytearray) else ""
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise ArgumentError(argument, expected="an Ed25519 public key, 32 bytes or 64 hex digits", got=ascii(key)[:80])
+    return text
 
 
 def public_hex(key: SigningKey) -> str:
@@ -60,6 +68,7 @@ def sign_update(
     Encodes the update exactly as the server will record it. If the server clips or changes it afterwards the
     signature no longer fits, and the round has to record the changed update unsigned.
     """
+    check_update("update", update)
     base = check_base(base)
     stored = {name: encode(check_codec(codec), value) for name, value in deltas_of(update, base).items()}
     base_hash = m.base_hash({name: parameter_digest(value) for name, value in base.items()})
@@ -114,7 +123,7 @@ def require_server(ledger: Ledger, server_key: bytes | str) -> None:
 
     A ledger without rounds has nothing that could be signed: then only the key in ledger.json is compared.
     """
-    wanted = server_key if isinstance(server_key, str) else bytes(server_key).hex()
+    wanted = key_hex("server_key", server_key)
     if ledger.genesis.server_key != wanted:
         raise SignatureError("server_key", expected=f"a ledger of {wanted}", got=ledger.genesis.server_key)
     if ledger.head.round:

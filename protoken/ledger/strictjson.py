@@ -57,6 +57,8 @@ def check_metadata(metadata: Mapping[str, object] | None, *, limit: int = 1 << 2
     """A deep plain copy of the metadata; ArgumentError when it is not JSON, too deep or too large."""
     if metadata is None:
         return {}
+    if not isinstance(metadata, Mapping):
+        raise ArgumentError("metadata", expected="a mapping, or None", got=f"a {type(metadata).__name__}")
     data = dump(dict(metadata))
     if len(data) > limit or depth(metadata) > MAX_DEPTH:
         raise ArgumentError(

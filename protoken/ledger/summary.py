@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from protoken.ledger.ledger import Ledger
+from protoken.errors import ArgumentError
+from protoken.ledger.ledger import Ledger, check_ledger
 from protoken.ledger.rounds import Round
 from protoken.ledger.tensors import DTYPE_NAMES
 
 
 def list_ledger(ledger: Ledger) -> dict[str, object]:
     """Run, model, head and one row per round: number, rule, codec, clients, parameters, residual, bytes."""
+    check_ledger(ledger)
     return {
         "path": os.fspath(ledger.path),
         "run": ledger.run,
@@ -29,6 +31,8 @@ def list_ledger(ledger: Ledger) -> dict[str, object]:
 
 def show_round(current: Round) -> dict[str, object]:
     """One round in full: its row, every client's record, every parameter's norms and digests."""
+    if not isinstance(current, Round):
+        raise ArgumentError("current", expected="a round, as Ledger.round gives it", got=f"a {type(current).__name__}")
     return {
         **_row(current),
         "previous": current.manifest.previous,

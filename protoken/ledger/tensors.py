@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protoken.errors import DtypeError, LedgerError, NonFiniteError, ShapeError
+from protoken.arguments import finite
+from protoken.errors import ArgumentError, DtypeError, LedgerError, NonFiniteError, ShapeError
 
 # The names of the safetensors format.
 DTYPES: dict[str, torch.dtype] = {
@@ -45,6 +46,10 @@ class LowRank:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, factor in (("a", self.a), ("b", self.b)):
+            require_tensor(f"LowRank: {name}", factor)
+        if type(self.scale) is not float:
+            object.__setattr__(self, "scale", finite("LowRank: scale", self.scale))
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
             raise ShapeError(
                 "LowRank",
@@ -81,6 +86,12 @@ class LowRank:
             return False
         rows, columns = _largest_norm(self.b, 1), _largest_norm(self.a, 0)
         return rows * columns * max(1.0, abs(self.scale)) <= LARGEST
+
+
+def require_tensor(argument: str, value: object) -> None:
+    """ArgumentError for what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise ArgumentError(argument, expected="a torch.Tensor", got=f"a {type(value).__name__}")
 
 
 def require_memory(shape: tuple[int, ...], item: int = 4) -> None:
@@ -161,6 +172,7 @@ def tensor_digest(tensor: Tensor) -> str:
     The dtype is the parameter's own, by its safetensors name. Equal tensors have equal digests on every
     machine. DtypeError for dtypes that the ledger does not keep.
     """
+    require_tensor("tensor", tensor)
     head = f"{dtype_name(tensor)} [{','.join(map(str, tensor.shape))}]\n"
     state = hashlib.sha256(head.encode("ascii"))
     state.update(byte_view(tensor))
@@ -169,7 +181,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def parameter_digest(value: Tensor | LowRank) -> str:
     """tensor_digest of a tensor; of a LowRank, sha256("lowrank <digest of a> <of b> <scale in hex>\\n")."""
-    if isinstance(value, Tensor):
+    if not isinstance(value, LowRank):
         return tensor_digest(value)
     text = f"lowrank {tensor_digest(value.a)} {tensor_digest(value.b)} {float(value.scale).hex()}\n"
     return hashlib.sha256(text.encode("ascii")).hexdigest()

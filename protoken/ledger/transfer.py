@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
+from protoken.arguments import is_whole, listed
 from protoken.errors import ArgumentError, DurabilityError, UnknownRoundError
 from protoken.ledger import strictjson
 from protoken.ledger.files import FileLayer
-from protoken.ledger.ledger import Ledger, RoundChoice
+from protoken.ledger.ledger import Ledger, RoundChoice, check_ledger
 from protoken.ledger.manifest import GENESIS_LIMIT, MANIFEST_LIMIT, Head
 from protoken.ledger.pruned import pruned_bytes, read_pruned
 from protoken.ledger.rounds import Round, folder
 from protoken.ledger.shard_check import check_shard
 from protoken.ledger.signatures import SIGNATURE_FILE_BYTES
+from protoken.paths import path_of, write_whole
 
 _PIECE = 1 << 24
 
@@ -30,9 +31,11 @@ def copy_ledger(ledger: Ledger, path: str | os.PathLike[str], *, upto: int | Non
 
     Safe while a writer goes on. ArgumentError when the target is not a new or empty folder.
     """
+    check_ledger(ledger)
     last = ledger.head.round if upto is None else upto
-    if not 0 <= last <= ledger.head.round:
+    if not is_whole(last) or not 0 <= last <= ledger.head.round:
         raise UnknownRoundError("upto", expected=f"0 to {ledger.head.round}", got=last)
+    last = int(last)
     target = FileLayer(path, sync=ledger.files.syncs)
     target.make_root()
     if target.names(""):
@@ -64,9 +67,13 @@ def export_rounds(
     Quarantined and absent clients are left out; round.json names the former. DurabilityError when the file system
     refuses.
     """
+    check_ledger(ledger)
+    root = Path(path_of("path", path))
+    clients = None if clients is None else listed("clients", clients)
+    parameters = None if parameters is None else listed("parameters", parameters)
     written = []
     for current in ledger.select(rounds):
-        place = Path(path) / f"round-{current.number}"
+        place = root / f"round-{current.number}"
         (place / "clients").mkdir(parents=True, exist_ok=False)
         names = list(current.parameters) if parameters is None else list(parameters)
         chosen = [c for c in current.clients if c.quarantined is None and (clients is None or c.client in clients)]
@@ -88,6 +95,7 @@ def prune(ledger: Ledger, rounds: RoundChoice) -> int:
     The pruned rounds stay in the chain and are listed by Round.pruned; their tensors are gone, and lineage over them
     is not possible any more. The last round cannot be pruned. Takes the writer's lock.
     """
+    check_ledger(ledger)
     numbers = {current.number for current in ledger.select(rounds)}
     if ledger.head.round in numbers:
         raise UnknownRoundError("rounds", expected="rounds before the last", got=ledger.head.round)
@@ -150,17 +158,20 @@ def _remove(files: FileLayer, name: str) -> int:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> Path:
-    """Write one safetensors file; of one that could not be written in full nothing is left.
+    """Write one safetensors file, whole or not at all.
 
     Raises:
         DurabilityError: the file system refused.
     """
-    path = Path(path)
+    path = Path(path_of("path", path))
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        write_whole(
+            str(path),
+            lambda name: save_file(dense, name, metadata),
+            lambda name: Path(name).write_bytes(save(dense, metadata)),
+        )
     except (SafetensorError, OSError) as error:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1]
         raise DurabilityError(
             str(path),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protoken.arguments import is_whole
 from protoken.errors import ArgumentError, DtypeError, LayerError, NonFiniteError, ShapeError
 from protoken.ledger import names
 from protoken.ledger.manifest import MAX_PARAMETERS
@@ -48,10 +49,19 @@ class ClientUpdate:
             )
         if not isinstance(self.delta if self.state is None else self.state, Mapping):
             raise ArgumentError(f"update of {self.client}", expected="tensors by parameter name", got="no mapping")
-        if not isinstance(self.weight, float | int | np.floating) or not 0 <= self.weight < float("inf"):
+        number = isinstance(self.weight, float | int | np.number) and not isinstance(self.weight, bool)
+        if not number or not 0 <= self.weight < float("inf"):
             raise ArgumentError(f"weight of {self.client}", expected="a finite number >= 0", got=self.weight)
-        if self.examples is not None and (type(self.examples) is not int or not 0 <= self.examples < 1 << 53):
-            raise ArgumentError(f"examples of {self.client}", expected="a whole number >= 0", got=self.examples)
+        if self.examples is not None:
+            if not is_whole(self.examples) or not 0 <= self.examples < 1 << 53:
+                raise ArgumentError(f"examples of {self.client}", expected="a whole number >= 0", got=self.examples)
+            object.__setattr__(self, "examples", int(self.examples))
+
+
+def check_update(argument: str, update: object) -> None:
+    """ArgumentError for what is no ClientUpdate."""
+    if not isinstance(update, ClientUpdate):
+        raise ArgumentError(argument, expected="a protoken.ClientUpdate", got=f"a {type(update).__name__}")
 
 
 def check_base(base: Mapping[str, Value]) -> dict[str, Value]:
@@ -158,12 +168,6 @@ def check_dtype(argument: str, value: Value) -> None:
                 got="one without data" if tensor.is_meta else tensor.layout,
                 remedy="Load what was offloaded, and call to_dense() on what is sparse.",
             )
-
-
-def check_word(argument: str, value: object, known: tuple[str, ...]) -> None:
-    """ArgumentError for a word that is none of those known."""
-    if value not in known:
-        raise ArgumentError(argument, expected=f"one of {', '.join(known)}", got=ascii(value)[:80])
 
 
 def form_dtype(value: Value) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from protoken.arguments import check_callable, check_count, check_flag
 from protoken.errors import ArgumentError, LedgerError, LedgerFormatError, ProtokenError
 from protoken.ledger import manifest as m
 from protoken.ledger.chain import parse_pinned
@@ -24,7 +25,9 @@ from protoken.ledger.read_ahead import THREADS, ReadAhead
 from protoken.ledger.rounds import Round, folder, relative
 from protoken.ledger.shard_check import ShardChecker
 from protoken.ledger.shards import ShardRef
+from protoken.ledger.signatures import key_hex
 from protoken.ledger.tensors import norm
+from protoken.paths import path_of
 
 # Recomputed residuals differ from recorded ones by the rounding of fp32 sums in another order.
 RESIDUAL_TOLERANCE = 1e-4
@@ -80,13 +83,21 @@ def verify(
     up all updates again. ``progress(rounds done, rounds)`` is called after each round.
 
     Raises:
-        ArgumentError: what was to be known from elsewhere is no head or no key. That says nothing about the ledger.
+        ArgumentError: there is no ledger at that path, or what was to be known from elsewhere is no head or no key.
+            That says nothing about the ledger.
     """
     if pinned is not None:
         parse_pinned(pinned)
     if server_key is not None:
-        server_key = _hex("server_key", server_key)
-    known = {client: _hex(f"client_keys[{client!a}]", key) for client, key in (client_keys or {}).items()}
+        server_key = key_hex("server_key", server_key)
+    if client_keys is not None and not isinstance(client_keys, Mapping):
+        raise ArgumentError("client_keys", expected="public keys by client", got=f"a {type(client_keys).__name__}")
+    known = {client: key_hex(f"client_keys[{client!a}]", key) for client, key in (client_keys or {}).items()}
+    check_flag("conservation", conservation)
+    check_callable("progress", progress)
+    if workers is not None:
+        check_count("workers", workers, 1)
+    _require_a_ledger(path)
     report, start = VerifyReport(str(path)), time.perf_counter()
     try:
         ledger = Ledger.open(path, pinned=pinned, server_key=server_key)
@@ -110,6 +121,14 @@ def verify(
                 progress(report.rounds, len(ledger.rounds))
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _require_a_ledger(path: str | os.PathLike[str]) -> None:
+    """ArgumentError where nothing of a ledger is: a mistyped path is no tampering. A missing file may be."""
+    root = path_of("path", path)
+    if not any(os.path.lexists(os.path.join(root, name)) for name in ("ledger.json", "HEAD", "rounds")):
+        got = "which holds none" if os.path.exists(root) else "which is not there"
+        raise ArgumentError("path", expected="the folder of a ledger", got=f"{root}, {got}")
 
 
 def leftovers(ledger: Ledger) -> list[str]:
@@ -247,11 +266,3 @@ def _collect(where: str, check: Callable[[], None]) -> list[Problem]:
     except (LedgerError, ProtokenError) as error:
         return [Problem(where, error)]
     return []
-
-
-def _hex(argument: str, key: bytes | str) -> str:
-    """A public key as the ledger writes it: 64 hex digits in lower case."""
-    text = key.lower() if isinstance(key, str) else bytes(key).hex() if isinstance(key, bytes | bytearray) else ""
-    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
-        raise ArgumentError(argument, expected="an Ed25519 public key, 32 bytes or 64 hex digits", got=ascii(key)[:80])
-    return text

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from protoken.arguments import check_bound
 from protoken.errors import (
     ArgumentError,
     CommitConflict,
@@ -43,6 +44,7 @@ from protoken.ledger.updates import (
     Value,
     check_aggregate,
     check_base,
+    check_update,
     deltas_of,
     form_dtype,
 )
@@ -113,8 +115,7 @@ class RoundWriter:
         parameters) as it came, flagged, instead of raising: for updates that the server has aggregated already.
         """
         self._require_open()
-        if not isinstance(update, ClientUpdate):
-            raise ArgumentError("updates", expected="a protoken.ClientUpdate", got=f"a {type(update).__name__}")
+        check_update("updates", update)
         self._check_new(update.client)
         reason = None
         try:
@@ -144,6 +145,8 @@ class RoundWriter:
         change. DurabilityError when the file system refuses; then nothing was acknowledged.
         """
         self._require_open()
+        if max_relative_residual is not None:
+            check_bound("max_relative_residual", max_relative_residual)
         if not self._records:
             raise ArgumentError("round", expected="at least one client", got="none", remedy="Call add() first.")
         m.check_weights(self._rule, [record.weight for record in self._records])

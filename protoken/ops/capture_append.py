@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protoken.dispatch import launcher
 from protoken.errors import ArgumentError, ShapeError
-from protoken.ops.checks import FLOATS, check_device, check_dtype, check_matrix, check_tensor
+from protoken.ops.checks import FLOATS, check_device, check_dtype, check_matrix, check_sequence, check_tensor
 
 
 def capture_append_reference(buffers: Sequence[Tensor], steps: Sequence[Tensor], cursor: Tensor) -> None:
@@ -44,6 +44,10 @@ def capture_append(
     if tuple(cursor.shape) != (1,):
         raise ShapeError("cursor", expected="(1,)", got=tuple(cursor.shape))
     check_dtype("cursor", cursor.dtype, (torch.int64,))
+    for name, entries in (("buffers", buffers), ("steps", steps)):
+        check_sequence(name, entries)
+        for index, entry in enumerate(entries):
+            check_tensor(f"{name}[{index}]", entry)
     if len(buffers) != len(steps):
         raise ShapeError("steps", expected=f"{len(buffers)} tensors, one per buffer", got=len(steps))
     for index, (buffer, step) in enumerate(zip(buffers, steps, strict=True)):

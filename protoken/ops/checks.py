@@ -112,11 +112,21 @@ def check_inputs(
             check_device(name + where, value.device, anchor, "the bank")
 
 
-def check_layers(anchor: str, count: int, **values: Sequence[object] | None) -> None:
-    """Every sequence has one entry per layer, as the one called ``anchor`` has; None is left out."""
+def check_sequence(name: str, entries: object) -> None:
+    if not isinstance(entries, Sequence | Tensor) or isinstance(entries, str | bytes):
+        raise ArgumentError(name, expected="a list of tensors", got=f"a {type(entries).__name__}")
+
+
+def check_layers(scales: Sequence[object] | None = None, **values: Sequence[object]) -> None:
+    """Every sequence has one entry per layer, as the first one has."""
+    if scales is not None:
+        values["scales"] = scales
     for name, entries in values.items():
-        if entries is not None and len(entries) != count:
-            raise ShapeError(name, expected=f"{count} entries, one per layer as in {anchor}", got=len(entries))
+        check_sequence(name, entries)
+    anchor, first = next(iter(values.items()))
+    for name, entries in values.items():
+        if len(entries) != len(first):
+            raise ShapeError(name, expected=f"{len(first)} entries, one per layer as in {anchor}", got=len(entries))
 
 
 def check_same_clients(layer: int, got: int, expected: int) -> None:

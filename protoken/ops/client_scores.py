@@ -91,7 +91,7 @@ def wrap_banks(
     scales: Sequence[Tensor | None] | None,
 ) -> list[DenseBank]:
     """The layers' banks, checked, with one number of clients."""
-    check_layers("xs", len(xs), grads=grads, banks=banks, scales=scales)
+    check_layers(scales, xs=xs, grads=grads, banks=banks)
     wrapped: list[DenseBank] = []
     for layer, bank in enumerate(banks):
         scale = scales[layer] if scales else None

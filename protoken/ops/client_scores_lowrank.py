@@ -90,7 +90,7 @@ def client_scores_lowrank_grouped(
     if torch.compiler.is_compiling():
         a, b, counts, scales = flatten_lowrank(banks)
         return torch.ops.protoken.client_scores_lowrank(xs, grads, a, b, counts, scales, backend)  # type: ignore[no-any-return]
-    check_layers("xs", len(xs), grads=grads, banks=banks)
+    check_layers(xs=xs, grads=grads, banks=banks)
     wrapped = [bank if isinstance(bank, LowRankBank) else LowRankBank.of(*bank) for bank in banks]
     for layer, bank in enumerate(wrapped):
         check_same_clients(layer, bank.clients, wrapped[0].clients)

@@ -66,7 +66,7 @@ def client_totals_grouped(
     if torch.compiler.is_compiling():
         tensors, counts, kept = flatten(banks, scales)
         return torch.ops.protoken.client_totals(ms, tensors, counts, kept, backend)  # type: ignore[no-any-return]
-    check_layers("ms", len(ms), banks=banks, scales=scales)
+    check_layers(scales, ms=ms, banks=banks)
     wrapped = [_wrap(layer, ms[layer], bank, scales[layer] if scales else None) for layer, bank in enumerate(banks)]
     clients = wrapped[0].clients if wrapped else 0
     device = wrapped[0].device if wrapped else torch.device("cpu")

@@ -16,15 +16,16 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from protoken.paths import path_of, write_text
 from protoken.report.palette import COLOURS, GREY
 
 
 def rendered(template: str, context: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> str:
     """The page as a str, also written to ``path`` if given."""
+    target = None if path is None else path_of("path", path)
     page = _template(template).render(context)
-    if path is not None:
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
+    if target is not None:
+        write_text(target, page)
     return page
 
 

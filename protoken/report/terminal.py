@@ -17,6 +17,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from protoken.arguments import check_count
+from protoken.errors import ArgumentError
 from protoken.report.palette import COLOURS, GREY, mix
 from protoken.report.view import ClientRow, TokenView, View, accounting, build_view, timing
 from protoken.report.visible import name, visible
@@ -27,7 +29,9 @@ _INK = "#16181d"  # text on a filled token
 
 def show(trace: Trace, console: Console | None = None, *, top: int | None = 10) -> None:
     """Print ``trace``: prompt, coloured tokens, ranking of the ``top`` clients, residual, timings."""
-    (console or Console()).print(render(trace, top=top))
+    if console is not None and not isinstance(console, Console):
+        raise ArgumentError("console", expected="a rich.console.Console, or None", got=f"a {type(console).__name__}")
+    (Console() if console is None else console).print(render(trace, top=top))
 
 
 def headline(trace: Trace) -> Text:
@@ -41,6 +45,8 @@ def headline(trace: Trace) -> Text:
 
 def render(trace: Trace, *, top: int | None = 10) -> RenderableType:
     """Everything `show` prints, as one renderable."""
+    if top is not None:
+        check_count("top", top, 0)
     view = build_view(trace)
     info = trace.info
     about = f"{name(info.method)} · {name(info.way)} way · {info.objective} · {_layers(trace)}"
@@ -109,7 +115,7 @@ def ranking(trace: Trace, view: View, top: int | None) -> Table:
     table.add_column("", min_width=20)
     table.add_column("share", justify="right")
     table.add_column("weight", justify="right", style="dim")
-    shown = view.clients if top is None else view.clients[: max(0, top)]
+    shown = view.clients[:top]
     for row in shown:
         swatch = Text.assemble(("■ ", Style(color=_colour(row.slot))), row.client)
         table.add_row(str(row.rank), swatch, row.score, _bar(row), row.share, row.weight)
