@@ -31,6 +31,13 @@ PYBIND11_MODULE(PT_MODULE, m) {
         return py::make_tuple(d.major, d.minor, d.processors, d.shared_bytes);
       },
       py::arg("index"), "(major, minor, multiprocessors, shared bytes per block).");
+  m.def(
+      "versions",
+      [] {
+        const Versions v = versions();
+        return py::make_tuple(v.driver, v.runtime);
+      },
+      "(CUDA that the driver serves, CUDA that this was built with), 13000 for 13.0; driver 0: there is none.");
 
   m.def("client_scores_workspace", [](uintptr_t table, int64_t layers, int64_t clients, int64_t tokens, int format,
                                       int planes_x, bool vectors, int path, int device) {

@@ -18,6 +18,7 @@ constexpr int kSharedByRight = 48 << 10;  // dynamic shared memory of a kernel t
 #ifdef PROTOKEN_EMULATE
 
 Device device_of(int index) { return {index, 9, 0, 3, 227 << 10}; }  // few processors: every block gets several units
+Versions versions() { return {0, 0}; }
 Current::Current(int) : before_(0) {}
 Current::~Current() {}
 void check_launch(const char*) {}
@@ -44,6 +45,13 @@ Device device_of(int index) {
   check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "shared memory");
   known.push_back(device);
   return device;
+}
+
+Versions versions() {
+  Versions found{0, 0};
+  check(cudaDriverGetVersion(&found.driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&found.runtime), "cudaRuntimeGetVersion");
+  return found;
 }
 
 Current::Current(int index) : before_(-1) {

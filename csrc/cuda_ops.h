@@ -19,6 +19,11 @@ struct Device {
 };
 Device device_of(int index);  // read once per device
 
+struct Versions {
+  int driver, runtime;  // as CUDA numbers them, 13000 for 13.0; driver 0: there is none
+};
+Versions versions();
+
 // Makes a device current for the length of a call.
 class Current {
  public:

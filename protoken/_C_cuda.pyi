@@ -1,6 +1,7 @@
 # The CUDA module; csrc/cuda_ops.h lists the columns of the tables. Addresses are integers.
 
 def device(index: int) -> tuple[int, int, int, int]: ...
+def versions() -> tuple[int, int]: ...
 def client_scores_workspace(
     table: int,
     layers: int,

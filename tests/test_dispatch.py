@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -62,6 +64,29 @@ def test_an_interpreter_that_numpy_broke_is_a_reason(
     (found,) = (backend for backend in backends_for("client_totals", "cpu") if backend.name == "triton")
     assert found.available is not broken
     assert ("numpy" in found.reason) is broken
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [(13010, "serves cuda"), (12080, "built with CUDA 13.0, the driver serves up to 12.8"), (0, "serves cuda")],
+)
+def test_a_driver_older_than_the_native_code_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, driver: int, reason: str
+) -> None:
+    import protoken
+
+    native = ModuleType("protoken._C_cuda")
+    native.__spec__ = ModuleSpec("protoken._C_cuda", None)
+    native.versions = lambda: (driver, 13000)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "protoken._C_cuda", native)
+    monkeypatch.setattr(protoken, "_C_cuda", native, raising=False)
+    monkeypatch.delitem(sys.modules, "protoken.ops.cuda", raising=False)
+    monkeypatch.setattr(ops, "cuda", None, raising=False)
+    monkeypatch.setattr(dispatch, "_modules", {})
+    (found,) = (backend for backend in backends_for("client_totals", "cuda") if backend.name == "cuda")
+    sys.modules.pop("protoken.ops.cuda", None)  # it knows this native module alone
+    assert reason in found.reason
+    assert found.available is (driver != 12080)
 
 
 def test_an_error_in_a_launch_is_raised_and_not_served_by_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,18 @@ NORM_CODES = {"none": 0, "rms": 1, "layer": 2}  # HeadNorm of csrc/relevance_hea
 assert set(NORM_CODES) == set(NORMS)
 
 
+def driver_problem(driver: int, runtime: int) -> str | None:
+    """Why kernels built with this CUDA do not run on this driver; both as CUDA numbers versions, 0: no driver."""
+    if not driver or driver // 1000 >= runtime // 1000:
+        return None
+    known, built = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    return f"built with CUDA {built}, the driver serves up to {known}"
+
+
+if problem := driver_problem(*native.versions()):
+    raise ImportError(problem)  # which is the reason that `protoken.dispatch` gives
+
+
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
