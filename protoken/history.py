@@ -25,6 +25,7 @@ from .layers import input_device
 from .ledger import Ledger
 from .methods.aumann_shapley import aumann_shapley_scores
 from .methods.game import Game
+from .methods.placement import ASKED_FOR
 from .methods.replayed import moving_parameters
 from .methods.weights import Updates, read_updates
 from .objective import Objective
@@ -157,6 +158,7 @@ def history(
     """
     ids, prompt_length = ids_of(trace)
     options = Options(rounds="all", method="aumann_shapley", nodes=nodes, objective=objective)
+    points = ASKED_FOR if options.nodes is None else options.nodes
     if not trace.token_list:
         raise ArgumentError("trace", expected="a response of at least one token", got="an empty one")
     model, own = origin_of(trace, model, ledger, tokenizer)
@@ -173,7 +175,7 @@ def history(
             response,
             stretches(model, own, numbers),
             objective=options.resolved_objective,
-            nodes=options.resolved_nodes,
+            nodes=points,
         )
     clients = tuple(sorted({client for present, _ in found for client in present}))
     scores = np.zeros((len(numbers), len(clients)))
@@ -187,7 +189,7 @@ def history(
         scores=scores,
         residuals=np.array([one.residual for _, one in found]),
         objective=options.resolved_objective,
-        nodes=options.resolved_nodes,
+        nodes=points,
         prompt=trace.prompt,
         model=trace.info.model,
         ledger=trace.info.ledger,

@@ -39,7 +39,8 @@ def lineage(
     """Trace the same response again, by the path over the rounds; nothing is generated.
 
     Args:
-        nodes: gradients along the path. 1: its midpoint, to rank; None: 8, which add up to the change, to accuse.
+        nodes: gradients along the path. 1: its midpoint, to rank; None: as many as it takes to add up to the
+            change, at most 8, to accuse.
         objective, rounds, granularity: as in `protoken.trace`; "token" costs one tangent per client at each node.
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 

@@ -10,13 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-
 from .arguments import check_word, is_whole, listed
 from .bank import Rounds
 from .dispatch import ORDER
 from .errors import ArgumentError
-from .methods.aumann_shapley import DEFAULT_NODES, LINEAGE_NODES
 from .objective import Objective
 
 Way = Literal["auto", "local", "reverse", "forward"]
@@ -82,15 +79,6 @@ class Options:
         """The published method attributes the raw logit, all others the log-probability."""
         default: Objective = "logit" if self.method == "paper" else "log_prob"
         return default if self.objective is None else self.objective
-
-    @property
-    def resolved_nodes(self) -> int:
-        """One round's path is short; over several an answer's log-probability climbs steeply first and flattens."""
-        if isinstance(self.rounds, Sequence) and not isinstance(self.rounds, str):
-            one = len(self.rounds) == 1
-        else:
-            one = isinstance(self.rounds, int | np.integer) or (isinstance(self.rounds, str) and self.rounds == "last")
-        return self.nodes if self.nodes is not None else DEFAULT_NODES if one else LINEAGE_NODES
 
     @property
     def limit(self) -> int | None:

@@ -70,7 +70,7 @@ def make_plan(architecture: Architecture, options: Options, *, seed: int = 0) ->
         LayerError: a layer pattern that names nothing.
     """
     # Made for every method, so that a wrong choice is refused also where it is not used.
-    settings = Settings(nodes=options.resolved_nodes, pairs=options.pairs, seed=seed)
+    settings = Settings(nodes=options.nodes, pairs=options.pairs, seed=seed)
     if options.method in REPLAYED:
         return _replay_plan(architecture, options, settings)
     names = architecture.traced_layers(1 if options.blocks is None else options.blocks, options.layers)

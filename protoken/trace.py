@@ -96,8 +96,8 @@ def trace(
             at other weights), or a baseline: "chance", "aggregation_weight", "update_norm", "cosine",
             "client_log_prob", "activation_only", "head_only", "tracefl". docs/methods.md says what each answers.
         backend: who computes the projection: "auto", "cuda", "triton", "cpp" or "torch".
-        nodes: gradients along the path of "aumann_shapley" (totals; way="forward" scores every token); None: 4 for one
-            round, 8 for several, whose path is longer (docs/methods.md has the residuals that this leaves).
+        nodes: gradients along the path of "aumann_shapley" (totals; way="forward" scores every token); None: from 2
+            to 8, as many as the response's change along the path asks for (docs/methods.md has the residuals).
         pairs: sampled pairs of orders of "shapley" (None: exact up to 8 clients, 16 pairs above) and of coalitions of
             "paired_shapley" (None: as many as clients).
         memory_limit: ceiling for what attribution allocates on top of the model and its generation, in bytes or as

@@ -22,7 +22,7 @@ Curve = Callable[[torch.Tensor], torch.Tensor]
 ASKED: dict[str, Any] = {"method": "aumann_shapley", "rounds": "all", "max_new_tokens": 6, "do_sample": False}
 
 
-def curve(f: Curve, nodes: int) -> tuple[Nodes, int]:
+def curve(f: Curve, nodes: int | None) -> tuple[Nodes, int]:
     """The rule for f_t [T] of a scalar position, and how often f was asked for between the ends."""
     asked = []
 
@@ -112,6 +112,24 @@ def test_even_paths_are_looked_at_a_few_times_only() -> None:
     assert (rule.pieces, rule.evaluations, asked) == (1, 7, 7)
 
 
+@pytest.mark.parametrize(
+    ("f", "fewest", "most"),
+    [
+        (lambda a: torch.stack([a**n for n in range(1, 5)]), 2, 2),
+        (lambda a: torch.stack([(3 * a).exp(), (a + 1).log(), (2 * a).sin()]), 2, 4),
+        (steps(0.4, width=0.1), 4, 7),
+        (steps(0.2, 0.5), 8, 8),
+    ],
+)
+def test_as_many_nodes_as_the_path_asks_for(f: Curve, fewest: int, most: int) -> None:
+    rule, _ = curve(f, None)
+    assert fewest <= len(rule.positions) <= most
+    assert float((integrated(f, rule) - change(f)).abs().sum() / change(f).abs().sum()) < 0.01
+    if len(rule.positions) < 8:
+        fewer, _ = curve(f, max(1, len(rule.positions) - 1))
+        assert len(rule.positions) == 2 or float((integrated(f, fewer) - change(f)).abs().sum()) > 0.002
+
+
 @pytest.mark.parametrize("nodes", [1, 33])
 def test_one_node_and_very_many_are_the_plain_rule(nodes: int) -> None:
     rule, asked = curve(steps(0.2), nodes)
@@ -173,7 +191,7 @@ def test_a_rough_path_is_complete_within_a_per_cent(rough: TinyFederation, monke
     exact = protoken.trace(rough.model, PROMPT, ledger=rough.path, nodes=64, **ASKED)
     error = np.linalg.norm(trace.totals - exact.totals)
     assert error < 0.02 * np.linalg.norm(exact.totals)
-    monkeypatch.setattr(aumann_shapley, "placed", lambda _value, _start, _end, nodes: Nodes(*gauss_legendre(nodes)))
+    monkeypatch.setattr(aumann_shapley, "placed", lambda _value, _start, _end, _nodes: Nodes(*gauss_legendre(8)))
     plain = protoken.trace(rough.model, PROMPT, ledger=rough.path, **ASKED)
     assert plain.change == trace.change
     assert abs(plain.residual) > 0.02 * abs(plain.change)

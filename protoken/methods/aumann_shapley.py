@@ -28,17 +28,14 @@ from ..projection import Scores
 from .game import Game
 from .placement import placed
 
-DEFAULT_NODES = 4
-LINEAGE_NODES = 8
-
 
 def aumann_shapley_scores(
-    game: Game, nodes: int = DEFAULT_NODES, *, per_token: bool = False, backend: str = "auto"
+    game: Game, nodes: int | None = None, *, per_token: bool = False, backend: str = "auto"
 ) -> Scores:
     """Scores of the response, per layer (reverse way) or per token (forward way).
 
     Args:
-        nodes: m, gradients taken along the path.
+        nodes: m, gradients taken along the path; None: from 2 to 8, as many as the path's shape asks for.
         per_token: scores [T, K] by forward mode in place of totals by layer [L, K].
         backend: who projects; see `protoken.trace`.
 
@@ -60,7 +57,8 @@ def aumann_shapley_scores(
         change=float(change.sum()),
         objective=end,
     )
-    return scores.noting(nodes=nodes, evaluations=2 + rule.evaluations, gradients=nodes, pieces=rule.pieces)
+    count = len(rule.positions)
+    return scores.noting(nodes=count, evaluations=2 + rule.evaluations, gradients=count, pieces=rule.pieces)
 
 
 def averaged_gradient(game: Game, positions: list[float], weights: list[float]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@
 f_t itself is cheap along the path, a forward pass and no gradient. So it is looked at first: at the eighths of the
 path, then half-way into every step whose middle a cubic spline s_t through the others missed, and into those beside it,
 the worst first, until the spline follows f or has seen it at LOOKS positions. Of all ways to cut the path at these
-positions and to share out m nodes among the pieces the one is taken that would integrate s' best:
+positions and to share out m nodes among the pieces the one is taken that would integrate s' best, and of all m, where
+none is asked for, the first from 2 to 8 whose error is below ENOUGH:
 
     cost of a piece with k nodes = (|sum_t e_t| + sum_t |e_t|) / sum_t |f_t(1) - f_t(0)|
     e_t = its k-point rule applied to s_t', less s_t(q) - s_t(p)
@@ -41,6 +42,10 @@ PIECE = 5
 """What a further piece must save, in units of UNIT."""
 UNIT = 1e-4
 """Costs are whole multiples of this share of the change: rounding of f decides nothing."""
+ENOUGH = 10
+"""Cost, without that of pieces, from which on no more nodes are taken, in units of UNIT."""
+FEWEST, ASKED_FOR = 2, 8
+"""Nodes, where nobody says how many: at least, and at most."""
 LEAST = 0.01
 """A change below this many nats counts as so many: rounding of single precision need not be followed."""
 MOST_NODES = 32
@@ -72,24 +77,31 @@ def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
     return ((x + 1) / 2).tolist(), (w / 2).tolist()
 
 
-def placed(value: Callable[[float], Tensor], start: Tensor, end: Tensor, nodes: int) -> Nodes:
-    """m nodes where f needs them.
+def placed(value: Callable[[float], Tensor], start: Tensor, end: Tensor, nodes: int | None) -> Nodes:
+    """m nodes where f needs them, or as many as it needs.
 
     Args:
         value: f_t [T] at a position between 0 and 1.
         start, end: f_t [T] at 0 and 1.
         nodes: m. A single node has nowhere else to go, and more than MOST_NODES need no help: these are the plain
-            rule. So is that of an f which is no number somewhere.
+            rule. So is that of an f which is no number somewhere. None: from FEWEST to ASKED_FOR, as few as will do.
     """
-    plain = Nodes(*gauss_legendre(nodes))
+    most = ASKED_FOR if nodes is None else nodes
+    plain = Nodes(*gauss_legendre(most))
     seen = {0.0: _numbers(start), 1.0: _numbers(end)}
     scale = max(float(np.abs(seen[1.0] - seen[0.0]).sum()), LEAST)
-    if not 1 < nodes <= MOST_NODES or not np.isfinite(scale):
+    if not 1 < most <= MOST_NODES or not np.isfinite(scale):
         return plain
     if not _look(value, seen, scale):
         return plain
     spline = Spline(sorted(seen))
-    pieces = _cut(_costs(spline, _table(spline, seen), nodes, scale), nodes)
+    costs = _costs(spline, _table(spline, seen), most, scale)
+    cuts = _cuts(costs, most)
+    enough = most
+    if nodes is None:
+        errors = {m: sum(costs[piece] - PIECE for piece in cuts[m]) for m in range(FEWEST, most)}
+        enough = next((m for m, error in errors.items() if error <= ENOUGH), most)
+    pieces = cuts[enough]
     positions, weights = _rule(pieces, spline.knots)
     return Nodes(positions, weights, len(pieces), len(seen) - 2)
 
@@ -103,10 +115,11 @@ def _look(value: Callable[[float], Tensor], seen: dict[float, Array], scale: flo
     """Fill `seen` with f where a spline needs it; whether f was a number everywhere."""
     for position in (0.25, 0.5, 0.75):
         seen[position] = _numbers(value(position))
+    finite = all(np.isfinite(row).all() for row in seen.values())
     # How much the spline misses in a step, by where the step begins: nobody knows it of the first four.
     misses = dict.fromkeys((0.0, 0.25, 0.5, 0.75), np.inf)
     failed: list[tuple[float, float, float]] = []
-    while len(seen) - 2 < LOOKS and all(np.isfinite(row).all() for row in seen.values()):
+    while len(seen) - 2 < LOOKS and finite:
         spline = Spline(sorted(seen))
         steps = [(_need(p, q, misses[p], failed), p, q) for p, q in pairwise(spline.knots.tolist())]
         need, p, q = max(steps, key=lambda step: (step[0], -step[1]))
@@ -115,11 +128,12 @@ def _look(value: Callable[[float], Tensor], seen: dict[float, Array], scale: flo
         middle = (p + q) / 2
         guess = (spline.values(np.array([middle])) @ _table(spline, seen))[0]
         seen[middle] = _numbers(value(middle))
+        finite = bool(np.isfinite(seen[middle]).all())
         # Halving the step divides a cubic spline's error by sixteen.
         misses[p] = misses[middle] = float(np.abs(guess - seen[middle]).sum()) / 16
         if misses[p] > ACCURATE * scale:
             failed.append((misses[p], p, q))
-    return all(np.isfinite(row).all() for row in seen.values())
+    return finite
 
 
 def _need(p: float, q: float, missed: float, failed: list[tuple[float, float, float]]) -> float:
@@ -160,8 +174,8 @@ def _costs(spline: Spline, table: Array, nodes: int, scale: float) -> Array:
     return costs
 
 
-def _cut(costs: Array, nodes: int) -> list[tuple[int, int, int]]:
-    """The cheapest pieces (i, j, k) from the first knot to the last whose k add up to m."""
+def _cuts(costs: Array, nodes: int) -> dict[int, list[tuple[int, int, int]]]:
+    """By m, from 1 to `nodes`: the cheapest pieces (i, j, k) from the first knot to the last whose k add up to m."""
     size = len(costs)
     best = np.full((size, nodes + 1), np.inf)
     best[0, 0] = 0
@@ -174,12 +188,15 @@ def _cut(costs: Array, nodes: int) -> list[tuple[int, int, int]]:
             better = least < best[:, total]
             best[better, total] = least[better]
             before[better, total, 0], before[better, total, 1] = i[better], k
-    pieces, j, left = [], size - 1, nodes
-    while j:
-        i, k = (int(number) for number in before[j, left])
-        pieces.append((i, j, k))
-        j, left = i, left - k
-    return pieces[::-1]
+    cuts = {}
+    for total in range(1, nodes + 1):
+        pieces, j, left = [], size - 1, total
+        while j:
+            i, k = (int(number) for number in before[j, left])
+            pieces.append((i, j, k))
+            j, left = i, left - k
+        cuts[total] = pieces[::-1]
+    return cuts
 
 
 def _rule(pieces: list[tuple[int, int, int]], knots: Array) -> tuple[list[float], list[float]]:

@@ -16,7 +16,7 @@ from ..ledger import Ledger
 from ..objective import Objective
 from ..projection import Scores
 from ..relevance import Response
-from .aumann_shapley import DEFAULT_NODES, aumann_shapley_scores
+from .aumann_shapley import aumann_shapley_scores
 from .baselines import BASELINES, baseline_scores
 from .game import Game
 from .leave_one_out import leave_one_out_scores
@@ -38,18 +38,19 @@ TRACED_LAYERS_ONLY = ("activation_only",)
 class Settings:
     """How a replayed method computes.
 
-    nodes: Gauss-Legendre nodes of aumann_shapley. pairs: sampled pairs of shapley (orders) and paired_shapley
-    (coalitions), None for their defaults.
+    nodes: Gauss-Legendre nodes of aumann_shapley, None for as many as the path asks for.
+    pairs: sampled pairs of shapley (orders) and paired_shapley (coalitions), None for their defaults.
     per_token: aumann_shapley by the forward way. seed: of the sampled orders.
     """
 
-    nodes: int = DEFAULT_NODES
+    nodes: int | None = None
     pairs: int | None = None
     per_token: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        gauss_legendre(self.nodes)
+        if self.nodes is not None:
+            gauss_legendre(self.nodes)
         if self.pairs is not None and (type(self.pairs) is not int or self.pairs < 0):
             raise ArgumentError("pairs", expected="a whole number of 0 or more, or None", got=self.pairs)
 
