@@ -74,9 +74,9 @@ def plan(workdir: Path, site: Path, chosen: Sequence[str], dry_run: bool = False
     for tool in SANITIZERS:
         prefix = () if dry_run else sanitizer(tool)
         steps.append(python(tool, 140, 1, together | sanitized(), *prefix, action="sanitize"))
-        if tool in CONTROLLED:
-            action, expects = f"control:{tool}", 0 if dry_run else FOUND
-            steps.append(python(action, 100, 1, together | sanitized(), *prefix, expects=expects))
+    for tool in CONTROLLED:
+        prefix, expects = ((), 0) if dry_run else (sanitizer(tool, control=True), FOUND)
+        steps.append(python(f"control:{tool}", 100, 1, together | sanitized(), *prefix, expects=expects))
     steps += [
         python("compile", 140, 1, together | {"PROTOKEN_GPU_FEW_CLIENTS": "1"}),
         python("bench:dense", 90, 2, run),
@@ -98,15 +98,30 @@ def tools() -> dict[str, str]:
     return {"PATH": os.pathsep.join(path)}
 
 
-def sanitizer(tool: str) -> list[str]:
+def sanitizer(tool: str, control: bool = False) -> list[str]:
     """compute-sanitizer's command. Only protoken's kernels are instrumented: torch's would take all the time."""
-    # Importing torch takes longer than the ten seconds that it waits for a process to show itself; torch asks the
-    # driver for functions that are not there, which is no error; a gap behind every allocation shows small overruns.
-    # Of what the host was at, the rows say more than its stack, which is long and takes long.
-    only = ["--report-api-errors", "no", "--padding", "64"] if tool == "memcheck" else []
-    common = ["--error-exitcode", str(FOUND), "--launch-timeout", "0", "--kernel-name", "kns=protoken"]
-    common += ["--show-backtrace", "no", "--print-limit", "50"]
-    return [found_sanitizer(), "--tool", tool, *common, *only]
+    command = {
+        "tool": tool,
+        "error-exitcode": str(FOUND),
+        "kernel-name": "kns=protoken",
+        # Importing torch takes longer than the ten seconds that it waits for a process to show itself, and the several
+        # that run side by side shall not look for theirs behind the same door.
+        "launch-timeout": "0",
+        "port": str(49_152 + 20 * (SANITIZERS.index(tool) + len(SANITIZERS) * control)),
+        "target-processes": "application-only",
+        # After an error the device is as before, so that the other kernels are seen, too.
+        "destroy-on-device-error": "kernel",
+        # Of what the host was at, the rows say more than its stack, which is long and takes long.
+        "show-backtrace": "no",
+        "print-limit": "50",
+    }
+    if tool == "memcheck":
+        # torch asks the driver for functions that are not there, which is no error; a gap behind every allocation
+        # shows small overruns.
+        command |= {"report-api-errors": "no", "padding": "64"}
+    if tool == "initcheck":  # what torch's kernels wrote counts as not written, when it is copied to the host
+        command |= {"check-api-memory-access": "no"}
+    return [found_sanitizer(), *(part for name, value in command.items() for part in (f"--{name}", value))]
 
 
 def found_sanitizer() -> str:

@@ -95,7 +95,7 @@ def control(rows: Rows, tool: str) -> None:
     m, bank = normal(64, 64, seed=1).to(DEVICE), torch.empty(clients, 64, 64, device=DEVICE)
     if tool == "memcheck":
         bank.copy_(torch.zeros(bank.shape))
-    with suppress(RuntimeError):  # memcheck ends the kernel
+    with suppress(RuntimeError):  # were the context to end with the kernel
         launcher("cuda", "client_totals")(poisoned(1, 64), [m], [DenseBank.of(bank)])
         synchronize()
     rows.add(control=tool)

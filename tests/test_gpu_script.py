@@ -219,12 +219,21 @@ def test_the_parts_of_a_check_are_the_whole(gpu: ModuleType, tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, timeout=100, check=True)
 
 
+def test_sanitizers_side_by_side_do_not_share_a_port(gpu: ModuleType, tmp_path: Path) -> None:
+    steps = gpu.plan(tmp_path, tmp_path / "site", [*gpu.SANITIZERS, "control"])
+    ports = [int(step.command[step.command.index("--port") + 1]) for step in steps]
+    assert len(steps) == 6
+    assert all(abs(one - other) >= 10 for n, one in enumerate(ports) for other in ports[:n])  # each tries up to ten
+
+
 def test_sanitizers_see_what_is_written_and_where_a_tensor_ends(gpu: ModuleType, tmp_path: Path) -> None:
     for step in gpu.plan(tmp_path, tmp_path / "site", list(gpu.SANITIZERS)):
         assert step.command[1:3] == ["--tool", step.name]
         assert step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
         assert step.environment["PROTOKEN_GPU_HOST_OPERANDS"] == "1"
         assert step.command[step.command.index("--kernel-name") + 1] == "kns=protoken"
+        assert step.command[step.command.index("--destroy-on-device-error") + 1] == "kernel"  # the others are seen, too
+        assert ("--check-api-memory-access" in step.command) == (step.name == "initcheck")
         assert step.expects == 0
     for step in gpu.plan(tmp_path, tmp_path / "site", ["control"]):
         assert step.expects == int(step.command[step.command.index("--error-exitcode") + 1]) != 0
