@@ -17,7 +17,11 @@ constexpr int kSharedByRight = 48 << 10;  // dynamic shared memory of a kernel t
 
 #ifdef PROTOKEN_EMULATE
 
-Device device_of(int index) { return {index, 9, 0, 3, 227 << 10}; }  // few processors: every block gets several units
+// Few processors: every block gets several units. 0 is of compute capability 9.0, 1 of 8.0 and 2 of 8.6.
+Device device_of(int index) {
+  constexpr int kCapability[3][2] = {{9, 0}, {8, 0}, {8, 6}}, kShared[3] = {227 << 10, 163 << 10, 99 << 10};
+  return {index, kCapability[index][0], kCapability[index][1], 3, kShared[index]};
+}
 Versions versions() { return {0, 0}; }
 Current::Current(int) : before_(0) {}
 Current::~Current() {}

@@ -6,7 +6,7 @@ how work is cut into units, and that barriers are met. csrc/cuda_emulation.h say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -88,6 +88,48 @@ def test_client_scores_do_not_depend_on_the_order_or_the_number_of_clients(cuda:
         outs.append(out[0])
     assert torch.equal(outs[0][order], outs[1])
     assert torch.equal(outs[0][:2], outs[2])
+
+
+class _On:
+    """The native module, called for another of the emulated devices; ``device`` is the last but one of a launch's
+    arguments and the last when only the size of the workspace is asked for."""
+
+    def __init__(self, native: ModuleType, device: int) -> None:
+        self._native, self._device = native, device
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        function, place = getattr(self._native, name), -1 if name.endswith("workspace") else -2
+
+        def call(*arguments: object) -> object:
+            changed = list(arguments)
+            changed[place] = self._device
+            return function(*changed)
+
+        return call
+
+
+@pytest.mark.parametrize("device", [1, 2], ids=["sm_80", "sm_86"])
+@pytest.mark.parametrize(
+    ("name", "tokens_dtype"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("int8", "fp32"), ("fp8", "bf16")]
+)
+def test_calls_fit_into_the_shared_memory_of_older_devices(
+    cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, device: int, name: str, tokens_dtype: str
+) -> None:
+    from protoken.ops import DenseBank, LowRankBank, client_scores_lowrank_reference, client_scores_reference
+
+    monkeypatch.setattr(cuda, "native", _On(cuda.native, device))
+    for tokens, rows, columns in ((5, 16, 1040), (130, 16, 528)):
+        x = normal(tokens, columns, seed=1, dtype=FORMATS[tokens_dtype])
+        grad = normal(tokens, rows, seed=2, dtype=FORMATS[tokens_dtype])
+        bank, scale = bank_of(name, 1, rows, columns)
+        out = poisoned(1, 1, tokens)
+        cuda.launch_client_scores(out, [x], [grad], [DenseBank.of(bank, scale)])
+        assert_close(out[0], client_scores_reference(x, grad, bank, scale=scale))
+        if scale is None:
+            a, b = (normal(*shape, seed=4, dtype=FORMATS[name]) for shape in ((3, 8, columns), (3, rows, 8)))
+            out = poisoned(1, 3, tokens)
+            cuda.launch_client_scores_lowrank(out, [x], [grad], [LowRankBank.of(a, b)], path=1)
+            assert_close(out[0], client_scores_lowrank_reference(x, grad, a, b))
 
 
 def test_a_small_call_leaves_a_kernel_the_shared_memory_that_larger_ones_need(cuda: ModuleType) -> None:
