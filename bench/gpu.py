@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 OPS = ("client_scores", "client_scores_lowrank", "client_totals", "relevance_head", "capture_append")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SLOW = 3  # how many times as long a dry run may take: an interpreter on a busy machine
 FOUND = 9  # compute-sanitizer's exit status when it has something to object to
 CONTROLLED = ("memcheck", "initcheck")  # whose control step plants an error and wants it found
 # In how many processes Triton's kernels of an op are checked: to compile them takes a processor one to two minutes.
@@ -44,10 +45,11 @@ TOOLKIT = Path("/usr/local/cuda/bin")
 
 def plan(workdir: Path, site: Path, chosen: Sequence[str], dry_run: bool = False) -> list[Step]:
     """All steps, or those whose names, with or without what follows the colon, are in ``chosen``."""
-    run = tools() | {"PYTHONPATH": str(site), "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(workdir / "triton")}
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    run = tools() | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(workdir / "triton")}
     if dry_run:
         run |= {"PROTOKEN_GPU_DRY_RUN": "1", "TRITON_INTERPRET": "1"}
-    slow = 3 if dry_run else 1  # an interpreter on a busy machine
+    slow = SLOW if dry_run else 1
     # Two dozen processes at once share the cores.
     together = run | {"OMP_NUM_THREADS": "2"}
 
@@ -202,7 +204,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--steps", nargs="*", default=[], help="only these steps (default: all)")
     parser.add_argument("--site", type=Path, help="folder to install into, or that holds an installed protoken")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="time for everything")
+    parser.add_argument("--seconds", type=float, help=f"time for everything (default: {TOTAL_SECONDS:.0f})")
     parser.add_argument("--dry-run", action="store_true", help="the same steps on the CPU, at tiny sizes")
     return parser.parse_args(arguments)
 
@@ -220,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         site = options.site or Path(folder) / "site"
         steps = plan(Path(folder), site, options.steps, options.dry_run)
-        run_steps(steps, report, options.out, options.seconds - (time.monotonic() - begin))
+        seconds = options.seconds or TOTAL_SECONDS * (SLOW if options.dry_run else 1)
+        run_steps(steps, report, options.out, seconds - (time.monotonic() - begin))
     copies = [row["copy_bandwidth"] for row in report["rows"] if "copy_bandwidth" in row]
     report["copy_bandwidth"] = max(copies, default=None)
     write(report, options.out)

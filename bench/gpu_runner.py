@@ -1,8 +1,8 @@
 """Runs the steps of bench/gpu.py: each a process group of its own with a time limit of its own.
 
-Steps of one wave run side by side, waves one after another. What the steps have found is collected into the report on
-disk every few seconds, so that it is there whatever ends the run; a step that fails, hangs or loses the device takes
-none of the others with it. SIGTERM and Ctrl-C end all steps, and the report says so.
+Steps of one wave run side by side, as many as the cores can serve; waves one after another. What the steps have found
+is collected into the report on disk every few seconds, so that it is there whatever ends the run; a step that fails,
+hangs or loses the device takes none of the others with it. SIGTERM and Ctrl-C end all steps, and the report says so.
 
 A step with a rows file says there what it begins (``{"begin": ...}``) and that it came to its end (``{"end": true}``).
 One that died before is started again, as long as there is time and it gets further each time: it goes on behind what it
@@ -26,6 +26,7 @@ from typing import Any
 TOTAL_SECONDS = 525.0
 TAIL = 12_000  # characters of a step's output
 WRITE_EVERY = 5.0
+SIDE_BY_SIDE = max(4, 2 * (os.cpu_count() or 2))  # more only wait for each other, and their time runs out meanwhile
 WORTH_A_START = 20.0  # seconds: importing torch takes a part of them
 
 
@@ -73,13 +74,15 @@ def run_steps(steps: Sequence[Step], report: dict[str, Any], out: Path, total: f
     try:
         with stopped_by_sigterm():
             for wave in sorted({step.wave for step in steps}):
-                for step in (step for step in steps if step.wave == wave):
-                    left = total - (time.monotonic() - begin)
-                    if left < 5:
-                        report["steps"][step.name] = {"status": "skipped", "reason": "no time left"}
-                    else:
-                        running.append(Running(step, min(step.seconds, left)))
-                _watch(running, steps, report, out)
+                waiting = [step for step in steps if step.wave == wave]
+                while waiting or running:
+                    while waiting and len(running) < SIDE_BY_SIDE:
+                        step, left = waiting.pop(0), total - (time.monotonic() - begin)
+                        if left < 5:
+                            report["steps"][step.name] = {"status": "skipped", "reason": "no time left"}
+                        else:
+                            running.append(Running(step, min(step.seconds, left)))
+                    _watch(running, steps, report, out)
         ended = "done"
     except (Stopped, KeyboardInterrupt) as signalled:
         report["stopped"] = str(signalled) or type(signalled).__name__
@@ -93,15 +96,14 @@ def run_steps(steps: Sequence[Step], report: dict[str, Any], out: Path, total: f
 
 
 def _watch(running: list[Running], steps: Sequence[Step], report: dict[str, Any], out: Path) -> None:
-    """Until all have ended."""
-    written = time.monotonic()
-    while running:
+    """Until one or more have ended."""
+    written, under_way = time.monotonic(), len(running)
+    while running and len(running) == under_way:
         for item in list(running):
             if item.ended() or item.late():
                 report["steps"][item.step.name] = item.finish("timeout")
                 running.remove(item)
-                written = 0.0
-        if time.monotonic() - written > WRITE_EVERY:
+        if len(running) < under_way or time.monotonic() - written > WRITE_EVERY:
             report["rows"] = collect(steps)
             write(report, out)
             written = time.monotonic()

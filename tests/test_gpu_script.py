@@ -178,6 +178,22 @@ def test_steps_of_a_wave_run_side_by_side_and_waves_in_order(gpu: ModuleType, tm
     assert log.read_text() == "first first second"
 
 
+def test_more_steps_than_the_cores_can_serve_take_turns(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["gpu_runner"], "SIDE_BY_SIDE", 2)
+    log = tmp_path / "log"
+    code = f"import time\nfor word in ('in', 'out'):\n    open({str(log)!r}, 'a').write(word + ' '); time.sleep(1.0)"
+    report = empty_report()
+    gpu.run_steps([step(gpu, name, code) for name in "abc"], report, tmp_path / "r.json")
+    inside = [0]
+    for word in log.read_text().split():
+        inside.append(inside[-1] + (1 if word == "in" else -1))
+    assert len(inside) == 7
+    assert max(inside) <= 2
+    assert {name: outcome["status"] for name, outcome in report["steps"].items()} == dict.fromkeys("abc", "ok")
+
+
 def test_without_time_left_steps_are_skipped_and_said_so(gpu: ModuleType, tmp_path: Path) -> None:
     report = empty_report()
     gpu.run_steps([step(gpu, "late", "pass")], report, tmp_path / "r.json", total=1.0)
