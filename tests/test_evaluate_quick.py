@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -39,7 +40,9 @@ def cells(out: Path) -> list[Cell]:
 
 @pytest.mark.slow
 def test_the_poisoned_clients_are_named_in_every_round_with_a_refusal(cells: list[Cell]) -> None:
-    for method in ("protoken, all rounds", "aumann_shapley, all rounds"):
+    """By the path, whole or half-way. First order at G errs on answers that begin as the refusal and end otherwise, and
+    whether a model this small gives such answers is up to the processor's rounding while it is trained."""
+    for method in ("aumann_shapley, all rounds", "aumann_shapley m=1, log-odds, all rounds"):
         own = [cell for cell in cells if cell.method == method]
         assert own
         for cell in own:
@@ -51,6 +54,11 @@ def test_the_poisoned_clients_are_named_in_every_round_with_a_refusal(cells: lis
             assert cell.extra["verbatim_samples"] == round(cell.extra["verbatim"] * cell.samples)
             assert {cell.extra[f"{kind}_top1"] for kind in ("verbatim", "other")} <= {1.0, None}
     assert {cell.method for cell in cells} >= {"protoken", "paper", "aumann_shapley", "chance", "shapley, all rounds"}
+    rounds = {cell.round for cell in cells}
+    for method in ("protoken", "protoken, all rounds", "protoken, log-odds"):
+        first = [cell for cell in cells if cell.method == method]
+        assert {cell.round for cell in first} == rounds
+        assert np.average([cell.top1 or 0.0 for cell in first], weights=[cell.samples for cell in first]) > 2 / 3
 
 
 @pytest.mark.slow
@@ -70,7 +78,7 @@ def test_scores_add_up_and_agree_with_exact_values(cells: list[Cell]) -> None:
     integral = [c for c in cells if c.method == "aumann_shapley, all rounds"]
     for cell in integral:
         assert cell.residual is not None
-        assert cell.residual < 0.15, cell
+        assert cell.residual < 0.01, cell
     assert any((c.pearson_shapley or 0) > 0.9 for c in integral)
     (exact,) = [c for c in cells if c.method == "shapley, all rounds" and c.round == last]
     assert exact.pearson_shapley == pytest.approx(1)
