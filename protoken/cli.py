@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .cli_evaluate import app as evaluate_app
 from .cli_ledger import app as ledger_app
+from .cli_output import CLOSED_PIPE, DISK, give_up, take_any_encoding
 from .cli_records import app as records_app
 from .cli_records import output_file
 from .errors import ProtokenError
@@ -90,12 +91,26 @@ def trace(
     import protoken
 
     from .evaluation.base_model import load_base
+    from .generation import check_seed
+    from .options import Options
 
     if response is not None and (sample or max_new_tokens != DEFAULT_NEW_TOKENS):
         raise typer.BadParameter("is attributed as it stands, nothing is generated", param_hint="--response")
     if lineage and (rounds, objective, method, blocks, pairs) != ("last", None, "protoken", None, None):
         raise typer.BadParameter("chooses rounds, objective, method and blocks itself", param_hint="--lineage")
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample} if response is None else {}
+    choices: dict[str, Any] = {
+        "rounds": _rounds(rounds),
+        "blocks": blocks,
+        "objective": objective,
+        "method": method,
+        "backend": backend,
+        "nodes": nodes,
+        "pairs": pairs,
+    }
+    # What can be refused at once is refused before the model is loaded.
+    Options(**choices)
+    check_seed(seed)
     opened = protoken.Ledger.open(ledger)
     base = load_base(model)
     result = protoken.trace(
@@ -103,29 +118,28 @@ def trace(
         prompt,
         ledger=opened,
         tokenizer=base.tokenizer,
-        rounds=_rounds(rounds),
-        blocks=blocks,
-        objective=objective,  # type: ignore[arg-type]
-        method=method,  # type: ignore[arg-type]
-        backend=backend,
-        nodes=nodes,
-        pairs=pairs,
         response=response,
         chat=False if raw else None,
         seed=seed,
+        **choices,
         **generation,
     )
     if lineage:
         result = result.lineage(nodes=nodes or 1)
-    result.show()
-    if html is not None:
-        result.to_html(html)
-    if json is not None:
-        result.save(json)
-    if history is not None:
-        rounds_of_it = result.history()
-        Console().print(rounds_of_it)
-        rounds_of_it.to_html(history)
+    rounds_of_it = None
+    # Files first, since whoever reads the output may stop before its end; and the output whatever became of them.
+    try:
+        if html is not None:
+            result.to_html(html)
+        if json is not None:
+            result.save(json)
+        if history is not None:
+            rounds_of_it = result.history()
+            rounds_of_it.to_html(history)
+    finally:
+        result.show()
+        if rounds_of_it is not None:
+            Console().print(rounds_of_it)
 
 
 @app.command()
@@ -219,15 +233,29 @@ def _rounds(text: str) -> Any:
 
 
 def main() -> None:
-    """Entry point: our own errors and files that are not there are one line; all else is a bug with its traceback."""
+    """Entry point: our own errors, missing files and full disks are one line; all else is a bug with its traceback."""
+    take_any_encoding()
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except ProtokenError as error:
         _fail(error, str(error))
+    except BrokenPipeError:
+        give_up(sys.stdout)
+        sys.exit(CLOSED_PIPE)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK:
             raise
-        _fail(error, f"{error.filename}: {error.strerror}")
+        give_up(sys.stdout if error.filename is None else None)
+        _fail(error, f"{'output' if error.filename is None else error.filename}: {error.strerror}")
+    except SystemExit as end:
+        # typer's way to take a closed pipe.
+        if isinstance(end.__context__, BrokenPipeError):
+            sys.exit(CLOSED_PIPE)
+        raise
 
 
 def _fail(error: Exception, message: str) -> None:

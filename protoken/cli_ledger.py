@@ -14,16 +14,22 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from . import ledger as ledgers
+from .report.fitting import Column, Fitted
 from .report.visible import name, visible
 
 app = typer.Typer(help="Fill, read and check a ledger.", no_args_is_help=True)
 
 LedgerPath = Annotated[Path, typer.Argument(help="The ledger's folder.")]
 _NAMES = ("client", "parameter", "rule", "codec", "quarantined", "signed_by")
+# What a narrow terminal goes without, the last ones first.
+_DISPENSABLE = (
+    *("committed (UTC)", "clients", "size", "rule", "tensors", "codec"),
+    *("signed_by", "norm", "bytes", "examples"),
+    *("change_norm", "shape", "form", "dtype"),
+)
 _RESIDUAL = (
     "Residual: what a round's change is beyond the weighted sum of the clients' updates, relative to the change."
 )
@@ -90,7 +96,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every hash, signature and shard; exit status 1 if anything is wrong."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         bar = progress.add_task("verify", total=None)
         report = ledgers.verify(
             ledger,
@@ -129,7 +135,7 @@ def import_folder(
     """Commit every round of a folder; rounds that are there already are left out."""
     ledgers.round_folders(folder)  # Before a ledger is made of nothing.
     opened = ledgers.Ledger.open(ledger) if (ledger / "HEAD").exists() else ledgers.Ledger.create(ledger, model=model)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         bar = progress.add_task("import", total=None)
         rounds = ledgers.import_folder(
             opened,
@@ -159,21 +165,31 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove the tensors of old rounds; their manifests, hashes and signatures stay."""
+    opened = ledgers.Ledger.open(ledger)
+    opened.select(rounds)
     if not yes:
         typer.confirm(f"Remove the tensors of rounds {rounds} for good?", abort=True)
-    freed = ledgers.prune(ledgers.Ledger.open(ledger), rounds)
+    freed = ledgers.prune(opened, rounds)
     Console().print(f"{freed:,} bytes freed")
 
 
+def _progress() -> Progress:
+    """On a terminal; elsewhere it would leave an empty line."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
 def _show(rows: list[dict[str, Any]], *, title: str) -> None:
-    table = Table(title=Text(visible(title)), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in rows[0] if rows else ():
-        # Names are long and may be broken; figures are not read in pieces, and a cut one must show that it was cut.
-        whole = column not in _NAMES
-        table.add_column(column.replace("_", " "), overflow="ellipsis" if whole else "fold", no_wrap=whole)
-    for row in rows:
-        table.add_row(*(Text(name(_cell(value))) for value in row.values()))
-    Console().print(table)
+    columns = [
+        Column(
+            key.replace("_", " "),
+            [Text(name(_cell(row[key]))) for row in rows],
+            breaks=key in _NAMES,
+            drop=_DISPENSABLE.index(key) + 1 if key in _DISPENSABLE else 0,
+        )
+        for key in (rows[0] if rows else ())
+    ]
+    Console().print(Fitted(columns, Text(visible(title))))
 
 
 def _cell(value: object) -> str:

@@ -34,6 +34,7 @@ from protoken.evaluation.corpora import (
 from protoken.evaluation.federation import Client, FederationConfig
 from protoken.evaluation.federation_store import federate
 from protoken.evaluation.training import LocalSettings
+from protoken.paths import write_text
 from protoken.results import Trace
 from protoken.trace import trace
 
@@ -132,7 +133,7 @@ def run_demo(
     conclude(console, figures, clients, settings.question, out)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(str(json_path), json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return figures
 
 

@@ -123,9 +123,9 @@ class History:
         )
 
     def __rich__(self) -> RenderableType:
-        from .report.history import history_table
+        from .report.history import HistoryTable
 
-        return history_table(self)
+        return HistoryTable(self)
 
 
 def history(

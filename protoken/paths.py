@@ -51,14 +51,16 @@ def write_whole(
 ) -> None:
     """Let `write` fill a file beside `path`, which then takes its name: `path` appears whole or not at all.
 
-    What is no regular file is written to by `write_in_place` (None: by `write`, too). A file keeps its rights; a new
-    one gets those that open() would give it, whatever `write` does.
+    What is no regular file, or open already, is written to by `write_in_place` (None: by `write`, too). A file keeps
+    its rights; a new one gets those that open() would give it, whatever `write` does.
     """
-    target = os.path.realpath(path)
     with _naming(path):
-        if os.path.exists(target) and not os.path.isfile(target):
+        # What a shell has opened goes on being written to by others, be it a file or not.
+        opened = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+        if opened or (os.path.exists(path) and not os.path.isfile(path)):
             (write_in_place or write)(path)
             return
+        target = os.path.realpath(path)
         partial = f"{target}.{secrets.token_hex(4)}.partial"
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         try:

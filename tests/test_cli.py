@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,17 +48,23 @@ def test_env_names_versions_native_modules_and_backends() -> None:
         assert expected in result.output
 
 
-def test_a_figure_that_a_narrow_terminal_cuts_shows_that_it_was_cut(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [24, 40, 60, 80])
+def test_a_narrow_terminal_cuts_no_figure_and_says_what_it_has_no_room_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    def words(columns: str) -> set[str]:
-        monkeypatch.setenv("COLUMNS", columns)
-        lines = run(app, ["ledger", "ls", str(folder / "ledger")]).output.splitlines()
-        return {word for line in lines if re.match(r"[12] ", line) for word in line.split()}
+    def shown(command: str, width: int) -> tuple[set[str], str]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        output = run(app, ["ledger", command, str(folder / "ledger")]).output
+        assert max(map(len, output.splitlines())) <= width
+        rows = [line for line in output.splitlines() if re.match(r"([12]|ada|bob|cleo|null) ", line)]
+        return {word for row in rows for word in row.split()}, " ".join(output.split())
 
-    whole, narrow = words("100"), words("40")
-    assert any(word.endswith("…") for word in narrow)
-    assert all(word.endswith("…") or word in whole for word in narrow)
+    for command, least in (("ls", {"1", "2"}), ("show", {"ada", "bob", "cleo", "null", "0.4"})):
+        (whole, everything), (narrow, text) = shown(command, 200), shown(command, columns)
+        assert "no room for" not in everything
+        assert narrow <= whole
+        assert least <= narrow
+        assert ("no room for" in text) == (narrow != whole)
 
 
 def test_models_lists_every_family() -> None:
@@ -145,8 +154,6 @@ def test_ledger_ls_show_and_verify(folder: Path) -> None:
 
 
 def test_verify_fails_on_a_changed_byte(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(folder / "ledger", tmp_path / "ledger")
     shard = max((tmp_path / "ledger").rglob("*.safetensors"), key=lambda p: p.stat().st_size)
     data = bytearray(shard.read_bytes())
@@ -234,3 +241,125 @@ def test_the_package_does_not_load_transformers_before_there_is_a_model() -> Non
     code = f"import sys, protoken, protoken.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- what is at the other end --------------------------------------------------------------------------------------
+
+
+def own_lines(stderr: str) -> list[str]:
+    """Without what libraries that transformers loads have to say."""
+    others = re.compile(r"site-packages|^[IWE]\d{4} |Loading weights|^$")
+    return [line for line in stderr.splitlines() if not others.search(line)]
+
+
+def test_verify_of_what_is_no_ledger_judges_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "none", tmp_path / "file"):
+        result = run(app, ["ledger", "verify", str(place)])
+        assert isinstance(result.exception, protoken.errors.ArgumentError)
+        assert str(place) in str(result.exception)
+        assert "SOUND" not in result.output
+
+
+def test_a_ledger_that_lost_a_file_is_not_sound(folder: Path, tmp_path: Path) -> None:
+    for name in ("ledger.json", "HEAD", "rounds"):
+        copy = tmp_path / name
+        shutil.copytree(folder / "ledger", copy)
+        (copy / name).rename(tmp_path / f"lost-{name}")
+        result = run(app, ["ledger", "verify", str(copy)])
+        assert result.exit_code == 1
+        assert "NOT SOUND" in result.output
+
+
+def test_prune_asks_nothing_where_there_is_nothing_to_prune(folder: Path, tmp_path: Path) -> None:
+    for asked in ([str(tmp_path), "1"], [str(folder / "ledger"), "7"]):
+        result = run(app, ["ledger", "prune", *asked])
+        assert isinstance(result.exception, protoken.errors.LedgerError)
+        assert "for good" not in result.output
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--rounds", "x"], ["--method", "x"], ["--objective", "x"], ["--seed", "-1"]], ids=str
+)
+def test_a_wrong_choice_is_refused_before_a_model_is_loaded(wrong: list[str]) -> None:
+    result = run(app, ["trace", "hi", "--model", "no model", "--ledger", "no ledger", *wrong])
+    assert wrong[0].removeprefix("--") in f"{result.exception} {result.output}"
+    assert "no model" not in f"{result.exception}"
+    assert "no ledger" not in f"{result.exception}"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_an_encoding_lacks_is_printed_plainly(encoding: str) -> None:
+    text = "■ ada ━━╍ · … ⟨U+001B⟩ é 漢 😀 \\ud83d"
+    code = f'from protoken.cli_output import take_any_encoding; take_any_encoding(); print("{text}", end="")'
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        check=True,
+    )
+    plain = {
+        "ascii": "# ada ==~ - ~ <U+001B> ? ?? ?? ?",
+        "latin-1": "# ada ==~ · ~ <U+001B> é ?? ?? ?",
+        "cp1252": "# ada ==~ · … <U+001B> é ?? ?? ?",
+        "utf-8": "■ ada ━━╍ · … ⟨U+001B⟩ é 漢 😀 ?",
+    }
+    assert done.stdout.decode(encoding) == plain[encoding]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", [["models"], ["ledger", "ls", "--json"]], ids=str)
+def test_a_full_disk_behind_the_output_is_one_line(folder: Path, command: list[str]) -> None:
+    arguments = [*command, *([str(folder / "ledger")] if "ledger" in command else [])]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "protoken", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert own_lines(done.stderr) == ["OSError output: No space left on device"]
+
+
+def with_nobody_reading(*arguments: str) -> subprocess.CompletedProcess[str]:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        command = [sys.executable, "-m", "protoken", *arguments]
+        return subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+
+
+def test_a_closed_pipe_is_not_the_status_of_an_unsound_ledger(folder: Path) -> None:
+    done = with_nobody_reading("ledger", "verify", str(folder / "ledger"))
+    assert done.returncode == 141
+    assert own_lines(done.stderr) == []
+
+
+def test_files_are_written_before_anybody_stops_reading(folder: Path, tmp_path: Path) -> None:
+    asked = ["trace", "hi", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    files = [tmp_path / "t.json", tmp_path / "t.html", tmp_path / "h.html"]
+    options = ["--json", str(files[0]), "--html", str(files[1]), "--history", str(files[2]), "--max-new-tokens", "2"]
+    done = with_nobody_reading(*asked, *options)
+    assert done.returncode == 141, done.stderr
+    assert own_lines(done.stderr) == []
+    assert all(file.stat().st_size > 1000 for file in files)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+def test_a_file_that_cannot_be_written_hides_no_answer(folder: Path) -> None:
+    asked = ["trace", "hi", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    result = run(app, [*asked, "--max-new-tokens", "2", "--json", "/dev/full"])
+    assert isinstance(result.exception, OSError)
+    assert "all scores and the residual together" in result.output
+
+
+def test_control_c_while_the_package_is_imported_prints_nothing() -> None:
+    root = Path(__file__).parents[1]
+    code = "import sys; sys.argv[1:] = ['env']; from protoken_command import main; main()"
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stderr is not None
+        assert any("torch" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert output == ""
+    assert [line for line in errors.splitlines() if not line.startswith("import time:")] == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +103,19 @@ def test_a_device_stays_one(kind: str, tmp_path: Path) -> None:
         pytest.skip("no devices here")
     WRITERS[kind][0](device)
     assert device.is_char_device()
+
+
+def test_what_a_shell_has_opened_is_written_to(kind: str, tmp_path: Path) -> None:
+    WRITERS[kind][0](tmp_path / "plain")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_paths import WRITERS"
+    code += "; WRITERS[sys.argv[2]][0]('/dev/stdout')"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), kind]
+    done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+    assert done.stdout == (tmp_path / "plain").read_bytes(), done.stderr
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=300, check=True)
+        assert os.fstat(out.fileno()).st_nlink == 1
+    assert (tmp_path / "out").read_bytes() == done.stdout
 
 
 def test_rights_are_those_of_any_new_file_or_of_the_one_there_was(kind: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from protoken.benchmarks.kernel_cases import (
 from protoken.benchmarks.turns import paired_ratio, spread_of, take_turns, timed
 from protoken.dispatch import backends_for
 from protoken.errors import ArgumentError, BackendError
+from protoken.paths import path_of, write_text
 
 OPS = ("client_scores", "client_scores_lowrank", "client_totals")
 LARGEST_ERROR = 1e-4  # relative; fp32 sums over tens of millions of products stay well below
@@ -91,9 +92,9 @@ def run_kernels(
     if not copies:
         copies.append(_copy_bandwidth(place))
     report["copy_bandwidth"] = statistics.median(copies)
-    _summary(report, console)
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(path_of("json_path", json_path), json.dumps(report, indent=1) + "\n")
+    _summary(report, console)
     return report
 
 

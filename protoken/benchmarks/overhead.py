@@ -24,6 +24,7 @@ from ..architectures import architecture_of
 from ..attachment import attach, detach
 from ..errors import ArgumentError
 from ..evaluation.base_model import load_base
+from ..paths import write_text
 from ..trace import trace
 from ..versions import versions
 from .measuring import machine, peak_bytes, seconds, spread
@@ -81,12 +82,12 @@ def run_overhead(
                         rows += _time_one(loaded, timed, setting, repeats, oracle, lambda: _advanced(progress, bar))
                 finally:
                     detach(loaded)
-    console.print(_table(rows))
     if json_path is not None:
         fresh = {tuple(row[name] for name in _KEY) for row in rows}
         kept = [row for row in kept if tuple(row[name] for name in _KEY) not in fresh]
         record = {"rows": kept + rows, "versions": versions(), "machine": machine()}
-        json_path.write_text(json.dumps(record, indent=2) + "\n")
+        write_text(str(json_path), json.dumps(record, indent=2) + "\n")
+    console.print(_table(rows))
     return rows
 
 

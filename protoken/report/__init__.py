@@ -6,6 +6,7 @@ history.py    a history as a table and, from history.html.jinja, as a page
 page.py       what pages share: templates, style sheet, file
 sections.py   the page's tables and lists below the answer, as plain data
 terminal.py   rich output, and the same as SVG
+fitting.py    tables for terminals of any width
 palette.py    colours that survive colour blindness
 visible.py    text from strangers, made harmless and visible
 """

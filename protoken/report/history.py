@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
+from protoken.report.fitting import Column as Cells
+from protoken.report.fitting import Fitted
 from protoken.report.page import rendered, style
 from protoken.report.palette import COLOURS, GREY, colour_slots
 from protoken.report.sections import OBJECTIVES, slot_name
@@ -46,11 +47,11 @@ class HistoryView:
     lede: str
 
 
-def history_view(found: History) -> HistoryView:
-    """Texts, bars and tints of a history; names are already harmless."""
+def history_view(found: History, shown: int = SHOWN) -> HistoryView:
+    """Texts, bars and tints of a history, with so many clients on their own; names are already harmless."""
     order = [found.client_ids.index(client) for client, _ in found.ranking]
     slots = colour_slots(found.client_ids, [client for client, _ in found.ranking])
-    own, rest = (order, []) if len(order) <= SHOWN + 1 else (order[:SHOWN], order[SHOWN:])
+    own, rest = (order, []) if len(order) <= shown + 1 else (order[:shown], order[shown:])
     number = number_format(found.scores.reshape(-1))
     most = max(float(found.scores.max()), 0.0) or 1.0
 
@@ -75,26 +76,40 @@ def history_view(found: History) -> HistoryView:
     return HistoryView(value(float(values[0])), rows, tuple(columns), round(-low / width * 100, 2), finding(found))
 
 
-def history_table(found: History) -> RenderableType:
-    """For rich: one line per round, the clients in the order of their totals."""
-    view = history_view(found)
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("round", justify="right")
-    table.add_column("after", justify="right")
-    table.add_column("change", justify="right")
+@dataclass(frozen=True)
+class HistoryTable:
+    """For rich: one line per round, the clients in the order of their totals, as many as there is room for."""
+
+    found: History
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for shown in range(SHOWN, 0, -1):
+            view = history_view(self.found, shown)
+            table = _table(view)
+            if table.fits(options.max_width):
+                break
+        yield Text(view.lede)
+        yield Text()
+        yield table
+        about = f"{OBJECTIVES[self.found.objective]} of the whole answer under that round's model, in {self.found.unit}"
+        yield Text(f"After: {about}. {_accounting(self.found)}", "dim")
+
+
+def _table(view: HistoryView) -> Fitted:
+    before, total = Style(dim=True), Style(bold=True)
+    afters = [Text(view.before, before), *(Text(row[1]) for row in view.rows), Text()]
+    rounds = [Text("before", before), *(Text(str(row[0])) for row in view.rows), Text("sum", total)]
+    columns = [
+        Cells("round", rounds, right=True),
+        Cells("after", afters, right=True),
+        Cells("change", [Text(), *(Text(row[2]) for row in view.rows), Text()], right=True, drop=1),
+    ]
     for column in view.columns:
-        table.add_column(Text(column.client, Style(color=_colour(column.slot))), justify="right", overflow="fold")
-    table.add_row("before", view.before, "", *("" for _ in view.columns), style="dim")
-    for i, (number, after, change, _, _, _) in enumerate(view.rows):
-        cells = [
-            Text(text, Style(color=_colour(c.slot), bold=tint >= 0.5) if tint >= 0.1 else Style(dim=True))
-            for c in view.columns
-            for text, tint in [c.cells[i]]
-        ]
-        table.add_row(str(number), after, change, *cells)
-    table.add_row("sum", "", "", *(column.total for column in view.columns), style="bold")
-    after = f"After: {OBJECTIVES[found.objective]} of the whole answer under that round's model, in {found.unit}."
-    return Group(Text(view.lede), Text(), table, Text(f"{after} {_accounting(found)}", "dim"))
+        style = Style(color=_colour(column.slot))
+        cells = [Text(text, style + Style(bold=tint >= 0.5) if tint >= 0.1 else before) for text, tint in column.cells]
+        cells = [Text(), *cells, Text(column.total, total)]
+        columns.append(Cells(column.client, cells, right=True, heading_style=style))
+    return Fitted(columns, gap=1)
 
 
 def history_html(found: History, path: str | os.PathLike[str] | None = None) -> str:

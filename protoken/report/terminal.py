@@ -14,11 +14,11 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 from protoken.arguments import check_count
 from protoken.errors import ArgumentError
+from protoken.report.fitting import Column, Fitted
 from protoken.report.palette import COLOURS, GREY, mix
 from protoken.report.view import ClientRow, TokenView, View, accounting, build_view, timing
 from protoken.report.visible import name, visible
@@ -106,24 +106,29 @@ def legend(trace: Trace, view: View) -> Text:
     return line
 
 
-def ranking(trace: Trace, view: View, top: int | None) -> Table:
+def ranking(trace: Trace, view: View, top: int | None) -> Fitted:
     """Clients by raw score; the share stands beside it, never alone."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("client", overflow="fold")
-    table.add_column(f"score ({trace.unit})", justify="right")
-    table.add_column("", min_width=20)
-    table.add_column("share", justify="right")
-    table.add_column("weight", justify="right", style="dim")
     shown = view.clients[:top]
-    for row in shown:
-        swatch = Text.assemble(("■ ", Style(color=_colour(row.slot))), row.client)
-        table.add_row(str(row.rank), swatch, row.score, _bar(row), row.share, row.weight)
+    # Names keep their mark, wherever they are broken.
+    names = [Text.assemble(("■\N{NO-BREAK SPACE}", Style(color=_colour(row.slot))), row.client) for row in shown]
+    figures = [(str(row.rank), row.score, row.share, row.weight) for row in shown]
+    bars = [_bar(row) for row in shown]
     rest = trace.clients[len(shown) :]
     if rest:
-        total = view.number(sum(client.score for client in rest))
-        table.add_row("", Text(f"and {len(rest)} more", style="dim"), total)
-    return table
+        names.append(Text(f"and {len(rest)} more", style="dim"))
+        figures.append(("", view.number(sum(client.score for client in rest)), "", ""))
+        bars.append(Text())
+    ranks, scores, shares, weights = ([Text(cell) for cell in cells] for cells in zip(*figures, strict=True))
+    return Fitted(
+        [
+            Column("#", ranks, right=True, style="dim"),
+            Column("client", names, breaks=True),
+            Column(f"score ({trace.unit})", scores, right=True),
+            Column("", bars, drop=3),
+            Column("share", shares, right=True, drop=1),
+            Column("weight", weights, right=True, drop=2, style="dim"),
+        ]
+    )
 
 
 def terminal_svg(trace: Trace, *, width: int = 100, top: int | None = 10) -> str:
