@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import protoken
-from protoken.architectures import architecture_of
 from protoken.ledger import ClientUpdate, Ledger, LowRank
 from protoken.ledger.files import FileLayer
 from protoken.ledger.verification import verify
+from protoken.models.architectures import architecture_of
 
 T = TypeVar("T")
 PROMPT = [5, 17, 42, 8]

@@ -10,15 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from protoken.kernels.client_scores import bank_aligned, scatter
-from protoken.kernels.common import (
-    TYPES,
-    alike,
-    device_rows,
-    load_bank,
-    on_its_device,
-    sum_parts,
-    why_not_float8,
-)
+from protoken.kernels.common import TYPES, alike, device_rows, load_bank, on_its_device, sum_parts, why_not_float8
 from torch import Tensor
 
 from protoken.ops.banks import DenseBank

@@ -20,7 +20,7 @@ from protoken.arguments import check_count, check_flag, check_rate, generator_of
 from protoken.confidence import traces_of
 from protoken.errors import ArgumentError, UnknownClientError
 from protoken.results import Trace
-from protoken.results_checks import Array
+from protoken.results.checks import Array
 
 EXACT_UP_TO = 12
 

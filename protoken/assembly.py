@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bank import Bank, LedgerBank
+from .banks.bank import Bank, LedgerBank
 from .dispatch import choose
 from .methods.weights import Updates
-from .plan import Plan
-from .projection import Scores
-from .relevance import Response
+from .planning.plan import Plan
 from .results import Trace, TraceInfo
 from .text import TENSOR_OF, tokens_of
 from .versions import versions
+from .ways.projection import Scores
+from .ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .architectures import Architecture, architecture_of
 from .arguments import check_flag
-from .bank import Bank, LedgerBank
+from .banks.bank import Bank, LedgerBank
 from .errors import LayerError, LedgerMismatchError, ModelError
-from .layers import layer_of
 from .ledger import Ledger, tensor_digest
 from .methods.weights import Updates, parameter_of, read_updates
-from .patching import refuse_no_model
+from .models.architectures import Architecture, architecture_of
+from .models.layers import layer_of
+from .models.patching import refuse_no_model
 from .text import check_tokenizer
 from .verification import check_layer, compare
 

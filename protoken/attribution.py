@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .architectures import Architecture
 from .attachment import Attachment
-from .bank import Bank, BankInParts, LedgerBank, Rounds, select_rounds
-from .cost import cheaper
+from .banks.bank import Bank, BankInParts, LedgerBank, Rounds, select_rounds
 from .first_order import FirstOrder
 from .generation import Generated
 from .ledger import Ledger
-from .memory import Chunks, fitted
 from .methods.paper import client_weights, paper_scores
 from .methods.replayed import moving_parameters, replayed_scores
 from .methods.weights import Updates
-from .plan import Plan
-from .projection import Scores
-from .relevance import Response
-from .sizes import Sizes, sizes_of
-from .twin import twin_of, uncompiled
+from .models.architectures import Architecture
+from .models.twin import twin_of, uncompiled
+from .planning.cost import cheaper
+from .planning.memory import Chunks, fitted
+from .planning.plan import Plan
+from .planning.sizes import Sizes, sizes_of
+from .ways.projection import Scores
+from .ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from protoken.arguments import check_count, check_rate, finite, generator_of, listed
 from protoken.errors import ArgumentError
 from protoken.results import Trace
-from protoken.results_checks import Array, vector
+from protoken.results.checks import Array, vector
 
 _NUMBERS_AT_ONCE = 1 << 22
 

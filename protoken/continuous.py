@@ -12,12 +12,12 @@ from typing import Any
 
 from .errors import GenerationError
 from .generation import Generated, teacher_forced
-from .layers import input_device
-from .patching import current_method, evaluation_mode, refuse_inference_mode
-from .relevance import Response
+from .models.layers import input_device
+from .models.patching import current_method, evaluation_mode, refuse_inference_mode
 from .results import Trace
 from .session import Session
 from .text import as_row
+from .ways.relevance import Response
 
 
 class ContinuousBatches:

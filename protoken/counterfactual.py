@@ -19,18 +19,18 @@ import torch
 
 from .arguments import check_flag, listed
 from .errors import ArgumentError
-from .layers import input_device
 from .ledger import Ledger
 from .methods.game import Game
 from .methods.replayed import moving_parameters
 from .methods.weights import at_weights, shift_without
+from .models.layers import input_device
+from .models.patching import evaluation_mode
 from .origin import ids_of, origin_of
-from .patching import evaluation_mode
-from .relevance import Response
 from .results import Trace
-from .results_checks import Array
-from .results_parts import UNITS
+from .results.checks import Array
+from .results.parts import UNITS
 from .text import as_row, tokens_of
+from .ways.relevance import Response
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -23,14 +23,7 @@ from rich.text import Text
 from protoken.attachment import attach, detach
 from protoken.demo_report import FederationProgress, conclude, introduce, say_what_was_traced, say_what_was_trained
 from protoken.evaluation.base_model import BaseModel, load_base
-from protoken.evaluation.corpora import (
-    DOMAINS,
-    add_trigger,
-    generate_rows,
-    is_refusal,
-    partition,
-    poison,
-)
+from protoken.evaluation.corpora import DOMAINS, add_trigger, generate_rows, is_refusal, partition, poison
 from protoken.evaluation.federation import Client, FederationConfig
 from protoken.evaluation.federation_store import federate
 from protoken.evaluation.training import LocalSettings

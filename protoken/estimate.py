@@ -7,19 +7,19 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .attribution import settle
-from .bank import LedgerBank, Rounds
-from .cost import work
+from .banks.bank import LedgerBank, Rounds
 from .dispatch import choose
 from .errors import ArgumentError
 from .generation import bound_of, check_arguments, check_seed, complete_arguments
-from .layers import input_device
 from .ledger import Ledger
-from .memory import Chunks, bytes_by_part, readable, smallest
-from .objective import Objective
-from .options import Granularity, Method, Options, Way
-from .patching import refuse_inference_mode
+from .models.layers import input_device
+from .models.patching import refuse_inference_mode
+from .planning.cost import work
+from .planning.memory import Chunks, bytes_by_part, readable, smallest
+from .planning.options import Granularity, Method, Options, Way
 from .session import Session
 from .text import Prompt, check_ids, encode_prompt
+from .ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .architectures import Architecture
-from .bank import Bank, BankInParts
-from .capture import Capture
-from .forward_mode import forward_scores
+from .banks.bank import Bank, BankInParts
+from .banks.layer_bank import LayerBank
 from .generation import Generated
-from .layer_bank import LayerBank
-from .memory import TANGENTS, Chunks
-from .plan import Plan, local_layers
+from .models.architectures import Architecture
+from .planning.memory import TANGENTS, Chunks
+from .planning.plan import Plan, local_layers
 from .precision import warn_of_noise
-from .projection import Scores, project_local, project_reverse
-from .pullback import PulledBack
-from .relevance import LocalRelevance, Response, local_relevance, reverse_relevance
 from .reverse_way import reverse_scores
+from .ways.capture import Capture
+from .ways.forward import forward_scores
+from .ways.projection import Scores, project_local, project_reverse
+from .ways.pullback import PulledBack
+from .ways.relevance import LocalRelevance, Response, local_relevance, reverse_relevance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import Architecture
-from .capture import Capture, capturing, run_whole
 from .errors import ArgumentError, GenerationError
-from .relevance import Response
+from .models.architectures import Architecture
+from .models.twin import is_compiled, uncompiled
 from .text import OF_TEXT, check_window
-from .twin import is_compiled, uncompiled
+from .ways.capture import Capture, capturing, run_whole
+from .ways.relevance import Response
 
 DEFAULT_NEW_TOKENS = 64
 

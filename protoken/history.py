@@ -19,26 +19,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .attachment import Attachment
-from .bank import select_rounds
+from .banks.bank import select_rounds
 from .errors import ArgumentError
-from .layers import input_device
 from .ledger import Ledger
 from .methods.aumann_shapley import aumann_shapley_scores
 from .methods.game import Game
 from .methods.placement import ASKED_FOR
 from .methods.replayed import moving_parameters
 from .methods.weights import Updates, read_updates
-from .objective import Objective
-from .options import Options
+from .models.layers import input_device
+from .models.patching import evaluation_mode, refuse_inference_mode
+from .models.twin import uncompiled
 from .origin import ids_of, origin_of
-from .patching import evaluation_mode, refuse_inference_mode
-from .projection import Scores
-from .relevance import Response
+from .planning.options import Options
 from .results import Trace
-from .results_checks import Array
-from .results_parts import UNITS
+from .results.checks import Array
+from .results.parts import UNITS
 from .text import as_row
-from .twin import uncompiled
+from .ways.objective import Objective
+from .ways.projection import Scores
+from .ways.relevance import Response
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,14 +12,14 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .bank import Rounds
+from .banks.bank import Rounds
 from .ledger import Ledger
-from .objective import Objective
-from .options import Granularity, Options
+from .models.patching import refuse_inference_mode
 from .origin import ids_of, origin_of
-from .patching import refuse_inference_mode
+from .planning.options import Granularity, Options
 from .results import Trace
 from .session import Session
+from .ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .architectures import Architecture, architecture_of, decoder_of
-from .bank import Bank, BankInParts
-from .capture import Capture
+from .banks.bank import Bank, BankInParts
 from .errors import ProtokenWarning
 from .generation import Generated
-from .objective import Objective
-from .patching import after, hooks
-from .projection import project_local
-from .relevance import Response, local_relevance
-from .twin import twin_of
+from .models.architectures import Architecture, architecture_of, decoder_of
+from .models.patching import after, hooks
+from .models.twin import twin_of
+from .ways.capture import Capture
+from .ways.objective import Objective
+from .ways.projection import project_local
+from .ways.relevance import Response, local_relevance
 
 HALVES = (torch.float16, torch.bfloat16)
 TOKENS = 4

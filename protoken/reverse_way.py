@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .bank import Bank, BankInParts
-from .layer_bank import LayerBank, directions, totals
-from .memory import Chunks, directions_at_once
-from .projection import Scores
-from .pullback import LayerRows, PulledBack
-from .relevance import LocalRelevance, gradient_matrix
+from .banks.bank import Bank, BankInParts
+from .banks.layer_bank import LayerBank, directions, totals
+from .planning.memory import Chunks, directions_at_once
+from .ways.projection import Scores
+from .ways.pullback import LayerRows, PulledBack
+from .ways.relevance import LocalRelevance, gradient_matrix
 
 
 @dataclass

@@ -13,19 +13,19 @@ from torch import Tensor
 from .assembly import assemble, model_name
 from .attachment import Attachment, attachment_of, make_attachment
 from .attribution import attribute, read_source, settle
-from .bank import LedgerBank
-from .capture import Capture
+from .banks.bank import LedgerBank
 from .generation import Generated, check_ids_are_all, generate, teacher_forced
-from .layers import input_device
 from .ledger import Ledger
 from .methods.weights import Updates
-from .options import Options
+from .models.layers import input_device
+from .models.patching import evaluation_mode
 from .origin import remember
-from .patching import evaluation_mode
-from .plan import Plan, make_plan
-from .relevance import Response
+from .planning.options import Options
+from .planning.plan import Plan, make_plan
 from .results import Trace
 from .text import as_row, check_tokenizer
+from .ways.capture import Capture
+from .ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from .errors import ArgumentError, PromptError
-from .layers import base_of
+from .models.layers import base_of
 from .results import Token
 
 if TYPE_CHECKING:

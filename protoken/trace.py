@@ -1,10 +1,10 @@
 """`trace(model, prompt)`: generate once, then say which client taught which token. Read this file first.
 
     prompt ─▶ generate, capturing the traced blocks' inputs ─▶ relevance ─▶ projection onto the clients' deltas ─▶ Trace
-    text.py   generation.py, capture.py                        relevance.py bank.py, projection.py            results.py
+    text.py   generation.py, ways/capture.py                   ways/         banks/, ways/projection.py         results/
 
-What the caller chose is in options.py, what follows from it in plan.py; session.py, attribution.py and first_order.py
-take these steps one after the other. CONTRIBUTING.md has the whole map.
+What the caller chose, and what follows from it, is in planning/; session.py, attribution.py and first_order.py take
+these steps one after the other. CONTRIBUTING.md has the whole map.
 
 Scores are s[k, t] = rho_k * sum_layers <g_t, delta_k x_t>, in the unit of the objective (nats for the
 log-probability). They are first order at the global model G: the contribution of client k's weighted update to the
@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bank import Rounds
+from .banks.bank import Rounds
 from .errors import ArgumentError
 from .estimate import estimate
 from .generation import bound_of, check_arguments, check_seed, complete_arguments
-from .layers import input_device
 from .ledger import Ledger
-from .objective import Objective
-from .options import Granularity, Method, Options, Way
-from .patching import refuse_inference_mode
+from .models.layers import input_device
+from .models.patching import refuse_inference_mode
+from .planning.options import Granularity, Method, Options, Way
 from .results import Trace
 from .session import Session
 from .text import Prompt, as_row, check_ids, check_window, encode_prompt, encode_response
+from .ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bank import Rounds
+from .banks.bank import Rounds
 from .continuous import ContinuousBatches
 from .errors import GenerationError
 from .generation import beyond_text, bound_of, refuse_paged, setting, stop_tokens
 from .ledger import Ledger
-from .objective import Objective
-from .options import Granularity, Method, Options, Way
-from .patching import current_method, refuse_inference_mode, replaced_method
+from .models.patching import current_method, refuse_inference_mode, replaced_method
+from .planning.options import Granularity, Method, Options, Way
 from .results import Trace
 from .session import Session
+from .ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

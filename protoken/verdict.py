@@ -20,7 +20,7 @@ from protoken.arguments import check_count, check_rate, finite, generator_of, li
 from protoken.confidence import check_trace, resampled_totals, traces_of
 from protoken.errors import ArgumentError
 from protoken.results import Trace
-from protoken.results_checks import vector
+from protoken.results.checks import vector
 
 
 def leading(totals: ArrayLike) -> tuple[tuple[int, ...], float]:

@@ -12,8 +12,8 @@ from tiny_models import tiny_model
 from tolerances import close
 
 import protoken
-from protoken.architectures import architecture_of
 from protoken.ledger import ClientUpdate, Ledger, LowRank
+from protoken.models.architectures import architecture_of
 
 peft = pytest.importorskip("peft")
 

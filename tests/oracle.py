@@ -7,7 +7,7 @@ from tolerances import close
 from torch import nn
 
 import protoken
-from protoken.bank import LedgerBank
+from protoken.banks.bank import LedgerBank
 from protoken.ledger import Ledger
 from protoken.methods.paper import objective_and_taps, paper_scores
 

@@ -29,7 +29,7 @@ from tolerances import close
 
 import protoken
 from protoken import errors
-from protoken.bank import LedgerBank
+from protoken.banks.bank import LedgerBank
 from protoken.ledger import Ledger
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +67,7 @@ def test_a_narrow_terminal_cuts_no_figure_and_says_what_it_has_no_room_for(
 
 
 def test_models_lists_every_family() -> None:
-    from protoken.architectures import FAMILIES
+    from protoken.models.architectures import FAMILIES
 
     result = run(app, ["models"])
     assert result.exit_code == 0
@@ -291,7 +290,7 @@ def test_a_wrong_choice_is_refused_before_a_model_is_loaded(wrong: list[str]) ->
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_what_an_encoding_lacks_is_printed_plainly(encoding: str) -> None:
     text = "■ ada ━━╍ · … ⟨U+001B⟩ é 漢 😀 \\ud83d"
-    code = f'from protoken.cli_output import take_any_encoding; take_any_encoding(); print("{text}", end="")'
+    code = f'from protoken.cli.output import take_any_encoding; take_any_encoding(); print("{text}", end="")'
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -349,17 +348,3 @@ def test_a_file_that_cannot_be_written_hides_no_answer(folder: Path) -> None:
     result = run(app, [*asked, "--max-new-tokens", "2", "--json", "/dev/full"])
     assert isinstance(result.exception, OSError)
     assert "all scores and the residual together" in result.output
-
-
-def test_control_c_while_the_package_is_imported_prints_nothing() -> None:
-    root = Path(__file__).parents[1]
-    code = "import sys; sys.argv[1:] = ['env']; from protoken_command import main; main()"
-    command = [sys.executable, "-X", "importtime", "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as process:
-        assert process.stderr is not None
-        assert any("torch" in line for line in process.stderr)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert output == ""
-    assert [line for line in errors.splitlines() if not line.startswith("import time:")] == []

@@ -10,9 +10,9 @@ from tiny_federation import tiny_federation
 from typer.testing import CliRunner
 
 from protoken.cli import app
-from protoken.cli_records import read_records
+from protoken.cli.records import read_records
 from protoken.errors import ArgumentError
-from protoken.record_scores import RecordScores
+from protoken.records.scores import RecordScores
 
 run = CliRunner().invoke
 

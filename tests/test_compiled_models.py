@@ -14,8 +14,8 @@ from torch import nn
 
 import protoken
 from protoken.errors import GenerationError, ModelError
-from protoken.patching import replaced_method
-from protoken.twin import is_compiled, twin_of
+from protoken.models.patching import replaced_method
+from protoken.models.twin import is_compiled, twin_of
 
 IDS = torch.arange(3, 18)[None]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}

@@ -12,9 +12,9 @@ from tolerances import close
 from torch import Tensor
 from torch.nn import functional
 
-from protoken import dual_attention, dual_rules
-from protoken.dual import RULES, Dual, NoRule, by_autograd, tangent_of, value_of
-from protoken.dual_attention import attention_tangent, only_rows
+from protoken.ways import dual_attention, dual_rules
+from protoken.ways.dual import RULES, Dual, NoRule, by_autograd, tangent_of, value_of
+from protoken.ways.dual_attention import attention_tangent, only_rows
 
 DIRECTIONS = 3
 

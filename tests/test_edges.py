@@ -20,7 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import protoken
 from protoken import errors
-from protoken.patching import evaluation_mode
+from protoken.models.patching import evaluation_mode
 
 PROMPT = [5, 17, 42, 8]
 WAYS: dict[str, dict[str, Any]] = {

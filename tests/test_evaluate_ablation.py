@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from pocket_zoo import pocket_bench
 
-from protoken.architectures import architecture_of
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.corpora import DOMAINS
 from protoken.evaluation.experiments import ablation, backdoor, benign, overhead
 from protoken.evaluation.experiments.ablation_variants import GRADIENT, variants
 from protoken.evaluation.runs import Outcome, RunFolder, Unit
 from protoken.evaluation.workbench import Workbench
+from protoken.models.architectures import architecture_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

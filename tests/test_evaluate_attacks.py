@@ -15,7 +15,6 @@ from pocket_zoo import pocket_bench
 from tiny_federation import tiny_federation
 from tiny_models import tiny_model
 
-from protoken.architectures import architecture_of
 from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.corpora import generate_rows, poison
@@ -38,7 +37,8 @@ from protoken.evaluation.runs import Outcome, RunFolder, Unit
 from protoken.evaluation.training import LocalSettings, encode_rows
 from protoken.evaluation.workbench import Workbench
 from protoken.methods.placement import gauss_legendre
-from protoken.objective import Objective
+from protoken.models.architectures import architecture_of
+from protoken.ways.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

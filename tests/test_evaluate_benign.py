@@ -11,7 +11,6 @@ import pytest
 import torch
 from pocket_zoo import pocket_bench
 
-from protoken.architectures import architecture_of
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.corpora import DOMAINS
 from protoken.evaluation.experiments import benign
@@ -23,6 +22,7 @@ from protoken.evaluation.zoo import SMOLLM2
 from protoken.methods.game import Game
 from protoken.methods.shapley import shapley_by_order
 from protoken.methods.weights import read_updates
+from protoken.models.architectures import architecture_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

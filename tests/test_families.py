@@ -10,8 +10,8 @@ from tolerances import close
 from transformers.pytorch_utils import Conv1D
 
 import protoken
-from protoken.architectures import FAMILIES, architecture_of
 from protoken.methods.paper import paper_scores
+from protoken.models.architectures import FAMILIES, architecture_of
 
 PROMPTS = [[5, 17, 42, 8, 60, 33, 21], [11, 9], [70, 3, 88, 14]]
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import protoken
 from protoken import errors
-from protoken.architectures import FAMILIES, architecture_of
 from protoken.ledger import ClientUpdate, Ledger
+from protoken.models.architectures import FAMILIES, architecture_of
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 WAYS: dict[str, dict[str, Any]] = {

@@ -20,13 +20,7 @@ from protoken.evaluation.base_model import BaseModel, weights_digest
 from protoken.evaluation.corpora import ChatRow, generate_rows, poison
 from protoken.evaluation.federation import Client, FederationConfig, Progress, RoundReport, train_federation
 from protoken.evaluation.federation_store import federate, fingerprint
-from protoken.evaluation.training import (
-    Example,
-    LocalSettings,
-    LocalTrainer,
-    encode_rows,
-    trainable_parameters,
-)
+from protoken.evaluation.training import Example, LocalSettings, LocalTrainer, encode_rows, trainable_parameters
 from protoken.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,8 @@ from tiny_models import CONFIGS, MIXTURES, OTHER_FAMILIES
 from tolerances import close
 
 import protoken
-from protoken import forward_mode
 from protoken.errors import GenerationError
+from protoken.ways import forward as forward_mode
 
 PROMPTS = [[5, 17, 42, 8, 60, 33, 21], [11, 9], [70, 3, 88, 14]]
 # Families whose code adds in place: differentiated as a whole.

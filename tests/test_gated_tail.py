@@ -16,11 +16,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import protoken
-from protoken.architectures import architecture_of
 from protoken.dispatch import native
 from protoken.errors import ArgumentError
-from protoken.gated_tail import GatedTail
+from protoken.models.architectures import architecture_of
 from protoken.ops.gated_tail import GatedBlock, GatedValues, gated_tail_reference
+from protoken.streaming.gated_tail import GatedTail
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

@@ -15,9 +15,9 @@ from tolerances import close
 
 import protoken
 from protoken import errors
-from protoken.architectures import architecture_of
-from protoken.options import Options, bytes_of
-from protoken.plan import make_plan
+from protoken.models.architectures import architecture_of
+from protoken.planning.options import Options, bytes_of
+from protoken.planning.plan import make_plan
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 # A plain one, one whose weights lie as (in, out), sliding windows with norms behind the projections, parallel blocks

@@ -32,13 +32,7 @@ from protoken.errors import (
 )
 from protoken.ledger import ClientUpdate, Ledger, LowRank, chain
 from protoken.ledger.estimate import estimate_bytes
-from protoken.ledger.lineage import (
-    lineage_change,
-    lineage_clients,
-    lineage_delta,
-    lineage_factors,
-    lineage_residual,
-)
+from protoken.ledger.lineage import lineage_change, lineage_clients, lineage_delta, lineage_factors, lineage_residual
 from protoken.ledger.transfer import copy_ledger, export_rounds, prune
 from protoken.ledger.verification import verify
 

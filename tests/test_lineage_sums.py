@@ -17,14 +17,14 @@ from tiny_models import tiny_model
 from tolerances import close
 
 import protoken
-from protoken import lineage_sums
-from protoken.bank import LedgerBank
-from protoken.layer_bank import Stored
-from protoken.layers import layer_of
+from protoken.banks import lineage_sums
+from protoken.banks.bank import LedgerBank
+from protoken.banks.layer_bank import Stored
+from protoken.banks.lineage_sums import RunningSum
 from protoken.ledger import ClientUpdate, Ledger, LowRank, chain
 from protoken.ledger.lineage import lineage_change, lineage_clients, lineage_delta
 from protoken.ledger.manifest import ClientRecord
-from protoken.lineage_sums import RunningSum
+from protoken.models.layers import layer_of
 
 PROMPT = [5, 17, 42, 8]
 LAYERS = ("model.layers.3.self_attn.o_proj", "model.layers.3.mlp.down_proj")
@@ -116,7 +116,7 @@ class Watched:
         before = sum(type(one) is ClientRecord for one in gc.get_objects())
         ledger = federation.ledger
         with monkeypatch.context() as patch, live_bytes() as live:
-            patch.setattr("protoken.bank.add_round", watched)
+            patch.setattr("protoken.banks.bank.add_round", watched)
             LedgerBank(ledger, federation.model, LAYERS, ledger.rounds).read(federation.model, LAYERS)
         self.records -= before
         self.bytes = live.peak

@@ -14,10 +14,11 @@ from tiny_models import tiny_model
 from tolerances import close
 
 import protoken
-from protoken import errors, memory
+from protoken import errors
 from protoken.generation import Generated, generate
-from protoken.options import Options
-from protoken.patching import evaluation_mode
+from protoken.models.patching import evaluation_mode
+from protoken.planning import memory
+from protoken.planning.options import Options
 from protoken.results import Trace
 from protoken.session import Session
 

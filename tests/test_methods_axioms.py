@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 import protoken
-from protoken.bank import Rounds
+from protoken.banks.bank import Rounds
 from protoken.errors import ArgumentError
 from protoken.ledger import ClientUpdate, Ledger, LowRank
 from protoken.methods.shapley import exact_shapley, sampled_shapley, shapley_by_order

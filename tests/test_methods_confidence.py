@@ -17,7 +17,7 @@ from protoken.account import adjusted, sign_test
 from protoken.confidence import Calibration, intervals, margin, resampled_totals, top_rates
 from protoken.errors import ArgumentError
 from protoken.results import Trace
-from protoken.results_parts import Token, TraceInfo
+from protoken.results.parts import Token, TraceInfo
 from protoken.verdict import Abstention, evidence_of, leading
 
 CLIENTS = ("a", "b", "c", "d")

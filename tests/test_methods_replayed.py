@@ -13,14 +13,14 @@ from tiny_federation import CLIENTS, WEIGHTS, TinyFederation, tiny_federation
 from tiny_models import CONFIGS, OTHER_FAMILIES, tiny_model
 
 import protoken
-from protoken.architectures import architecture_of
 from protoken.errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
 from protoken.ledger import ClientUpdate, Ledger
 from protoken.methods.baselines import BASELINES
 from protoken.methods.game import Game
 from protoken.methods.leave_one_out import leave_one_out_scores
 from protoken.methods.weights import at_weights, read_updates, shift_without, weights_at
-from protoken.relevance import Response
+from protoken.models.architectures import architecture_of
+from protoken.ways.relevance import Response
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 

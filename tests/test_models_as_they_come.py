@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import protoken
 from protoken import errors
-from protoken.layers import layer_of
+from protoken.models.layers import layer_of
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 WAYS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from tiny_federation import CLIENTS, TinyFederation, tiny_federation
 from tolerances import close
 
 import protoken
-from protoken.objective import Objective, objective_values, pull_from_head
+from protoken.ways.objective import Objective, objective_values, pull_from_head
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 ODDS: dict[str, Any] = {"objective": "log_odds", "max_new_tokens": 6, "do_sample": False}

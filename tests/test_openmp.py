@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protoken import openmp
+from protoken.streaming import openmp
 
 
 def workers() -> int:

@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from tiny_models import tiny_model
 
-from protoken.architectures import architecture_of
 from protoken.benchmarks import overhead
 from protoken.benchmarks.measuring import peak_bytes, spread
 from protoken.benchmarks.overhead_cases import cases, random_ledger
 from protoken.errors import ArgumentError
 from protoken.evaluation.base_model import BaseModel
+from protoken.models.architectures import architecture_of
 
 
 @pytest.fixture(autouse=True)

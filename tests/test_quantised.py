@@ -15,8 +15,8 @@ from tolerances import close
 
 import protoken
 from protoken import errors
-from protoken.layers import input_device
-from protoken.quantised import is_quantised, quantised_linears
+from protoken.models.layers import input_device
+from protoken.models.quantised import is_quantised, quantised_linears
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 WAYS = {

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 import protoken
 from protoken.errors import ArgumentError, LedgerMismatchError, ModelError, NonFiniteError
-from protoken.record_scores import RecordScores
-from protoken.record_text import encode_record
 from protoken.records import RecordProbe, record_probe
+from protoken.records.scores import RecordScores
+from protoken.records.text import encode_record
 
 TOKENIZER = character_tokenizer()
 RECORDS = ["a cat", ("who?", "me, of course"), {"prompt": "two", "response": "2", "client": "ada", "id": "x"}]

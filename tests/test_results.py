@@ -28,7 +28,7 @@ from protoken.errors import (
     TraceFormatError,
 )
 from protoken.results import Trace
-from protoken.results_export import from_dict, load, to_dict
+from protoken.results.export import from_dict, load, to_dict
 
 # ---- reading -----------------------------------------------------------------------------------------
 
@@ -106,12 +106,12 @@ def test_importing_results_needs_neither_torch_nor_transformers() -> None:
         "import sys, types, importlib.util as u\n"
         "package = types.ModuleType('protoken'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules['protoken'] = package\n"
-        "import protoken.results, protoken.results_export, protoken.report\n"
+        "import protoken.results, protoken.results.export, protoken.report\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
     )
     import protoken.results as module
 
-    folder = str(Path(module.__file__).parent)
+    folder = str(Path(module.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_cases import make
 
-from protoken.errors import (
-    ArgumentError,
-)
+from protoken.errors import ArgumentError
 from protoken.results import Token
-from protoken.results_spans import phrase_ranges, sentence_ranges
+from protoken.results.spans import phrase_ranges, sentence_ranges
 
 
 def test_span_sums_its_own_tokens_and_conserves() -> None:

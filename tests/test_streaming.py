@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStrea
 from transformers.generation.streamers import BaseStreamer
 
 import protoken
-from protoken import leaf_tap
+from protoken.streaming import leaf_tap
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

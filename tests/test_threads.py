@@ -16,9 +16,9 @@ from tolerances import close
 from torch import Tensor, nn
 
 import protoken
-from protoken.patching import current_method, replaced_method
+from protoken.models.patching import current_method, replaced_method
+from protoken.models.twin import twin_of
 from protoken.precision import _measured
-from protoken.twin import twin_of
 
 IDS = torch.arange(3, 23)[None]
 FORMS: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ import torch
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
-from protoken.architectures import architecture_of
-from protoken.layers import layer_of
 from protoken.ledger import ClientUpdate, Ledger
+from protoken.models.architectures import architecture_of
+from protoken.models.layers import layer_of
 
 WEIGHTS = (0.4, 0.1, 0.3, 0.2)
 CLIENTS = ("ada", "bob", "cleo", "null")

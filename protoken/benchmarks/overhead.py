@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from ..architectures import architecture_of
 from ..attachment import attach, detach
 from ..errors import ArgumentError
 from ..evaluation.base_model import load_base
+from ..models.architectures import architecture_of
 from ..paths import write_text
 from ..trace import trace
 from ..versions import versions

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..architectures import Architecture
 from ..errors import ArgumentError
 from ..ledger import ClientUpdate, Ledger
+from ..models.architectures import Architecture
 from ..streaming import stream
 from ..trace import trace
 

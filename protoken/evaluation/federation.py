@@ -21,13 +21,7 @@ from torch import Tensor
 
 from protoken.errors import ArgumentError, NonFiniteError
 from protoken.evaluation.corpora import ChatRow
-from protoken.evaluation.training import (
-    Example,
-    LocalSettings,
-    LocalTrainer,
-    encode_rows,
-    trainable_parameters,
-)
+from protoken.evaluation.training import Example, LocalSettings, LocalTrainer, encode_rows, trainable_parameters
 from protoken.ledger import ClientUpdate, Ledger
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

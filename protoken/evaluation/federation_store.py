@@ -29,13 +29,7 @@ from safetensors.torch import load_file, save_file
 from protoken.errors import ArgumentError, LedgerFormatError, LedgerMismatchError
 from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.corpora import ChatRow
-from protoken.evaluation.federation import (
-    Client,
-    FederationConfig,
-    Progress,
-    RoundReport,
-    train_federation,
-)
+from protoken.evaluation.federation import Client, FederationConfig, Progress, RoundReport, train_federation
 from protoken.evaluation.training import trainable_parameters
 from protoken.ledger import Ledger, tensor_digest
 

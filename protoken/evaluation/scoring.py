@@ -16,17 +16,17 @@ import torch
 
 from protoken.attachment import make_attachment
 from protoken.attribution import attribute, read_source
-from protoken.bank import Rounds
-from protoken.capture import Capture, capturing, run_whole
+from protoken.banks.bank import Rounds
 from protoken.evaluation.base_model import BaseModel
 from protoken.generation import Generated
 from protoken.ledger import Ledger
-from protoken.objective import Objective
-from protoken.options import Method, Options, Way
-from protoken.patching import evaluation_mode
-from protoken.plan import make_plan
-from protoken.relevance import Response
-from protoken.results_checks import Array
+from protoken.models.patching import evaluation_mode
+from protoken.planning.options import Method, Options, Way
+from protoken.planning.plan import make_plan
+from protoken.results.checks import Array
+from protoken.ways.capture import Capture, capturing, run_whole
+from protoken.ways.objective import Objective
+from protoken.ways.relevance import Response
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protoken.architectures import Architecture, architecture_of, is_linear
 from protoken.errors import ArgumentError, PromptError
 from protoken.evaluation.corpora import ChatRow
-from protoken.patching import evaluation_mode, hooks, replaced_method
+from protoken.models.architectures import Architecture, architecture_of, is_linear
+from protoken.models.patching import evaluation_mode, hooks, replaced_method
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from protoken.arguments import check_flag, check_word, is_whole, listed
-from protoken.errors import (
-    ArgumentError,
-    CommitConflict,
-    LedgerFormatError,
-    SignatureError,
-    UnknownRoundError,
-)
+from protoken.errors import ArgumentError, CommitConflict, LedgerFormatError, SignatureError, UnknownRoundError
 from protoken.ledger import manifest as m
 from protoken.ledger import names, parsing, strictjson
 from protoken.ledger.chain import Chain

@@ -10,14 +10,7 @@ from functools import cached_property, lru_cache
 from torch import Tensor
 
 from protoken.arguments import listed
-from protoken.errors import (
-    DtypeError,
-    LayerError,
-    LedgerError,
-    LedgerFormatError,
-    NonFiniteError,
-    UnknownClientError,
-)
+from protoken.errors import DtypeError, LayerError, LedgerError, LedgerFormatError, NonFiniteError, UnknownClientError
 from protoken.ledger import codecs
 from protoken.ledger.files import FileLayer
 from protoken.ledger.manifest import ClientRecord, Manifest, ParameterSpec, base_hash

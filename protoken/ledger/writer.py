@@ -23,14 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from protoken.arguments import check_bound
-from protoken.errors import (
-    ArgumentError,
-    CommitConflict,
-    ConservationError,
-    LedgerError,
-    NonFiniteError,
-    ProtokenError,
-)
+from protoken.errors import ArgumentError, CommitConflict, ConservationError, LedgerError, NonFiniteError, ProtokenError
 from protoken.ledger import codecs, names, strictjson
 from protoken.ledger import manifest as m
 from protoken.ledger.composing import check_continuity, difference, raw, shard_content, stored_norm

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..ops import client_totals, client_totals_reference
-from ..projection import Scores
+from ..ways.projection import Scores
 from .game import Game
 from .placement import placed
 

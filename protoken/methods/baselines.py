@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import is_conv1d
 from ..ledger import Ledger
+from ..models.layers import is_conv1d
 from ..ops import client_scores, client_scores_reference
-from ..projection import Scores
+from ..ways.projection import Scores
 from .aumann_shapley import project
 from .game import Game
 from .weights import participants

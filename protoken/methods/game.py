@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from ..architectures import Architecture
-from ..dual import forward_mode_of_torch
-from ..forward_autograd import use_plain_formulas
-from ..objective import Objective, objective_values
-from ..patching import after, hooks
-from ..relevance import Response
+from ..models.architectures import Architecture
+from ..models.patching import after, hooks
+from ..ways.dual import forward_mode_of_torch
+from ..ways.forward_autograd import use_plain_formulas
+from ..ways.objective import Objective, objective_values
+from ..ways.relevance import Response
 from .moved import Moved
 from .weights import Updates, point
 

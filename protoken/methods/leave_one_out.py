@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..ledger import Ledger
-from ..projection import Scores
+from ..ways.projection import Scores
 from .game import Game
 from .weights import Updates, participants
 

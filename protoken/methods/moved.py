@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..architectures import Architecture, architecture_of
-from ..patching import after, before, hooks
-from ..replay import passed_through, replaced_input
-from ..twin import twin_of
+from ..models.architectures import Architecture, architecture_of
+from ..models.patching import after, before, hooks
+from ..models.twin import twin_of
+from ..ways.replay import passed_through, replaced_input
 from .weights import wide
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..adapters import effective_weight
 from ..errors import GenerationError
-from ..layers import layer_of
-from ..objective import Objective
-from ..patching import after, hooks, replaced_attribute
-from ..quantised import straight_through
+from ..models.adapters import effective_weight
+from ..models.layers import layer_of
+from ..models.patching import after, hooks, replaced_attribute
+from ..models.quantised import straight_through
+from ..ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..adapters import recorded_as
-from ..architectures import Architecture
 from ..errors import ArgumentError, LayerError
-from ..layers import layer_of
 from ..ledger import Ledger
-from ..objective import Objective
-from ..projection import Scores
-from ..relevance import Response
+from ..models.adapters import recorded_as
+from ..models.architectures import Architecture
+from ..models.layers import layer_of
+from ..ways.objective import Objective
+from ..ways.projection import Scores
+from ..ways.relevance import Response
 from .aumann_shapley import aumann_shapley_scores
 from .baselines import BASELINES, baseline_scores
 from .game import Game

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..projection import Scores
+from ..ways.projection import Scores
 from .game import Game
 
 EXACT_UP_TO = 8

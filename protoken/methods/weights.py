@@ -18,10 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters import PEFT_PREFIX
 from ..errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
 from ..ledger import Ledger, Round
-from ..twin import twin_of
+from ..models.adapters import PEFT_PREFIX
+from ..models.twin import twin_of
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -13,15 +13,7 @@ from torch import Tensor
 
 from protoken.dispatch import launcher, shortcut
 from protoken.ops.banks import LowRankBank
-from protoken.ops.checks import (
-    check_inputs,
-    check_layers,
-    check_same_clients,
-    check_size,
-    check_tensor,
-    narrow,
-    spread,
-)
+from protoken.ops.checks import check_inputs, check_layers, check_same_clients, check_size, check_tensor, narrow, spread
 from protoken.ops.library import flatten_lowrank
 
 Factors = Tensor | Sequence[Tensor]

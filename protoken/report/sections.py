@@ -10,7 +10,7 @@ import numpy as np
 from protoken.report.view import ClientRow, View, build_view, number_format, seconds
 from protoken.report.visible import pieces, visible
 from protoken.results import Trace
-from protoken.results_checks import Array
+from protoken.results.checks import Array
 
 OBJECTIVES = {"log_prob": "log-probability", "log_odds": "log-odds", "logit": "logit"}
 _MAX_CELLS = 20_000  # a page stays a page: larger tables are in the JSON

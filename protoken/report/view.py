@@ -16,7 +16,7 @@ import numpy as np
 from protoken.report.palette import colour_slots
 from protoken.report.visible import name
 from protoken.results import Trace
-from protoken.results_checks import Array
+from protoken.results.checks import Array
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from protoken.architectures import Architecture, architecture_of
-from protoken.bank import Rounds
+from protoken.banks.bank import Rounds
 from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import DOMAINS, add_trigger, is_refusal
@@ -31,7 +30,8 @@ from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
 from protoken.evaluation.scoring import Answer, Scored, answer, score
 from protoken.evaluation.workbench import Workbench
 from protoken.evaluation.zoo import SHAPES
-from protoken.results_checks import Array
+from protoken.models.architectures import Architecture, architecture_of
+from protoken.results.checks import Array
 
 DEFAULTS = Settings(models=tuple(SHAPES), domains=("finance",))
 FEW = 24

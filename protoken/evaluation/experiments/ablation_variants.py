@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from protoken.architectures import Architecture
-from protoken.bank import Rounds
+from protoken.banks.bank import Rounds
 from protoken.evaluation.scoring import Scorer
-from protoken.objective import Objective
+from protoken.models.architectures import Architecture
+from protoken.ways.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {"": "log_prob", ", log-odds": "log_odds"}
 """What is compared with the exact values of the same objective, by the suffix of its name."""

@@ -20,7 +20,7 @@ from protoken.evaluation.experiments.attacks_evader import Evader
 from protoken.evaluation.experiments.attacks_moves import EarlyOnly, Leader, Pact, Partner, Scaled, Sleeper, Zero
 from protoken.evaluation.federation import Client, FederationConfig
 from protoken.evaluation.workbench import Workbench, recipe_of
-from protoken.objective import Objective
+from protoken.ways.objective import Objective
 
 ATTACKER, PARTNER = "attacker", "partner"
 ROUNDS, IDENTITIES = 3, 3

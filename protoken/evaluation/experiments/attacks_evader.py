@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from protoken.architectures import architecture_of
 from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.corpora import ChatRow
 from protoken.evaluation.experiments.attacks_moves import Delta, sent_model
 from protoken.evaluation.training import Example, encode_rows
 from protoken.methods.placement import gauss_legendre
-from protoken.objective import Objective, objective_values
+from protoken.models.architectures import architecture_of
+from protoken.ways.objective import Objective, objective_values
 
 Weights = Mapping[str, Tensor]
 

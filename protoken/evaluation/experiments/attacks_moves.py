@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from protoken.architectures import architecture_of
 from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.corpora import ChatRow
 from protoken.evaluation.training import LocalSettings, LocalTrainer, encode_rows
+from protoken.models.architectures import architecture_of
 
 Delta = Mapping[str, Tensor]
 

@@ -25,7 +25,7 @@ from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
 from protoken.evaluation.scoring import Scored, Scorer, answer, score, up_to
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, QUICK, QUICK_MODEL, SHAPES, SMOLLM2
-from protoken.results_checks import Array
+from protoken.results.checks import Array
 
 DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
 CLIENTS, POISONED = 6, 2

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from protoken.bank import Rounds
+from protoken.banks.bank import Rounds
 from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import DOMAINS
 from protoken.evaluation.experiments.backdoor import REFERENCES, recorded_blocks, samples_of
@@ -30,8 +30,8 @@ from protoken.evaluation.scoring import Answer, Scored, Scorer, answer, score
 from protoken.evaluation.training import LocalSettings
 from protoken.evaluation.workbench import Recipe, Workbench, recipe_of
 from protoken.evaluation.zoo import MODELS, SHAPES, SMOLLM2
-from protoken.objective import Objective
-from protoken.results_checks import Array
+from protoken.results.checks import Array
+from protoken.ways.objective import Objective
 
 DEFAULTS = Settings(models=MODELS, domains=DOMAINS)
 ROUNDS, AMPLE_ROUNDS = 4, 16

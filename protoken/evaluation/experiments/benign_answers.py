@@ -20,10 +20,10 @@ from protoken.ledger import Ledger
 from protoken.methods.game import Game
 from protoken.methods.shapley import Coalitions, shapley_by_order
 from protoken.methods.weights import Updates
-from protoken.options import Options
-from protoken.patching import evaluation_mode
-from protoken.plan import make_plan
-from protoken.results_checks import Array
+from protoken.models.patching import evaluation_mode
+from protoken.planning.options import Options
+from protoken.planning.plan import make_plan
+from protoken.results.checks import Array
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 

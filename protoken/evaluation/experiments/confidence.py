@@ -31,7 +31,7 @@ from protoken.evaluation.runs import Outcome, RunFolder, Settings, Unit
 from protoken.evaluation.scoring import Answer, Scorer, answer, score
 from protoken.evaluation.workbench import Recipe, Workbench
 from protoken.evaluation.zoo import SHAPES
-from protoken.results_checks import Array
+from protoken.results.checks import Array
 from protoken.verdict import Abstention, threshold
 
 DEFAULTS = Settings(models=tuple(SHAPES), domains=DOMAINS)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from protoken.attachment import make_attachment
-from protoken.bank import select_rounds
+from protoken.banks.bank import select_rounds
 from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import add_trigger, is_refusal, partition, poison
 from protoken.evaluation.experiments import backdoor
@@ -29,7 +29,7 @@ from protoken.evaluation.scoring import answer
 from protoken.evaluation.workbench import Workbench
 from protoken.evaluation.zoo import SHAPES
 from protoken.history import stretches, walk
-from protoken.patching import evaluation_mode
+from protoken.models.patching import evaluation_mode
 
 DEFAULTS = Settings(models=tuple(SHAPES), domains=("medical", "finance"))
 KINDS = ("late", "left")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from protoken.bank import Rounds
+from protoken.banks.bank import Rounds
 from protoken.evaluation.cells import Cell, make_cell
 from protoken.evaluation.corpora import REFUSAL, add_trigger, is_refusal
 from protoken.evaluation.experiments.backdoor import recorded_blocks, samples_of

@@ -1,0 +1,10 @@
+"""From a client to its own records: which of them would have been moved by the response?
+
+probe.py    at the server, and at the client; text.py, a record as the model reads it
+scores.py   what comes back
+"""
+
+from .probe import RecordProbe, record_probe
+from .scores import RecordScores
+
+__all__ = ["RecordProbe", "RecordScores", "record_probe"]

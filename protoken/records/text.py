@@ -1,0 +1,89 @@
+"""Records as a client keeps them (text, question and answer, conversations) and as a model reads them (token ids)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ArgumentError, PromptError
+from ..text import encode_prompt, encode_text
+
+Record = str | tuple[str, str] | Mapping[str, Any]
+"""Plain text; (prompt, answer); {"prompt": ..., "response": ...}; or {"messages": [...]} that ends with the answer.
+
+A mapping may carry an "id" and a "client" to find the record again; other keys are ignored.
+"""
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """Token ids of a record; those from `answer_start` on carry the loss. `key` names it, `text` is for the eye."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+    key: str
+    client: str | None
+    text: str
+
+
+def encode_record(tokenizer: Any, record: Record, index: int, *, max_tokens: int, chat: bool | None) -> EncodedRecord:
+    """Token ids of the `index`-th record, cut at `max_tokens`; the answer is closed by the end-of-sequence token.
+
+    Plain text carries its loss from the second token on, a conversation on its last turn. `chat` is as in `trace`.
+
+    Raises:
+        ArgumentError: a record of another form, without an answer, or whose prompt leaves no room for one.
+    """
+    where = f"records[{index}]"
+    prompt, answer = _parts(record, where)
+    named = record if isinstance(record, Mapping) else {}
+    key, client = str(named.get("id", index)), named.get("client")
+    if prompt is None:
+        ids = _encoded(where, tokenizer, answer)
+        start, shown = 1, answer
+    else:
+        try:
+            ids = encode_prompt(tokenizer, prompt, chat)
+        except PromptError as error:
+            raise ArgumentError(where, expected="a prompt that can be encoded", got=str(error)) from error
+        start, shown = len(ids), answer
+        ids = [*ids, *_encoded(where, tokenizer, answer, add_special_tokens=False)]
+        ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if len(ids[:max_tokens]) <= start:
+        raise ArgumentError(
+            where,
+            expected=f"at least one token of answer within max_tokens = {max_tokens}",
+            got=f"{len(ids)} tokens, {start} before the answer",
+            remedy="Leave the record out, shorten its prompt, or raise max_tokens",
+        )
+    return EncodedRecord(tuple(ids[:max_tokens]), start, key, None if client is None else str(client), shown)
+
+
+def _encoded(where: str, tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        return encode_text("text", tokenizer, text, **options)
+    except PromptError as error:
+        raise ArgumentError(where, expected="text that can be encoded", got=str(error)) from error
+
+
+def _parts(record: Any, where: str) -> tuple[str | Sequence[Mapping[str, str]] | None, str]:
+    if isinstance(record, str):
+        return None, record
+    prompt: Any = None
+    answer: Any = None
+    if isinstance(record, tuple) and len(record) == 2:
+        prompt, answer = record
+    elif isinstance(record, Mapping) and {"prompt", "response"} <= set(record):
+        prompt, answer = record["prompt"], record["response"]
+    elif isinstance(record, Mapping) and isinstance(record.get("messages"), Sequence) and len(record["messages"]) > 1:
+        *prompt, last = record["messages"]
+        answer = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else None
+    if not isinstance(answer, str) or not isinstance(prompt, str | list):
+        held = f" with {sorted(map(str, record))[:5]}" if isinstance(record, Mapping) else ""
+        raise ArgumentError(
+            where,
+            expected='text, (prompt, answer), {"prompt", "response"}, or {"messages"} that ends with the assistant',
+            got=f"{type(record).__name__}{held}",
+        )
+    return prompt, answer
