@@ -14,23 +14,30 @@ __global__ void __launch_bounds__(256) pack_scores(const __grid_constant__ Score
   const int64_t begin = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, step = gridDim.x * blockDim.x;
   if (blockIdx.z == 0) {
     const ImageShape shape = {p.tile_tokens, p.planes_x, layer.width, p.e, p.descriptor};
-    const int64_t total = static_cast<int64_t>(p.tiles) * layer.chunks * p.tile_tokens * layer.width;
+    const int64_t total = image_octets(shape, static_cast<int64_t>(p.tiles) * layer.chunks);
     for (int64_t i = begin; i < total; i += step)
-      pack_value(layer.x, p.tokens, layer.columns, shape, layer.chunks, p.half != 0, i,
+      pack_octet(layer.x, p.tokens, layer.columns, shape, layer.chunks, p.half != 0, i,
                  const_cast<uint16_t*>(layer.image));
     return;
   }
-  const int64_t pitch = static_cast<int64_t>(p.tiles) * p.tile_tokens, rows = round_up(layer.rows, kTeamRows);
-  for (int64_t i = begin; i < rows * pitch; i += step) {
-    const int64_t row = i % rows, t = i / rows, place = relevance_place(row, t, rows / 16, p.tile_tokens);
-    const bool inside = row < layer.rows && t < p.tokens;
-    const int64_t at = inside ? t * layer.grad.stride_t + row * layer.grad.stride_c : 0;
+  // What one lane needs for 16 rows and 8 tokens.
+  const int64_t row_blocks = round_up(layer.rows, kTeamRows) / 16,
+                total = p.tiles * row_blocks * (p.tile_tokens / 8) * 32;
+  for (int64_t i = begin; i < total; i += step) {
+    const int lane = static_cast<int>(i % 32), octet = static_cast<int>(i / 32 % (p.tile_tokens / 8));
+    const int64_t block = i / 32 / (p.tile_tokens / 8), row = block % row_blocks * 16 + lane / 4,
+                  token = block / row_blocks * p.tile_tokens + octet * 8 + lane % 4 * 2;
+    float values[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t r = row + j / 2 * 8, t = token + j % 2, at = t * layer.grad.stride_t + r * layer.grad.stride_c;
+      values[j] = r < layer.rows && t < p.tokens ? load_float(layer.grad.data, at, layer.grad.dtype) : 0.0f;
+    }
     if (layer.relevance_bf16) {
-      const uint16_t bits = inside ? static_cast<const uint16_t*>(layer.grad.data)[at] : uint16_t{0};
-      static_cast<uint16_t*>(const_cast<void*>(layer.relevance))[place] = bits;
+      uint2* to = static_cast<uint2*>(const_cast<void*>(layer.relevance));
+      to[i] = make_uint2(take_plane(values[0], values[1]), take_plane(values[2], values[3]));
     } else {
-      const float value = inside ? load_float(layer.grad.data, at, layer.grad.dtype) : 0.0f;
-      static_cast<float*>(const_cast<void*>(layer.relevance))[place] = value;
+      store_values<4>(static_cast<float*>(const_cast<void*>(layer.relevance)) + 4 * i, values);
     }
   }
 }
@@ -165,7 +172,11 @@ void client_scores(const ScoresCall& call, const Device& device, void* workspace
     if (needed > bytes)
       throw std::invalid_argument("workspace of " + std::to_string(bytes) + " bytes, needed " + std::to_string(needed));
     bind(*p, static_cast<char*>(workspace));
-    PT_LAUNCH(pack_scores, dim3(2 * device.processors, p->count, 2), dim3(256), 0, stream, *p);
+    int64_t largest = 0;  // of what the layers have to pack
+    for (int l = 0; l < p->count; ++l)
+      largest = most(largest, most(p->layers[l].chunks * (p->layers[l].width / 8), ceil_div(p->layers[l].rows, 4)));
+    const unsigned blocks = pack_blocks(largest * p->tiles * p->tile_tokens, device.processors);
+    PT_LAUNCH(pack_scores, dim3(blocks, p->count, 2), dim3(256), 0, stream, *p);
     check_launch("pack_scores");
     LaunchShape shape;
     shape.shared = shared_bytes(p->image_bytes, p->tile_tokens, p->planes_x, p->descriptor != 0);

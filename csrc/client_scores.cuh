@@ -15,9 +15,11 @@ struct ScoreLayer {
   const int64_t* table;   // else their addresses
   const float* scale;     // [K, O] or null
   const uint16_t* image;  // packed x, [tiles, chunks] images
-  const void* relevance;  // grad as `relevance_place` says, fp32 or bf16
-  float* partial;         // [tiles, chunks, row_units, K, tokens]
-  float* out;             // [K, T]
+  // grad, fp32 or bf16, [tiles, row blocks of 16, octets of tokens, 32 lanes]: 4 values that a lane weighs its products
+  // with, rows g and g + 8 of tokens 2 c and 2 c + 1 each.
+  const void* relevance;
+  float* partial;  // [tiles, chunks, row_units, K, tokens]
+  float* out;      // [K, T]
   Matrix x, grad;
   int64_t client_stride, stride_o, stride_i;  // bytes, elements, elements
   int64_t rows, columns;
@@ -49,13 +51,6 @@ PT_BOTH constexpr int teams(int tokens, int planes_x, bool wgmma) {
   return wgmma && tokens == 64 && planes_x == 1 ? 3 : 2;
 }
 PT_BOTH constexpr int blocks_per_sm(int tokens) { return tokens == 16 ? 2 : 1; }
-// Which value of the packed relevance belongs to a row and a token: those that a lane needs for 16 rows and 8 tokens,
-// which are rows g and g + 8 and tokens 2 c and 2 c + 1, lie together, and all lanes' next to each other.
-// `row_blocks` blocks of 16 rows, tiles of `tokens` tokens.
-PT_BOTH int64_t relevance_place(int64_t row, int64_t token, int64_t row_blocks, int tokens) {
-  const int64_t block = token / tokens * row_blocks + row / 16, lane = row % 8 * 4 + token % 8 / 2;
-  return ((block * (tokens / 8) + token % tokens / 8) * 32 + lane) * 4 + row / 8 % 2 * 2 + token % 2;
-}
 PT_BOTH int shared_bytes(int image_bytes, int tokens, int planes_x, bool wgmma) {
   return image_bytes + teams(tokens, planes_x, wgmma) * 2 * 4 * tokens * static_cast<int>(sizeof(float)) + 16;
 }

@@ -59,15 +59,13 @@ PT_BOTH int lowrank_shared(int image_bytes, int tokens, int planes_x, bool split
   return 2 * image_bytes +
          (split ? 0 : 2 * block_rows(planes_x) * total_pitch(tokens) * static_cast<int>(sizeof(float)));
 }
-// The column of a group that inner slot 16 j + 8 h + s (s < 8) of the matrix units stands for; undoes `inner_slot`.
-PT_BOTH constexpr int slot_column(int e, int j, int h, int s) { return e * (s / 2) + 4 * j + 2 * h + s % 2; }
 
 __global__ void __launch_bounds__(256) pack_lowrank(const __grid_constant__ LowRankParams p) {
   const Factor& factor = p.jobs[blockIdx.y].factors[blockIdx.z];
   const ImageShape shape = {p.tile_tokens, p.planes_x, kGroups * 4 * p.e, p.e, 0};
-  const int64_t total = static_cast<int64_t>(p.tiles) * factor.stages * p.tile_tokens * shape.width;
+  const int64_t total = image_octets(shape, static_cast<int64_t>(p.tiles) * factor.stages);
   for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < total; i += gridDim.x * blockDim.x)
-    pack_value(factor.with, p.tokens, factor.inner, shape, factor.stages, p.half != 0, i,
+    pack_octet(factor.with, p.tokens, factor.inner, shape, factor.stages, p.half != 0, i,
                const_cast<uint16_t*>(factor.image));
 }
 
@@ -456,17 +454,20 @@ void client_scores_lowrank(const LowRankCall& call, const Device& device, void* 
     const int64_t needed = plan(*p, call, first, device);
     if (needed > bytes)
       throw std::invalid_argument("workspace of " + std::to_string(bytes) + " bytes, needed " + std::to_string(needed));
-    int64_t clients = 0;
+    int64_t clients = 0, octets = 0;
     for (int j = 0; j < p->count; ++j) {
       LowRankJob& job = p->jobs[j];
       clients = most(clients, job.clients);
-      for (Factor& factor : job.factors)
+      for (Factor& factor : job.factors) {
+        octets = most(octets, static_cast<int64_t>(factor.stages) * (kGroups * 4 * p->e / 8));
         factor.image =
             reinterpret_cast<const uint16_t*>(static_cast<char*>(workspace) + reinterpret_cast<intptr_t>(factor.image));
+      }
       if (p->split)
         job.partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + reinterpret_cast<intptr_t>(job.partial));
     }
-    PT_LAUNCH(pack_lowrank, dim3(device.processors, p->count, 2), dim3(256), 0, stream, *p);
+    const unsigned pack = pack_blocks(octets * p->tiles * p->tile_tokens, device.processors);
+    PT_LAUNCH(pack_lowrank, dim3(pack, p->count, 2), dim3(256), 0, stream, *p);
     check_launch("pack_lowrank");
     switch (call.format) {
       case kF32: launch_tile<kF32, 3>(*p, device, stream); break;

@@ -4,7 +4,7 @@
 // group of 4 E neighbouring columns of that row with no shared memory in between. The products of the matrix units
 // do not depend on the order of their inner index, so these columns are used in the order in which the lanes hold
 // them: matrix product j (of E / 4 per group) takes from quad lane c the columns E c + 4 j + {0, 1, 2, 3}, and the
-// token tile is read, or laid out, in the same order (`inner_slot`).
+// token tile is read, or laid out, in the same order (`slot_column`).
 //
 // Everything is computed as products of bf16 with fp32 accumulation. What bf16 does not hold exactly is split into
 // planes that it does: fp32 = 3 planes of 8 bits, fp16 = 2; the tokens' values likewise, 1 plane when they are bf16 and
@@ -34,11 +34,8 @@ PT_BOTH int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- the image of a token tile ---------------------------------------------------------------------------
 
-// Column (0..4E-1) of a group -> its place in the order of the matrix units' inner index.
-PT_BOTH int inner_slot(int column, int e) {
-  const int lane = column / e, rest = column % e;
-  return 16 * (rest / 4) + 8 * ((rest / 2) % 2) + 2 * lane + rest % 2;
-}
+// The column of a group that inner slot 16 j + 8 h + s (s < 8) of the matrix units stands for.
+PT_BOTH constexpr int slot_column(int e, int j, int h, int s) { return e * (s / 2) + 4 * j + 2 * h + s % 2; }
 // Values between the rows of an image, so that the lanes of one shared-memory access meet different banks.
 PT_BOTH constexpr int row_padding(int e) { return e == 4 ? 16 : e == 8 ? 32 : 8; }
 
@@ -50,12 +47,17 @@ struct ImageShape {
   PT_BOTH int64_t elements() const {
     return static_cast<int64_t>(planes) * tokens * (descriptor ? width : width + row_padding(e));
   }
-  PT_BOTH int64_t offset(int plane, int token, int column) const {
-    if (!descriptor) return (static_cast<int64_t>(plane) * tokens + token) * (width + row_padding(e)) + column;
-    const int group = 4 * e, slot = column / group * group + inner_slot(column % group, e);
+  // Where 8 values of a token lie next to each other, and the column of value i of them.
+  PT_BOTH int64_t offset(int plane, int token, int octet) const {
+    if (!descriptor) return (static_cast<int64_t>(plane) * tokens + token) * (width + row_padding(e)) + 8 * octet;
     // Core matrices of 8 tokens x 8 slots, 128 bytes each: tokens fastest, then slots.
     return static_cast<int64_t>(plane) * tokens * width +
-           (static_cast<int64_t>(slot / 8) * (tokens / 8) + token / 8) * 64 + token % 8 * 8 + slot % 8;
+           (static_cast<int64_t>(octet) * (tokens / 8) + token / 8) * 64 + token % 8 * 8;
+  }
+  PT_BOTH int column(int octet, int i) const {
+    if (!descriptor) return 8 * octet + i;
+    const int octets = e / 2;  // of a group
+    return octet / octets * 4 * e + slot_column(e, octet % octets / 2, octet % 2, i);
   }
 };
 
@@ -68,19 +70,17 @@ PT_BOTH uint64_t wgmma_descriptor(uint32_t shared_address, int tokens) {
 
 // ---- planes ----------------------------------------------------------------------------------------------
 
-// Plane of a value: truncated to bf16, then what is left, and so on; 3 planes hold every fp32 exactly.
-__device__ __forceinline__ uint16_t value_plane(float value, int plane) {
-  for (int p = 0; p < plane; ++p) value -= bits_float(float_bits(value) & 0xffff0000u);
-  return static_cast<uint16_t>(float_bits(value) >> 16);
+// The top plane of two values, truncated to bf16; what is left stays. 3 planes hold every fp32 exactly.
+__device__ __forceinline__ uint32_t take_plane(float& low, float& high) {
+  const uint32_t plane = byte_permute(float_bits(low), float_bits(high), 0x7632);
+  low -= bits_float(float_bits(low) & 0xffff0000u);
+  high -= bits_float(float_bits(high) & 0xffff0000u);
+  return plane;
 }
 template <int kPlanes>
 __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&out)[kPlanes]) {
 #pragma unroll
-  for (int p = 0; p < kPlanes; ++p) {
-    out[p] = byte_permute(float_bits(low), float_bits(high), 0x7632);
-    low -= bits_float(float_bits(low) & 0xffff0000u);
-    high -= bits_float(float_bits(high) & 0xffff0000u);
-  }
+  for (int p = 0; p < kPlanes; ++p) out[p] = take_plane(low, high);
 }
 template <int kFormat>
 __device__ __forceinline__ void half_pair(uint32_t pair, uint32_t (&out)[format_planes(kFormat)]) {
@@ -213,6 +213,15 @@ __device__ __forceinline__ void fetch_image(unsigned char* shared, const uint16_
   copy_commit();
 }
 
+// kCount (a multiple of 4) floats to an address aligned to 16 bytes.
+template <int kCount>
+__device__ __forceinline__ void store_values(float* at, const float* values) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4)
+    *reinterpret_cast<uint4*>(at + i) = make_uint4(float_bits(values[i]), float_bits(values[i + 1]),
+                                                   float_bits(values[i + 2]), float_bits(values[i + 3]));
+}
+
 // ---- packing ---------------------------------------------------------------------------------------------
 
 // A matrix [tokens, columns] of any strides and float dtype; written as images, tile by tile and chunk by chunk.
@@ -229,26 +238,44 @@ __device__ __forceinline__ float load_float(const void* data, int64_t index, int
   return dtype == kBF16 ? bits_float(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
 }
 
-// Image element number `index` (columns fastest) of the whole [tiles, chunks] of images. The padding behind a row is
+PT_BOTH int64_t image_octets(const ImageShape& shape, int64_t images) {
+  return images * shape.tokens * (shape.width / 8);
+}
+// Blocks of 256 threads that write so many octets. Layers share a launch: blocks without work would outnumber the
+// others.
+inline unsigned pack_blocks(int64_t octets, int processors) {
+  return static_cast<unsigned>(most(1, least(ceil_div(octets, 256), 4 * processors)));
+}
+// Octet number `index` (octets of a row fastest) of the whole [tiles, chunks] of images. The padding behind a row is
 // copied along with it, so it is written as well: compute-sanitizer counts every read of memory that nobody wrote.
-__device__ __forceinline__ void pack_value(const Matrix& from, int64_t tokens, int64_t columns, const ImageShape& shape,
+__device__ __forceinline__ void pack_octet(const Matrix& from, int64_t tokens, int64_t columns, const ImageShape& shape,
                                            int64_t chunks, bool half, int64_t index, uint16_t* images) {
-  const int column = static_cast<int>(index % shape.width);
-  int64_t rest = index / shape.width;
+  const int octet = static_cast<int>(index % (shape.width / 8));
+  int64_t rest = index / (shape.width / 8);
   const int token = static_cast<int>(rest % shape.tokens);
   rest /= shape.tokens;  // tile * chunks + chunk
-  const int64_t t = rest / chunks * shape.tokens + token, c = rest % chunks * shape.width + column;
+  const int64_t t = rest / chunks * shape.tokens + token, first = rest % chunks * shape.width;
   uint16_t* image = images + rest * shape.elements();
-  const bool inside = t < tokens && c < columns;
-  const int64_t at = inside ? t * from.stride_t + c * from.stride_c : 0;
-  if (!shape.descriptor && column < row_padding(shape.e))
-    for (int p = 0; p < shape.planes; ++p) image[shape.offset(p, token, shape.width + column)] = 0;
-  if (half) {
-    image[shape.offset(0, token, column)] = inside ? static_cast<const uint16_t*>(from.data)[at] : uint16_t{0};
-    return;
+  if (!shape.descriptor && 8 * octet < row_padding(shape.e))
+    for (int p = 0; p < shape.planes; ++p)
+      *reinterpret_cast<uint4*>(image + shape.offset(p, token, shape.width / 8 + octet)) = make_uint4(0, 0, 0, 0);
+  float values[8];
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t c = first + shape.column(octet, i), at = t * from.stride_t + c * from.stride_c;
+    const bool inside = t < tokens && c < columns;
+    if (half) words[i / 2] |= (inside ? static_cast<const uint16_t*>(from.data)[at] : 0u) << (16 * (i % 2));
+    values[i] = inside && !half ? load_float(from.data, at, from.dtype) : 0.0f;
   }
-  const float value = inside ? load_float(from.data, at, from.dtype) : 0.0f;
-  for (int p = 0; p < shape.planes; ++p) image[shape.offset(p, token, column)] = value_plane(value, p);
+#pragma unroll 1
+  for (int p = 0; p < shape.planes; ++p) {
+    if (!half)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = take_plane(values[2 * i], values[2 * i + 1]);
+    *reinterpret_cast<uint4*>(image + shape.offset(p, token, octet)) =
+        make_uint4(words[0], words[1], words[2], words[3]);
+  }
 }
 
 // Sums over the lanes whose numbers differ in the bits from kLast to 16. The values per lane are halved at each step,

@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(kHeadThreads) head_prepare(const __grid_consta
 
 __global__ void __launch_bounds__(kHeadThreads) head_pack(const __grid_constant__ HeadParams p, ImageShape shape) {
   const Matrix from = {p.normed, p.width, 1, kF32, 0};
-  const int64_t total = static_cast<int64_t>(p.tiles) * p.stages * shape.tokens * shape.width,
+  const int64_t total = image_octets(shape, static_cast<int64_t>(p.tiles) * p.stages),
                 stride = static_cast<int64_t>(gridDim.x) * kHeadThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kHeadThreads + threadIdx.x; i < total; i += stride)
-    pack_value(from, p.tokens, p.width, shape, p.stages, false, i, p.images);
+    pack_octet(from, p.tokens, p.width, shape, p.stages, false, i, p.images);
 }
 
 // Maximum and mass of one token in one part of the vocabulary.
@@ -276,7 +276,8 @@ static void launch_twice(const HeadParams& p, const Device& device, cudaStream_t
   const auto logits = head_logits_kernel<kFormat, kVectors, kTokens>;
   const auto mean = head_mean_kernel<kFormat, kVectors, kTokens>;
   allow_shared(reinterpret_cast<const void*>(logits), shared, device);
-  PT_LAUNCH(head_pack, dim3(2 * device.processors), dim3(kHeadThreads), 0, stream, p, shape);
+  const unsigned pack = pack_blocks(image_octets(shape, static_cast<int64_t>(p.tiles) * p.stages), device.processors);
+  PT_LAUNCH(head_pack, dim3(pack), dim3(kHeadThreads), 0, stream, p, shape);
   check_launch("head_pack");
   const int64_t row_blocks = ceil_div(p.vocabulary, kLogitRows);
   PT_LAUNCH(logits, dim3(static_cast<unsigned>(p.tiles * row_blocks)), dim3(kHeadThreads), shared, stream, p);

@@ -75,11 +75,4 @@ __device__ __forceinline__ float load_vector(const Vector& v, int64_t index) {
   return load_float(v.data, index * v.stride, v.dtype);
 }
 
-__device__ __forceinline__ void store_values(float* at, const float* values, int count) {
-#pragma unroll
-  for (int i = 0; i < count; i += 4)
-    *reinterpret_cast<uint4*>(at + i) = make_uint4(float_bits(values[i]), float_bits(values[i + 1]),
-                                                   float_bits(values[i + 2]), float_bits(values[i + 3]));
-}
-
 }  // namespace protoken::cuda

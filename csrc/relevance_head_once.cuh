@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kOnceThreads, 1) head_once_kernel(const __grid
 #pragma unroll
     for (int n = 0; n < kLoads; ++n)
       if (column[n] < width)
-        store_values(p.partial + (part * p.tokens + t) * p.width + column[n], mean[t] + n * kE, kE);
+        store_values<kE>(p.partial + (part * p.tokens + t) * p.width + column[n], mean[t] + n * kE);
   }
   if (member < kTokens && member < p.tokens) {  // lanes 0, 1, ..: row 0 of each token
     p.stats[(part * p.tokens + member) * 2] = top;
