@@ -13,8 +13,7 @@ from .counterfactual import Counterfactual
 from .estimate import Estimate, estimate
 from .history import History
 from .ledger import ClientUpdate, Ledger
-from .records import RecordProbe, record_probe
-from .records.scores import RecordScores
+from .records import RecordProbe, RecordScores, record_probe
 from .results import Trace
 from .streaming import Stream, StreamedToken, stream
 from .trace import trace
