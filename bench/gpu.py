@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gpu_bars import bars
 from gpu_runner import TOTAL_SECONDS, Step, run_steps, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,13 +181,8 @@ def describe() -> dict[str, Any]:
 
 
 def summarize(report: dict[str, Any]) -> str:
-    """A short table for the end of the output."""
-    lines = [
-        f"{name:28s} {step['status']:8s} {step.get('seconds', 0):7.1f} s" for name, step in report["steps"].items()
-    ]
-    failures = [row for row in report["rows"] if row.get("ok") is False]
-    lines += [f"WRONG {row.get('case', row)}" for row in failures[:20]]
-    lines.append(f"checks: {sum('ok' in row for row in report['rows'])}, wrong: {len(failures)}")
+    """What was timed, then what is wrong, the bars and the steps: whoever sees the end alone sees what matters."""
+    lines = []
     for row in report["rows"]:
         if "median_s" in row:
             share = f"{row['bandwidth_share']:.0%}" if row.get("bandwidth_share") else "-"
@@ -196,6 +192,16 @@ def summarize(report: dict[str, Any]) -> str:
                 f"K={row['K']:<6d} T={row['T']:<4d} {row['median_s'] * 1e3:9.3f} ms  {share:>5s} of copy  "
                 f"{ratio:>7s} best torch"
             )
+    failures = [row for row in report["rows"] if row.get("ok") is False]
+    lines += [f"WRONG {row.get('case', row)} {row.get('problem', '')}"[:200] for row in failures[:20]]
+    lines += [
+        f"{'met' if bar['met'] else 'MISSED':6s} {bar['figure']:8.3f} of {bar['wanted']:g}: {bar['bar']}"
+        for bar in report.get("bars", [])
+    ]
+    lines += [
+        f"{name:28s} {step['status']:8s} {step.get('seconds', 0):7.1f} s" for name, step in report["steps"].items()
+    ]
+    lines.append(f"checks: {sum('ok' in row for row in report['rows'])}, wrong: {len(failures)}")
     return "\n".join(lines)
 
 
@@ -226,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_steps(steps, report, options.out, seconds - (time.monotonic() - begin))
     copies = [row["copy_bandwidth"] for row in report["rows"] if "copy_bandwidth" in row]
     report["copy_bandwidth"] = max(copies, default=None)
+    report["bars"] = [] if options.dry_run else bars(report["rows"])
     write(report, options.out)
     print(summarize(report))
     right = all(row.get("ok") is not False for row in report["rows"])

@@ -366,6 +366,46 @@ def test_the_summary_names_wrong_cases_and_ratios(gpu: ModuleType) -> None:
     assert "2.5x" in text
 
 
+def timed(op: str, shape: str, dtype: str, clients: int, tokens: int, backend: str, median: float) -> dict[str, Any]:
+    about = {"op": op, "shape": shape, "format": dtype, "K": clients, "T": tokens, "backend": backend}
+    return about | {"median_s": median, "bandwidth_share": 0.9}
+
+
+def test_bars_are_judged_by_the_rows_that_are_there(gpu: ModuleType) -> None:
+    large, small = "Llama-3.1-8B", "SmolLM2-135M x30"
+    rows = [
+        {"case": "x", "ok": True},
+        timed("client_scores", large, "bf16", 55, 16, "auto", 0.0028),
+        timed("client_scores", large, "bf16", 55, 16, "triton", 0.0001),
+        timed("client_scores", large, "fp8", 55, 16, "auto", 0.0016),
+        timed("client_scores", small, "bf16", 6, 16, "auto", 0.0001),
+        timed("client_scores", small, "bf16", 6, 16, "torch.loop", 0.0011),
+        timed("client_scores_lowrank", large, "bf16", 10_000, 64, "auto", 0.002),
+    ]
+    found = [(bar["figure"], bar["wanted"], bar["met"]) for bar in gpu.bars(rows)]
+    assert found == [(0.9, 0.9, True), (1.75, 1.8, False), (11.0, 10.0, True), (2.0, 2.0, False)]
+    text = gpu.summarize({"steps": {}, "rows": rows, "bars": gpu.bars(rows)})
+    assert "MISSED    1.750 of 1.8: fp8 as fast as bf16, times, T = 16" in text
+    assert gpu.bars([]) == []
+
+
+def test_the_benchs_first_rows_are_those_of_the_bars(tmp_path: Path) -> None:
+    """A name changed in one place would leave the bars without rows, and nobody would be told."""
+    pytest.importorskip("triton", reason="the bench imports triton's kernels")
+    code = (
+        "import gpu_bench, gpu_bars\n"
+        "dense, lowrank = gpu_bench.groups()['dense'], gpu_bench.groups()['lowrank']\n"
+        "rows = lambda of: [(op.__name__, *arguments) for op, arguments in of]\n"
+        "for tokens in (1, 16, 64, 128): assert ('dense', gpu_bars.LARGE, 'bf16', 55, tokens, 1) in rows(dense)\n"
+        "for tokens in (16, 128): assert ('dense', gpu_bars.LARGE, 'fp8', 55, tokens, 1) in rows(dense)\n"
+        "small, _, blocks = gpu_bars.SMALL.partition(' x')\n"
+        "for tokens in (16, 128): assert ('dense', small, 'bf16', 6, tokens, int(blocks)) in rows(dense)\n"
+        "assert rows(lowrank)[0] == ('lowrank', gpu_bars.LARGE, 10_000, 8, 64)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PROTOKEN_GPU_DRY_RUN"}
+    subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, timeout=100, check=True)
+
+
 def test_an_output_file_must_be_named(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.parse([])
