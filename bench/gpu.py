@@ -69,7 +69,7 @@ def plan(workdir: Path, site: Path, chosen: Sequence[str], dry_run: bool = False
 
     cuda = os.environ.get("PROTOKEN_CUDA", "1") if dry_run else "1"
     build = tools() | {"PROTOKEN_CUDA": cuda, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 2)}
-    steps = [Step("build", [sys.executable, str(HERE / "gpu_build.py"), str(site)], 180, 0, build)]
+    steps = [Step("build", [sys.executable, str(HERE / "gpu_build.py"), str(site)], slow * 180, 0, build)]
     steps += [python(f"cuda:{op}", 140, 1, together) for op in OPS]
     steps += [python(f"triton:{part}", 140, 1, together) for op in OPS for part in parts(op)]
     steps += [python(f"graph:{backend}", 100, 1, together) for backend in ("cuda", "triton", "auto")]
