@@ -225,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench/gpu.py: no CUDA device", file=sys.stderr)
         return 2
     write(report, options.out)
-    with tempfile.TemporaryDirectory() as folder:
+    # A process that the driver holds may still write into it.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         site = options.site or Path(folder) / "site"
         steps = plan(Path(folder), site, options.steps, options.dry_run)
         seconds = options.seconds or TOTAL_SECONDS * (SLOW if options.dry_run else 1)
