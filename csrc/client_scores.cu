@@ -87,7 +87,7 @@ static int64_t plan(ScoreParams& p, const ScoresCall& call, int64_t first_layer,
   p.tile_tokens = widest_tile(call.format, p.planes_x, wgmma);
   if (call.tokens <= 64 || !fits(p.tile_tokens)) p.tile_tokens = 64;
   if (call.tokens <= 16 || !call.vectors || !fits(64)) p.tile_tokens = 16;
-  p.descriptor = wgmma ? 1 : 0;
+  p.descriptor = wgmma && p.tile_tokens > 16 ? 1 : 0;
   p.e = per_load(call.format);
   p.half = call.format == kHalf ? 1 : 0;
   p.clients = call.clients;

@@ -46,18 +46,21 @@ __device__ __forceinline__ Relevance load_relevance(const ScoreLayer& layer, int
   return {make_float2(bits_float(v.x), bits_float(v.y)), make_float2(bits_float(v.z), bits_float(v.w))};
 }
 
+// The scales of rows g and g + 8 of a client, on their way while the rows are multiplied; 1 where there are none.
+template <int kFormat>
+__device__ __forceinline__ float2 load_scales(const ScoreLayer& layer, int client, int row) {
+  if constexpr (format_bytes(kFormat) > 1) return make_float2(1.0f, 1.0f);
+  const float* at = layer.scale + client * layer.rows + row;
+  return make_float2(row < layer.rows ? bits_float(load_stream4(at)) : 0.0f,
+                     row + 8 < layer.rows ? bits_float(load_stream4(at + 8)) : 0.0f);
+}
+
 // sum[i] += over this warp's 16 rows of acc * relevance (* scale). `row` is the lane's row g.
 template <int kFormat, int kTokens>
 __device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4],
                                       float (&sum)[kTokens >= 32 ? kTokens / 32 : 1], const ScoreLayer& layer,
-                                      int client, int row) {
+                                      float2 scales, int row) {
   const int lane = threadIdx.x % 32;
-  float scale_low = 1.0f, scale_high = 1.0f;
-  if constexpr (format_bytes(kFormat) == 1) {
-    const float* scale = layer.scale + client * layer.rows + row;
-    scale_low = row < layer.rows ? scale[0] : 0.0f;
-    scale_high = row + 8 < layer.rows ? scale[8] : 0.0f;
-  }
   float values[kTokens / 4];
   const int64_t row_blocks = ceil_div(layer.rows, kTeamRows) * (kTeamRows / 16),
                 at = (blockIdx.y * row_blocks + row / 16) * (kTokens / 8) * 128 + lane * 4;
@@ -65,8 +68,8 @@ __device__ __forceinline__ void weigh(const float (&acc)[kTokens / 8][4],
   for (int n = 0; n < kTokens / 8; ++n) {
     const auto [low, high] = load_relevance(layer, at + n * 128);
     if constexpr (format_bytes(kFormat) == 1) {
-      values[2 * n] = acc[n][0] * scale_low * low.x + acc[n][2] * scale_high * high.x;
-      values[2 * n + 1] = acc[n][1] * scale_low * low.y + acc[n][3] * scale_high * high.y;
+      values[2 * n] = acc[n][0] * scales.x * low.x + acc[n][2] * scales.y * high.x;
+      values[2 * n + 1] = acc[n][1] * scales.x * low.y + acc[n][3] * scales.y * high.y;
     } else {
       values[2 * n] = acc[n][0] * low.x + acc[n][2] * high.x;
       values[2 * n + 1] = acc[n][1] * low.y + acc[n][3] * high.y;
@@ -208,6 +211,7 @@ __device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLay
       } else if (unit < last) {
         next_rows = lane_rows(unit % clients, unit / clients * kUnitRows);
       }
+      const float2 scales = load_scales<kFormat>(layer, client, row + lane_row);
       float acc[kTokens / 8][4] = {};
 #pragma unroll 1
       for (int stage = 0; stage < stages; ++stage) {
@@ -227,7 +231,7 @@ __device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLay
           rows = next_rows;
         }
       }
-      weigh<kFormat, kTokens>(acc, sum, layer, client, row + lane_row);
+      weigh<kFormat, kTokens>(acc, sum, layer, scales, row + lane_row);
     }
     // The team's 4 warps, in their order; two buffers in turn, so that one barrier per unit is enough.
     float* sums = team_sums + ((team * 2 + (turn & 1)) * 4) * kTokens;
