@@ -28,7 +28,7 @@ def printed(what: RenderableType, width: int) -> str:
 
 
 def lines_of_clients(text: str) -> list[str]:
-    return [line for line in text.splitlines() if re.match(r" *\d+  ■", line)]
+    return [line for line in text.splitlines() if re.match(r" *\d+ ■  ", line)]
 
 
 def ranked(width: int, clients: int = 12, top: int | None = 10) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import re
+import unicodedata
 from base64 import b64encode
 from collections import Counter
 from html.parser import HTMLParser
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from protoken.report import terminal_svg
 from protoken.report.palette import COLOURS, colour_slots, mix
+from protoken.report.sections import sentences, slot_name
 from protoken.report.view import build_view, leads, number_format, percent, timing
 from protoken.report.visible import name, visible
 from protoken.results import Token, Trace, TraceInfo
@@ -435,3 +437,45 @@ def test_text_on_a_fully_tinted_token_keeps_its_contrast(page: int) -> None:
             float(weights @ linear(c)) for c in (mix(pair[page], card, float(tint.rstrip("%")) / 100), ink)
         )
         assert (high + 0.05) / (low + 0.05) >= 4.5, pair[page]
+
+
+def test_names_beyond_any_ledgers_are_drawn_short_and_apart() -> None:
+    long = ["a" * 5000 + middle + "z" * 5000 for middle in "xy"]
+    drawn = [name(one) for one in long]
+    assert max(map(len, drawn)) < 200
+    assert len(set(drawn)) == 2
+    assert all(text.startswith("a" * 60) and text.endswith("z" * 20) and "10001 characters" in text for text in drawn)
+    assert name("n" * 256) == "n" * 256  # twice as long as a ledger takes
+    texts = ["word "] * 200
+    page = make(texts, np.ones((200, 2)), clients=(long[0], long[1])).to_html()
+    assert len(page) < 300_000
+
+
+@pytest.mark.parametrize("text", ["Tiếng Việt", "בְּרֵאשִׁ֖ית", "कृत्रिम", "é", "ﷺ"])
+def test_marks_that_languages_put_on_a_character_stay(text: str) -> None:
+    for form in ("NFC", "NFD"):
+        assert visible(unicodedata.normalize(form, text)) == unicodedata.normalize(form, text)
+
+
+@pytest.mark.parametrize("mark", ["\u0301", "\u0489", "\u20e3"])
+def test_a_pile_of_marks_covers_no_other_line(mark: str) -> None:
+    for draw in (visible, name):
+        drawn = draw("a" + mark * 50 + "b")
+        assert drawn == "a" + mark * 4 + f"⟨U+{ord(mark):04X}⟩" * 46 + "b"
+
+
+def test_a_sentence_has_its_client_in_the_colour_of_the_page() -> None:
+    clients = tuple(f"c{k:02}" for k in range(15))
+    scores = np.zeros((4, 15))
+    scores[:, 3] = 0.06  # the best of all
+    scores[0, 9] = scores[2, 12] = 0.15
+    trace = make(["One", ". ", "Two", "."], scores, clients=clients)
+    view = build_view(trace)
+    rows = [sentence["row"] for sentence in sentences(trace, view)]
+    assert [row["client"] for row in rows] == ["c09", "c12"]
+    places = [clients.index(row["client"]) for row in rows]
+    assert [row["slot"] for row in rows] == [slot_name(view.by_place[place].slot) for place in places]
+    assert len({row["slot"] for row in rows}) == 2
+    for row, part in zip(rows, trace.sentences(), strict=True):
+        own = build_view(part).clients[0]
+        assert (row["client"], row["score"], row["share"]) == (own.client, own.score, own.share)

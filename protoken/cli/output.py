@@ -12,7 +12,7 @@ from typing import IO
 from rich.cells import cell_len
 
 # Of the same width, in ASCII.
-_PLAINLY = str.maketrans("·■━╍…⟨⟩↵⇥\N{NO-BREAK SPACE}", "-#=~~<>/> ")
+_PLAINLY = str.maketrans("·■━╍…⟨⟩↵⇥", "-#=~~<>/>")
 # What is wrong with the disk and not with the program.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 CLOSED_PIPE = 128 + 13

@@ -58,7 +58,7 @@ def _context(trace: Trace, view: View) -> dict[str, Any]:
         "clients": [slotted(row) for row in view.clients],
         "zero": round(-low / ((high - low) or 1.0) * 100, 2),
         "figures": figures(trace, view),
-        "sentences": sentences(trace),
+        "sentences": sentences(trace, view),
         "grids": grids(trace, view),
         "facts": facts(trace),
     }
@@ -78,7 +78,7 @@ def _token(trace: Trace, view: View, token: TokenView) -> dict[str, Any]:
         if trace.token_scores.size <= _MAX_DATA:
             data = " ".join(f"{score:.4g}" for score in scores)
         best = np.argsort(-scores, kind="stable")[:8]
-        lines += [f"{scores[k]:+.3g}  {name(trace.client_ids[k])}" for k in best]
+        lines += [f"{scores[k]:+.3g}  {view.by_place[k].client}" for k in best]
         if len(scores) > len(best):
             lines.append(f"and {len(scores) - len(best)} more clients")
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from protoken.report.view import ClientRow, View, build_view, number_format, seconds
+from protoken.report.view import ClientRow, View, number_format, percent, seconds
 from protoken.report.visible import pieces, visible
 from protoken.results import Trace
 from protoken.results.checks import Array
@@ -57,12 +57,21 @@ def figures(trace: Trace, view: View) -> list[tuple[str, str, str]]:
     return figures
 
 
-def sentences(trace: Trace) -> list[dict[str, Any]]:
+def sentences(trace: Trace, view: View) -> list[dict[str, Any]]:
     """Each sentence with its top client; empty where there is one sentence only, or totals only."""
     parts = trace.sentences() if trace.token_scores is not None else []
     if not 1 < len(parts) <= 200:
         return []
-    return [{"parts": list(pieces(part.text.strip())), "row": slotted(build_view(part).clients[0])} for part in parts]
+    return [{"parts": list(pieces(part.text.strip())), **_leader(part, view)} for part in parts]
+
+
+def _leader(part: Trace, view: View) -> dict[str, Any]:
+    """The top client of a part, in the colour that it has on the whole page."""
+    best = float(part.totals.max())
+    top = min((k for k in np.flatnonzero(part.totals == best)), key=lambda k: part.client_ids[k])
+    number = number_format([*part.totals, part.change])
+    row = slotted(view.by_place[top])
+    return {"row": {**row, "score": number(best), "share": percent(float(part.shares[top]))}}
 
 
 def grids(trace: Trace, view: View) -> list[dict[str, Any]]:

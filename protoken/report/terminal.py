@@ -109,19 +109,21 @@ def legend(trace: Trace, view: View) -> Text:
 def ranking(trace: Trace, view: View, top: int | None) -> Fitted:
     """Clients by raw score; the share stands beside it, never alone."""
     shown = view.clients[:top]
-    # Names keep their mark, wherever they are broken.
-    names = [Text.assemble(("■\N{NO-BREAK SPACE}", Style(color=_colour(row.slot))), row.client) for row in shown]
-    figures = [(str(row.rank), row.score, row.share, row.weight) for row in shown]
+    names = [Text(row.client) for row in shown]
+    # The mark stands by the rank: a name may be broken anywhere.
+    marks = [Text.assemble((f"{row.rank} ", "dim"), ("■", Style(color=_colour(row.slot)))) for row in shown]
+    figures = [(row.score, row.share, row.weight) for row in shown]
     bars = [_bar(row) for row in shown]
     rest = trace.clients[len(shown) :]
     if rest:
         names.append(Text(f"and {len(rest)} more", style="dim"))
-        figures.append(("", view.number(sum(client.score for client in rest)), "", ""))
+        marks.append(Text())
+        figures.append((view.number(sum(client.score for client in rest)), "", ""))
         bars.append(Text())
-    ranks, scores, shares, weights = ([Text(cell) for cell in cells] for cells in zip(*figures, strict=True))
+    scores, shares, weights = ([Text(cell) for cell in cells] for cells in zip(*figures, strict=True))
     return Fitted(
         [
-            Column("#", ranks, right=True, style="dim"),
+            Column("#", marks, right=True),
             Column("client", names, breaks=True),
             Column(f"score ({trace.unit})", scores, right=True),
             Column("", bars, drop=3),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import floor, log10
 
 import numpy as np
@@ -58,6 +59,11 @@ class View:
     full_lead: float
     number: Callable[[float], str]
 
+    @cached_property
+    def by_place(self) -> list[ClientRow]:
+        """The same clients in the trace's own order."""
+        return sorted(self.clients, key=lambda row: row.place)
+
 
 def number_format(values: Iterable[float]) -> Callable[[float], str]:
     """One signed format for a column: four figures for the largest value, exponents only if they must be."""
@@ -78,7 +84,8 @@ def leads(trace: Trace) -> tuple[Array, Array, Array]:
     if scores is None or not len(scores):
         none = np.zeros(len(trace.token_list))
         return none - 1, none, none
-    tops = [trace.client_ids.index(token.top or "") for token in trace.tokens]
+    by_id = np.array(sorted(range(len(trace.client_ids)), key=trace.client_ids.__getitem__))
+    tops = by_id[scores[:, by_id].argmax(axis=1)]  # of equal ones the first by id
     best = scores[np.arange(len(scores)), tops]
     others = scores.shape[1] - 1
     lead = best - (scores.sum(axis=1) - best) / others if others else np.abs(best)
@@ -97,9 +104,11 @@ def build_view(trace: Trace) -> View:
     number = number_format([*trace.totals, trace.change])
     low, high = min(0.0, float(trace.totals.min())), max(0.0, float(trace.totals.max()))
     width = (high - low) or 1.0
+    place_of = {client: place for place, client in enumerate(trace.client_ids)}
+    led = np.bincount(places[places >= 0].astype(np.int64), minlength=len(ranked))
     rows = []
     for client in ranked:
-        place = trace.client_ids.index(client.client)
+        place = place_of[client.client]
         left = (min(0.0, client.score) - low) / width * 100
         rows.append(
             ClientRow(
@@ -112,7 +121,7 @@ def build_view(trace: Trace) -> View:
                 weight=f"{client.weight:.3f}",
                 bar=(round(left, 2), round(abs(client.score) / width * 100, 2)),
                 negative=client.score < 0,
-                led=int((places == place).sum()),
+                led=int(led[place]),
             )
         )
     objective = number_format(trace.objective_values)
