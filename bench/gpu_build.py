@@ -1,8 +1,9 @@
 """Step build of bench/gpu.py: `python gpu_build.py SITE` installs protoken into the folder SITE, without a network.
 
 First as users do, with pip. Where that fails (an old setuptools, say) cmake builds the native modules beside a copy of
-the Python files; where nvcc fails, the rest is installed without the CUDA module, so that the steps of Triton can still
-run. Exit status 0: with the CUDA module (or without, where PROTOKEN_CUDA=0 asks for that); 1: something is missing.
+the Python files; where nvcc fails, the rest is installed without the CUDA module. The Python files are there from the
+first second: the steps of Triton can run even if the compilers are out of time. Exit status 0: with the CUDA module
+(or without, where PROTOKEN_CUDA=0 asks for that); 1: something is missing.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def run(command: list[str]) -> bool:
 def main() -> int:
     site = Path(sys.argv[1])
     cuda = os.environ.get("PROTOKEN_CUDA", "1")
+    copy(site)  # whatever becomes of the compilers, or of the time they have, Triton and torch can run
     if with_pip(site) or with_cmake(site, cuda):
         return 0
     if cuda != "0":

@@ -333,6 +333,7 @@ def test_without_pip_or_nvcc_what_can_be_built_is_built(
     tried: list[str] = []
 
     def run(command: list[str]) -> bool:
+        assert (tmp_path / "site" / "protoken" / "kernels" / "client_scores.py").exists()  # before any compiler runs
         tried.append("pip" if "pip" in command else next((a for a in command if "PROTOKEN_CUDA" in a), command[1]))
         return "-DPROTOKEN_CUDA=0" in command or command[1] == "--build"
 
