@@ -15,7 +15,7 @@ from .arguments import check_flag
 from .banks.bank import Bank, LedgerBank
 from .errors import LayerError, LedgerMismatchError, ModelError
 from .ledger import Ledger, tensor_digest
-from .methods.weights import Updates, parameter_of, read_updates
+from .methods.weights import Updates, parameter_of, read_updates, require_in_memory
 from .models.architectures import Architecture, architecture_of
 from .models.layers import layer_of
 from .models.patching import refuse_no_model
@@ -108,6 +108,7 @@ class Attachment:
                     remedy=f"Recorded are {', '.join(sorted(recorded)[:8])}",
                 )
             own = self._own_name(model, known, name)
+            require_in_memory(own, known[own])
             if own.endswith(".base_layer.weight"):
                 self._check_once(model, own.removesuffix(".base_layer.weight"), name)
                 continue

@@ -105,13 +105,13 @@ def counterfactual(
         reaggregate: the others' weights scaled up to sum to 1 (FedAvg without the absent); otherwise their
             contribution is taken out and nothing put in its place.
         generate: also answer the prompt anew, with the trace's own generation arguments and seed. A twin of the model
-            answers, with a copy of the weights that move. A model with accelerate's hooks has none: it holds the
-            others' weights itself for that long, and nobody else may be using it in another thread.
+            answers, with a copy of the weights that move; other threads keep the model as it is.
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:
         ArgumentError: the trace is a part of an answer that does not begin where the answer does; nobody is absent.
-        ModelError: the trace does not know its model, or that model is gone.
+        ModelError: the trace does not know its model, or that model is gone; its weights were offloaded; or, with
+            `generate`, it has no twin (a module has a forward that is bound to it by more than its method).
         UnknownClientError: a client took part in none of the rounds.
         LedgerMismatchError: the model is not the one that the ledger was written for.
     """
@@ -133,8 +133,7 @@ def counterfactual(
             before = game.value_at_end().numpy()
             after = game.value_at({name: value + shift[name].to(value) for name, value in game.end.items()}).numpy()
         if generate:
-            with at_weights(model, shift) as without_them:
-                answered = _answer(without_them, own.tokenizer, trace)
+            answered = _answer(at_weights(model, shift), own.tokenizer, trace)
     return Counterfactual(
         without=absent,
         tokens=tuple(token.text for token in trace.token_list),

@@ -197,6 +197,27 @@ def test_published_method_refuses_what_is_not_in_memory(tmp_path: Path) -> None:
         trace(federation, method="paper")
 
 
+def test_what_runs_at_other_weights_refuses_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    federation = tiny_federation(tmp_path, "llama")
+    accelerate.cpu_offload(federation.model, execution_device=torch.device("cpu"))
+    found = trace(federation)
+    for ask in (
+        lambda: trace(federation, method="shapley"),
+        lambda: trace(federation, method="leave_one_out"),
+        found.lineage,
+        found.history,
+        lambda: found.counterfactual("ada", generate=True),
+        lambda: protoken.record_probe(found),
+    ):
+        with pytest.raises(errors.ModelError, match=r"weight in memory.*offloaded\. Load the model without offloading"):
+            ask()
+    protoken.attach(federation.model, federation.path, verify=False)
+    with pytest.raises(errors.ModelError, match="offloaded"):
+        protoken.trace(federation.model, [5, 17, 42], max_new_tokens=2, method="shapley")
+    protoken.detach(federation.model)
+
+
 # ---- half precision ----------------------------------------------------------------------------------------------
 
 

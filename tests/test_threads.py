@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import protoken
 from protoken.models.patching import current_method, replaced_method
-from protoken.models.twin import twin_of
+from protoken.models.twin import bound_otherwise, twin_of
 from protoken.precision import _measured
 
 IDS = torch.arange(3, 23)[None]
@@ -153,6 +154,67 @@ def test_who_asks_without_a_client_gets_another_model_than_everybody_else(tmp_pa
     assert is_clean(model)
 
 
+ASKED: dict[str, Callable[[protoken.Trace], Any]] = {
+    "lineage": lambda trace: trace.lineage(nodes=2).totals,
+    "history": lambda trace: trace.history().scores,
+    "counterfactual": lambda trace: trace.counterfactual("ada").after,
+    "answer": lambda trace: trace.counterfactual("ada", generate=True).response_ids,
+}
+
+
+@pytest.mark.parametrize("question", ASKED)
+@pytest.mark.parametrize("family", ["smollm", "gpt2"])
+def test_a_model_with_accelerates_hooks_is_at_its_own_weights_for_others(
+    tmp_path: Path, family: str, question: str
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    federation = tiny_federation(tmp_path, family, scale=0.2)
+    model, arguments = federation.model, {"max_new_tokens": 8, "do_sample": False}
+    ask, expected = ASKED[question], answer(federation.model)
+    alone = ask(protoken.trace(model, IDS, ledger=federation.path, **arguments))
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    attributes = [(sorted(m.__dict__), m.__dict__.get("_hf_hook")) for m in model.modules()]
+    trace = protoken.trace(model, IDS, ledger=federation.path, **arguments)
+
+    def asked() -> None:
+        close(torch.tensor(ask(trace)), torch.tensor(alone), torch.float32)
+
+    def untraced() -> None:
+        assert torch.equal(answer(model), expected)
+
+    beside(asked, untraced)
+    assert [(sorted(m.__dict__), m.__dict__.get("_hf_hook")) for m in model.modules()] == attributes
+
+
+@pytest.mark.parametrize("family", ["smollm", "gpt2", "mixtral"])
+def test_twin_of_an_offloaded_model_loads_its_weights_into_itself(tmp_path: Path, family: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_federation(tmp_path, family).model
+    expected = model(IDS).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    twin = twin_of(model)
+    assert twin is not model
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+    for module in twin.modules():
+        module._forward_pre_hooks.clear()
+    loaded: list[str] = []
+    inside = next(m for m in twin.modules() if isinstance(m, nn.Embedding))
+    outside = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    own = inside._old_forward
+
+    def looked(*args: Any) -> Any:
+        loaded.extend(module.weight.device.type for module in (inside, outside))
+        return own(*args)
+
+    inside._old_forward = looked
+    assert torch.equal(twin(IDS).logits, expected)
+    assert loaded == ["cpu", "meta"]
+    assert seen == []
+    assert {p.device.type for m in (model, twin) for p in m.parameters()} == {"meta"}
+
+
 def test_a_tape_hears_every_thread(tmp_path: Path) -> None:
     federation = tiny_federation(tmp_path)
     with protoken.tracing(federation.model, ledger=federation.path) as tape, ThreadPoolExecutor(2) as pool:
@@ -244,11 +306,33 @@ def test_twin_shares_parameters_and_nothing_that_is_written_to(federations: Tiny
     assert bool(model.lm_head.weight.any())
 
 
-def test_model_with_methods_of_its_own_is_its_own_twin(tmp_path: Path) -> None:
+def test_twin_has_the_methods_of_the_models_instances_as_its_own(tmp_path: Path) -> None:
     model = tiny_federation(tmp_path).model
     block = model.model.layers[0]
-    block.forward = block.forward
+
+    def doubled(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return type(self).forward(self, 2 * hidden, *args, **kwargs)
+
+    block.forward = MethodType(doubled, block)
+    expected = model(IDS).logits
+    twin = twin_of(model)
+    assert twin is not model
+    assert twin.model.layers[0].forward.__self__ is twin.model.layers[0]
+    assert torch.equal(twin(IDS).logits, expected)
+    with torch.no_grad():
+        last = twin.model.layers[0].mlp.down_proj
+        last.weight = nn.Parameter(torch.zeros_like(last.weight))
+        assert not torch.equal(twin(IDS).logits, expected)
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_model_with_closures_for_methods_is_its_own_twin(tmp_path: Path) -> None:
+    model = tiny_federation(tmp_path).model
+    block = model.model.layers[0]
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
     assert twin_of(model) is model
+    assert bound_otherwise(model) == "model.layers.0"
     del block.forward
     with replaced_method(block, "forward", block.forward):
         twin = twin_of(model)

@@ -11,7 +11,6 @@ for a model in double precision), since bf16 would round most updates away.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
 from ..ledger import Ledger, Round
 from ..models.adapters import PEFT_PREFIX
-from ..models.twin import twin_of
+from ..models.twin import bound_otherwise, twin_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -158,42 +157,26 @@ def shift_without(
     return shift
 
 
-@contextmanager
-def weights_at(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with `shift` added to its parameters, in the model's own dtype, for the length of the `with`.
-
-    The parameters' own storage is set aside, not written to: afterwards every parameter holds the tensor it held
-    before, bit for bit, whatever happened inside. Parameter objects stay the same, so tied weights move together.
-    Whoever uses the model in another thread meanwhile uses it at these weights; see `at_weights`.
-    """
-    own: list[tuple[nn.Parameter, Tensor]] = []
-    try:
-        for parameter, moved in _moved(model, shift):
-            own.append((parameter, parameter.data))
-            parameter.data = moved
-        yield
-    finally:
-        for parameter, data in own:
-            parameter.data = data
-
-
-@contextmanager
-def at_weights(model: M, shift: Mapping[str, Tensor]) -> Iterator[M]:
+def at_weights(model: M, shift: Mapping[str, Tensor]) -> M:
     """A model that answers with `shift` added to the parameters: a twin, so that others may use `model` meanwhile.
 
-    Where there is no twin (methods were put onto the model's instances), it is the model itself by `weights_at`.
+    Raises:
+        ModelError: the model has none: a forward was put onto one of its modules that is bound to it.
     """
     twin = twin_of(model)
     if twin is model:
-        with weights_at(model, shift):
-            yield model
-        return
+        raise ModelError(
+            "model",
+            expected="modules with the methods of their classes, or accelerate's hooks",
+            got=f"a forward on {bound_otherwise(model)} that is bound to it, and others may be generating with it",
+            remedy="Take that off, or load the model again without it",
+        )
     moved = {id(parameter): nn.Parameter(value, requires_grad=False) for parameter, value in _moved(model, shift)}
     for module in twin.modules():
         for name, parameter in module._parameters.items():
             if id(parameter) in moved:
                 module._parameters[name] = moved[id(parameter)]
-    yield twin
+    return twin
 
 
 def _moved(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -262,6 +245,17 @@ def own_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) 
     return found
 
 
+def require_in_memory(own: str, parameter: Tensor) -> None:
+    """ModelError for a parameter whose numbers are elsewhere: nothing can be added to it."""
+    if parameter.is_meta:
+        raise ModelError(
+            "model",
+            expected=f"{own} in memory, to run the response at other values of it",
+            got="a weight that was offloaded",
+            remedy='Load the model without offloading, or use method="protoken"',
+        )
+
+
 def _check_acts(model: nn.Module, own: str, parameter: nn.Parameter) -> None:
     """ModelError for what cannot be moved: factors of a merged adapter, which do not act, and packed weights."""
     module = model.get_submodule(own.partition(".lora_")[0]) if ".lora_" in own else None
@@ -272,6 +266,7 @@ def _check_acts(model: nn.Module, own: str, parameter: nn.Parameter) -> None:
             got="one that is merged or disabled",
             remedy="Call model.unmerge_adapter() or model.enable_adapters() first",
         )
+    require_in_memory(own, parameter)
     if not parameter.is_floating_point() or parameter.element_size() < 2:
         raise ModelError(
             "model",

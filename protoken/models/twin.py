@@ -8,8 +8,13 @@ not compiled.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import OrderedDict
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -23,15 +28,20 @@ M = TypeVar("M", bound=nn.Module)
 def twin_of(model: M) -> M:
     """A structural copy of the model: own modules, the same parameters and buffers, the same hooks on them.
 
-    Made in about a millisecond per hundred modules; nothing is copied on the device. A model with methods put onto its
-    instances (accelerate's hooks, kernels) is bound to itself by them: it is returned as it is, and must not generate
-    in another thread meanwhile.
+    Made in about a millisecond per hundred modules; nothing is copied on the device. Methods that were put onto modules
+    and are bound to them (accelerate's hooks, kernels) are bound to the twin's. Of a model with others (closures, hooks
+    that move parameters themselves) there is none: it is returned as it is, and must not generate in another thread
+    meanwhile.
     """
-    if any(_has_own_forward(module) for module in model.modules()):
+    if bound_otherwise(model) is not None:
         return model
-    known: dict[int, nn.Module] = {}
-    copied: M = _copied(model, known)  # type: ignore[assignment]
+    copied: M = _Copies().of(model)  # type: ignore[assignment]
     return copied
+
+
+def bound_otherwise(model: nn.Module) -> str | None:
+    """The first module whose forward is bound to it in a way that no twin can have, or None."""
+    return next((name or "the model" for name, module in model.named_modules() if not _can_be_bound(module)), None)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -51,17 +61,25 @@ def uncompiled(model: M, architecture: Architecture) -> tuple[M, Architecture]:
     if twin is model:
         raise ModelError(
             "model",
-            expected="a compiled model whose modules keep the methods of their classes",
-            got="one with other methods put onto its modules, as accelerate's hooks are",
-            remedy="Trace it without compiling it, or compile it without the hooks",
+            expected="a compiled model whose modules keep the methods of their classes, or have accelerate's hooks",
+            got=f"one where {bound_otherwise(model)} has a forward of its own",
+            remedy="Trace it without compiling it, or compile it without that",
         )
     return twin, architecture_of(twin)
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    found = module.__dict__.get("forward")
-    own = found is not None and not _is_compiled_forward(module)
-    return found.had_own if isinstance(found, Substitute) else own
+def _own_forward(module: nn.Module) -> Any:
+    """What was put in the place of the class's forward, or None; compiled, it is the class's."""
+    found = _put_there(module, "forward")
+    return None if found is None or _is_compiled_forward(module) else found
+
+
+def _put_there(module: nn.Module, name: str) -> Any:
+    """An attribute of the instance itself, as it is without our replacement for the time being."""
+    found = module.__dict__.get(name)
+    if isinstance(found, Substitute):
+        return found.own if found.had_own else None
+    return found
 
 
 def _is_compiled_forward(module: nn.Module) -> bool:
@@ -70,20 +88,77 @@ def _is_compiled_forward(module: nn.Module) -> bool:
     return getattr(original, "__func__", None) is type(module).forward
 
 
-def _copied(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    if id(module) in known:
-        return known[id(module)]
-    twin = known[id(module)] = object.__new__(type(module))
-    # Containers are what registering a parameter, a buffer, a hook or a child writes to.
-    twin.__dict__.update(
-        {k: v.copy() if isinstance(v, dict | OrderedDict | set) else v for k, v in vars(module).items()}
-    )
-    # Somebody else's replacement, for the time being; or compiled, and bound to the model itself.
-    for name in [name for name, value in vars(module).items() if isinstance(value, Substitute)]:
-        twin.__dict__.pop(name, None)
-    twin.__dict__.pop("forward", None)
-    twin.__dict__["_compiled_call_impl"] = None
-    for name, child in module._modules.items():
-        if child is not None:
-            twin._modules[name] = _copied(child, known)
-    return twin
+def _can_be_bound(module: nn.Module) -> bool:
+    forward = _own_forward(module)
+    return forward is None or _is_method_of(forward, module) or _is_hooked(module, forward)
+
+
+def _is_method_of(forward: object, module: nn.Module) -> bool:
+    return isinstance(forward, MethodType) and forward.__self__ is module
+
+
+def _is_hooked(module: nn.Module, forward: object) -> bool:
+    """Whether accelerate has put it there: a function of the module, around the module's method, with hooks known."""
+    around = isinstance(forward, functools.partial) and forward.args == (module,) and not forward.keywords
+    inner = _is_method_of(_put_there(module, "_old_forward"), module)
+    known = all(type(hook).__name__ in _HOOKS for hook in _hooks_of(module.__dict__.get("_hf_hook")))
+    return around and inner and known
+
+
+# Hooks of accelerate's that write to nothing but the module they are called with.
+_HOOKS = ("ModelHook", "AlignDevicesHook")
+
+
+def _hooks_of(hook: Any) -> tuple[Any, ...]:
+    return tuple(one for inner in hook.hooks for one in _hooks_of(inner)) if hasattr(hook, "hooks") else (hook,)
+
+
+@dataclass
+class _Copies:
+    """One tree of modules; each of the model's own, and each table of its hooks, is copied once."""
+
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    tables: dict[int, dict[Any, Any]] = field(default_factory=dict)
+
+    def of(self, module: nn.Module) -> nn.Module:
+        if id(module) in self.modules:
+            return self.modules[id(module)]
+        twin = self.modules[id(module)] = object.__new__(type(module))
+        # Containers are what registering a parameter, a buffer, a hook or a child writes to.
+        twin.__dict__.update(
+            {k: v.copy() if isinstance(v, dict | OrderedDict | set) else v for k, v in vars(module).items()}
+        )
+        # Methods on the instance: somebody else's replacement for the time being, accelerate's warnings, compiled ones.
+        for name in [name for name, value in vars(module).items() if _shadows(name, value)]:
+            twin.__dict__.pop(name)
+        twin.__dict__["_compiled_call_impl"] = None
+        self._bind(twin, module, _own_forward(module))
+        for name, child in module._modules.items():
+            if child is not None:
+                twin._modules[name] = self.of(child)
+        return twin
+
+    def _bind(self, twin: nn.Module, module: nn.Module, forward: Any) -> None:
+        if isinstance(forward, MethodType):
+            twin.__dict__["forward"] = MethodType(forward.__func__, twin)
+        elif forward is not None:
+            inner = MethodType(_put_there(module, "_old_forward").__func__, twin)
+            own = {"_old_forward": inner, "_hf_hook": self._hook(module.__dict__["_hf_hook"])}
+            twin.__dict__.update(own, forward=functools.update_wrapper(functools.partial(forward.func, twin), inner))
+
+    def _hook(self, hook: Any) -> Any:
+        """A hook notes what it has to put back after a pass; tied weights that are loaded stand in a common table."""
+        own = copy.copy(hook)
+        if hasattr(hook, "hooks"):
+            own.hooks = tuple(map(self._hook, hook.hooks))
+        table = getattr(hook, "tied_params_map", None)
+        if table is not None:
+            copied = {pointer: dict(loaded) for pointer, loaded in table.items()}
+            own.tied_params_map = self.tables.setdefault(id(table), copied)
+        return own
+
+
+def _shadows(name: str, value: object) -> bool:
+    """Whether an instance's attribute stands in the place of a method, which is bound to that instance."""
+    method: Callable[..., Any] | None = getattr(nn.Module, name, None)
+    return isinstance(value, Substitute) or (callable(value) and callable(method))
