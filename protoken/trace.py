@@ -79,7 +79,8 @@ def trace(
             "reverse"  any layers                             2 P for totals; T backward passes of 1.6 P for tokens
 
             "auto" takes the local way where it is exact, for totals and positions the reverse one, else whichever of
-            forward and reverse is less work (`protoken.planning.cost`). `trace.info.way` and `.reason` say what was taken.
+            forward and reverse is less work (`protoken.planning.cost`). `trace.info.way` and `.reason` say what was
+            taken.
         granularity: what a score is of.
 
             "sequence"  client                    trace.totals                  local, reverse
