@@ -21,8 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .banks.bank import Bank, BankInParts
 from .errors import ProtokenWarning
 from .generation import Generated
-from .models.architectures import Architecture, architecture_of, decoder_of
+from .models.architectures import Architecture, architecture_of
 from .models.patching import after, hooks
+from .models.structure import decoder_of
 from .models.twin import twin_of
 from .ways.capture import Capture
 from .ways.objective import Objective

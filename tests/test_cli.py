@@ -67,7 +67,7 @@ def test_a_narrow_terminal_cuts_no_figure_and_says_what_it_has_no_room_for(
 
 
 def test_models_lists_every_family() -> None:
-    from protoken.models.architectures import FAMILIES
+    from protoken.models.families import FAMILIES
 
     result = run(app, ["models"])
     assert result.exit_code == 0

@@ -11,7 +11,8 @@ from tolerances import close
 
 import protoken
 from protoken import errors
-from protoken.models.architectures import FAMILIES, architecture_of, list_models
+from protoken.models.architectures import architecture_of
+from protoken.models.families import FAMILIES, list_models
 from protoken.models.layers import layer_of
 
 PROMPTS = [[5, 17, 42, 8, 60, 33, 21], [11, 9], [70, 3, 88, 14]]

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 import protoken
 from protoken.methods.paper import paper_scores
-from protoken.models.architectures import FAMILIES, architecture_of
+from protoken.models.architectures import architecture_of
+from protoken.models.families import FAMILIES
 
 PROMPTS = [[5, 17, 42, 8, 60, 33, 21], [11, 9], [70, 3, 88, 14]]
 

@@ -100,6 +100,7 @@ _LINEAR_HEADS = {
     "linear_num_value_heads": 4,
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_STATES = {**{k: v for k, v in _COMMON.items() if "head" not in k}, "state_size": 8}
 _SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # Families without a row in the table, each made otherwise than those with one.
@@ -127,6 +128,13 @@ BY_STRUCTURE: dict[str, tuple[str, dict[str, object]]] = {
                       "vocab_size": 97, "max_position_embeddings": 128, "is_decoder": True,
                       "is_encoder_decoder": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
                       "forced_eos_token_id": None, "decoder_start_token_id": 1}),
+    # Blocks that mix positions and do nothing else: they write once.
+    "mamba": ("mamba", {**_STATES, "intermediate_size": 96, "time_step_rank": 4}),
+    "falcon_mamba": ("falcon_mamba", {**_STATES, "intermediate_size": 96, "time_step_rank": 4}),
+    "mamba2": ("mamba2", {**_STATES, "num_heads": 8, "head_dim": 12, "n_groups": 1, "chunk_size": 8}),
+    # A block for each step: state space, MLP, attention, MLP.
+    "nemotron_h": ("nemotron_h", {**_COMMON, "head_dim": 12, "hybrid_override_pattern": "M-*-", "mamba_num_heads": 8,
+                                  "mamba_head_dim": 12, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8}),
     # What it calls its decoder is the head.
     "modernbert-decoder": ("modernbert-decoder", _COMMON),
 }  # fmt: skip

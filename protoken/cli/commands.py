@@ -155,7 +155,7 @@ def models() -> None:
     """Model families in the table, and where each keeps its traced layers; others are tried by structure."""
     from rich.table import Table
 
-    from ..models.architectures import list_models
+    from ..models.families import list_models
 
     table = Table("family", "blocks", "out-projection", "MLP-final layer", "experts", box=None)
     for row in list_models():

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from protoken.errors import ArgumentError, PromptError
 from protoken.evaluation.corpora import ChatRow
-from protoken.models.architectures import Architecture, architecture_of, is_linear
+from protoken.models.architectures import Architecture, architecture_of
+from protoken.models.layers import is_linear
 from protoken.models.patching import evaluation_mode, hooks, replaced_method
 
 

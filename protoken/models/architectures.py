@@ -1,10 +1,7 @@
-"""Where each model family keeps its decoder blocks, attention out-projection and MLP-final layer.
+"""What tracing needs to know of one model: its blocks, the layers that write to the residual stream, its head.
 
-The one table of families. The blocks themselves are found by structure (the `ModuleList` of `model.get_decoder()`),
-so a family needs a row only for the two names inside a block. A family without a row is tried by structure, too: the
-layers that write a block's attention (or what mixes positions in its place: a convolution, a state-space model) and
-its MLP back to the residual stream. Blocks that differ from the last one are each looked at for themselves. What
-counts as a linear layer, experts kept as one parameter and adapters included, is said in layers.py.
+Families are in a table (families.py); one without a row is tried by structure (structure.py), and so is every block
+that differs from the last one.
 """
 
 from __future__ import annotations
@@ -18,83 +15,13 @@ from torch import nn
 
 from ..errors import ArgumentError, LayerError, ModelError
 from .adapters import PEFT_PREFIX
-from .layers import base_of, is_linear, is_tied, layer_of, linear_names
+from .families import FAMILIES
+from .layers import base_of, is_tied, layer_of, linear_names
 from .patching import refuse_parallel
+from .structure import by_structure, decoder_of, find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["FAMILIES", "Architecture", "Family", "ModelRow", "architecture_of", "is_linear", "list_models"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of the two traced layers, relative to a block; `dense_final` where some blocks have no experts."""
-
-    out_projection: str
-    mlp_final: str
-    dense_final: str | None = None
-
-
-_O_PROJ_DOWN_PROJ = Family("self_attn.o_proj", "mlp.down_proj")
-_O_PROJ_EXPERTS = Family("self_attn.o_proj", "mlp.experts.down_proj", "mlp.down_proj")
-
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        [
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi3",
-            "smollm3",
-            "olmo2",
-            "granite",
-            "cohere",
-            "stablelm",
-        ],
-        _O_PROJ_DOWN_PROJ,
-    ),
-    "gpt2": Family("attn.c_proj", "mlp.c_proj"),
-    "gpt_bigcode": Family("attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": Family("attention.dense", "mlp.dense_4h_to_h"),
-    "phi": Family("self_attn.dense", "mlp.fc2"),
-    "opt": Family("self_attn.out_proj", "fc2"),
-    "falcon": Family("self_attention.dense", "mlp.dense_4h_to_h"),
-    "bloom": Family("self_attention.dense", "mlp.dense_4h_to_h"),
-    "gptj": Family("attn.out_proj", "mlp.fc_out"),
-    "starcoder2": Family("self_attn.o_proj", "mlp.c_proj"),
-    **dict.fromkeys(["mixtral", "qwen3_moe", "gpt_oss"], _O_PROJ_EXPERTS),
-}
-
-_BLOCKS = {
-    **dict.fromkeys(FAMILIES, "model.layers"),
-    **dict.fromkeys(["gpt2", "gpt_bigcode", "falcon", "bloom", "gptj"], "transformer.h"),
-    "gpt_neox": "gpt_neox.layers",
-    "opt": "model.decoder.layers",
-}
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One line of `protoken models`."""
-
-    family: str
-    blocks: str
-    out_projection: str
-    mlp_final: str
-    experts: bool
-
-
-def list_models() -> list[ModelRow]:
-    """The families of the table, by name: where their blocks are, and the two layers traced in each."""
-    return [
-        ModelRow(name, _BLOCKS[name], family.out_projection, family.mlp_final, family.dense_final is not None)
-        for name, family in sorted(FAMILIES.items())
-    ]
 
 
 @dataclass(frozen=True)
@@ -110,7 +37,7 @@ class Architecture:
     blocks_name: str
     blocks: tuple[nn.Module, ...]
     out_projection: str
-    mlp_final: str
+    mlp_final: str | None
     head: nn.Module
     dense_final: str | None = None
     head_name: str = ""
@@ -173,21 +100,24 @@ class Architecture:
 
     def final_of(self, number: int) -> str:
         """The block's MLP-final layer: some mixture-of-experts models have a plain MLP in some blocks."""
-        return self.written_by(number)[1]
+        return self.written_by(number)[-1]
 
-    def written_by(self, number: int) -> tuple[str, str]:
+    def written_by(self, number: int) -> tuple[str, ...]:
         """The block's out-projection and MLP-final layer, relative to it: the family's where it has them.
+
+        One layer where the block mixes positions, or has an MLP, and nothing else.
 
         Raises:
             ModelError: the block is made otherwise, and its structure does not tell either.
         """
         inside = self.linear_layers(number)
         finals = [name for name in (self.mlp_final, self.dense_final) if name in inside]
-        if self.out_projection in inside and finals:
-            return self.out_projection, str(finals[0])
-        own = _by_structure(self.blocks[number], self.family, self.width)
+        if self.out_projection in inside and (finals or self.mlp_final is None):
+            return (self.out_projection, *finals[:1])
+        own = by_structure(self.blocks[number], self.family, self.width)
         projection = self.out_projection if self.out_projection in inside else own.out_projection
-        return projection, str(finals[0]) if finals else own.mlp_final
+        found = (projection, finals[0] if finals else own.mlp_final)
+        return tuple(name for name in found if name is not None)
 
     def _outside(self, pattern: str, names: Sequence[str]) -> list[str]:
         """The embeddings or head that a pattern names, if it names nothing inside the blocks."""
@@ -231,12 +161,12 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         )
     _refuse_wrapped(model)
     _refuse_virtual_tokens(model)
-    blocks = _find_blocks(decoder)
+    blocks = find_blocks(decoder)
     names = {id(module): name for name, module in model.named_modules()}
     own: Any = getattr(decoder, "config", config)
     family, width = own.model_type, getattr(own, "hidden_size", None)
     known = FAMILIES.get(family)
-    layers = known or _by_structure(blocks[-1], family, width)
+    layers = known or by_structure(blocks[-1], family, width)
     embeddings = model.get_input_embeddings()
     found = Architecture(
         family,
@@ -283,77 +213,20 @@ def _check_final_layers(found: Architecture) -> None:
     """ModelError unless the last block has both layers where the table, or its structure, says."""
     last = len(found.blocks) - 1
     inside = found.linear_layers(last)
-    finals = (found.mlp_final, found.dense_final)
-    for relative in (found.out_projection, next((name for name in finals if name in inside), found.mlp_final)):
-        if relative not in inside:
-            raise ModelError(
-                "model",
-                expected=f"a linear layer at {found.layer_name(last, relative)} in a model of family {found.family!r}",
-                got=f"a block with the linear layers {inside}",
-                remedy="This version of transformers names it differently, or an adapter of another kind wraps it",
-            )
-
-
-def decoder_of(model: Any) -> nn.Module | None:
-    """What holds the blocks: some families call another part of the model their decoder, or the model itself."""
-    named: nn.Module | None = model.get_decoder() if hasattr(model, "get_decoder") else None
-    parts = (named, getattr(named, "model", None), getattr(model, "base_model", None))
-    return next((part for part in parts if isinstance(part, nn.Module) and _block_lists(part)), named)
-
-
-def _block_lists(decoder: nn.Module) -> list[nn.ModuleList]:
-    found = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
-    # Lists of single layers belong to something else: Gemma 3n has one beside its blocks.
-    return [m for m in found if any(True for _ in m[0].children())] or found
-
-
-def _find_blocks(decoder: nn.Module) -> nn.ModuleList:
-    lists = _block_lists(decoder)
-    if not lists:
-        found = ", ".join(f"{name}: {type(child).__name__}" for name, child in decoder.named_children())
+    finals = [name for name in (found.mlp_final, found.dense_final) if name is not None]
+    written = [found.out_projection, *([name for name in finals if name in inside] or finals[:1])]
+    missing = [name for name in written if name not in inside]
+    if missing:
         raise ModelError(
             "model",
-            expected=f"a ModuleList of decoder blocks in {type(decoder).__name__}",
-            got=f"one that holds {found or 'nothing'}",
-            remedy="protoken models lists the families that are known",
+            expected=f"a linear layer at {found.layer_name(last, missing[0])} in a model of family {found.family!r}",
+            got=f"a block with the linear layers {inside}",
+            remedy="This version of transformers names it differently, or an adapter of another kind wraps it",
         )
-    return max(lists, key=len)
-
-
-def _by_structure(block: nn.Module, family: str, width: int | None) -> Family:
-    """The layers back to the block's width: of the child that mixes positions, and of what comes after it.
-
-    Among several of that width in the attention (gates have it, too) the one that is called an output counts, and in
-    a mixture the experts, not what all tokens share.
-    """
-    layers = {name: layer_of(block, name) for name in linear_names(block)}
-    mixers = {name.split(".")[0] for name in layers if _mixes(name.split(".")[0])}
-    rest = [name for name in layers if name.split(".")[0] not in mixers and not _crosses(name)]
-    if width is None and rest:
-        width = layers[rest[-1]].rows
-    inside = [name for name in layers if name.split(".")[0] in mixers and layers[name].rows == width]
-    rest = [name for name in rest if layers[name].rows == width and layers[name].kind != "router"]
-    if len(mixers) != 1 or not inside or not rest:
+    if layer_of(found.blocks[last], found.out_projection).kind == "experts":
         raise ModelError(
             "model",
-            expected=f"one of the families {sorted(FAMILIES)}, or blocks of one attention and an MLP",
-            got=f"family {family!r} with linear layers {list(layers)} in a block",
-            remedy="protoken models lists what is known; open an issue with this message for others",
+            expected="a last block that mixes positions, or has an MLP that every token passes through",
+            got=f"experts alone in the last block of family {found.family!r}",
+            remedy="What chooses between them cannot be run apart; open an issue if you need it",
         )
-    outputs = [name for name in inside if name.split(".")[-1].lower() in _OUTPUTS]
-    experts = [name for name in rest if layers[name].kind == "experts"]
-    return Family((outputs or inside)[-1], (experts or rest)[-1])
-
-
-# How families call what mixes positions, and its layer that writes to the residual stream.
-_MIXERS = ("attn", "attention", "mamba", "conv", "recurrent", "temporal")
-_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "output", "wo", "o_b_proj", "out", "o")
-
-
-def _mixes(child: str) -> bool:
-    return any(part in child for part in _MIXERS) and not _crosses(child)
-
-
-def _crosses(name: str) -> bool:
-    """Attention to an encoder, which a decoder on its own never runs."""
-    return "cross" in name or name.startswith("encoder")
