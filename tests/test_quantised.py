@@ -82,6 +82,20 @@ def _replace_linears(model: Any, packed: Callable[[torch.nn.Linear], Any]) -> No
     model.eval()
 
 
+def needs_rows_that_stand_alone(model: Any) -> None:
+    """Skip where a processor computes a row otherwise beside other rows.
+
+    Rounded, the last bit becomes a whole step, and generation and oracle, which run different numbers of rows, are two
+    models.
+    """
+    ids = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[0]
+        parts = torch.stack([model(ids[:, : n + 1], use_cache=False).logits[0, n] for n in range(ids.shape[1])])
+    if not torch.allclose(parts, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max())):
+        pytest.skip("on this processor a row's rounded activations depend on the rows beside it")
+
+
 # Rounding activations to integers turns the last bits of cached and uncached attention into whole steps. The oracle
 # runs uncached: where the generation does as well, both round the same numbers, and nothing needs to be widened.
 QUANTISED: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
@@ -101,6 +115,8 @@ def quantised(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pack(federation.model)
+    if pack is torchao_activations:
+        needs_rows_that_stand_alone(federation.model)
     return federation, mode
 
 
@@ -127,6 +143,7 @@ def test_rounded_activations_of_cached_decoding_stay_near(tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torchao_activations(federation.model)
+    needs_rows_that_stand_alone(federation.model)
     protoken.attach(federation.model, federation.path, verify=False)
     for arguments in WAYS.values():
         found = protoken.trace(federation.model, PROMPT, max_new_tokens=6, do_sample=True, seed=2, **arguments)
