@@ -34,8 +34,8 @@ def main(before: str, after: str, prompt: str, *clients: str) -> None:
 
 
 def load(folder: str) -> AutoModelForCausalLM:
-    # Safetensors only: a pickled checkpoint from a client could run anything.
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", use_safetensors=True)
+    # Safetensors only, and no code of the folder's own: a checkpoint from a client could run anything.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
 
 
 def pick(model: AutoModelForCausalLM, names: list[str]) -> dict:

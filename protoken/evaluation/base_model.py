@@ -68,19 +68,21 @@ def load_base(
 
 
 def _load(source: str, name: str, *, local: bool) -> BaseModel:
+    expected = "a folder in Hugging Face format with safetensors, or a hub id that can be reached"
+    # Without a word on it transformers would ask, in the middle of a command, whether to run what lies in the folder.
+    safe = {"local_files_only": local, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, local_files_only=local
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except Exception as error:  # damaged weights, settings of another model, missing packages: each in its own way
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            "model",
-            expected="a folder in Hugging Face format with safetensors, or a hub id that can be reached",
-            got=f"{source!r} ({first_line})",
-            remedy=_REMEDY,
-        ) from error
+        raise ModelError("model", expected=expected, got=f"{source!r} ({first_line})", remedy=_REMEDY) from error
+    if found["missing_keys"]:
+        # transformers draws them at random and goes on.
+        missing = f"{source!r} without {len(found['missing_keys'])} weights, {min(found['missing_keys'])} among them"
+        raise ModelError("model", expected=expected, got=missing, remedy="Load the whole checkpoint again")
     model.eval()
     # Traces say which model they are of; a path into somebody's home is no name for it.
     model.config.name_or_path = name

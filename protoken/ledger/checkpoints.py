@@ -61,11 +61,17 @@ def select(found: Mapping[str, Value], parameters: Patterns, what: str) -> dict[
 
 def load_through_model(path: str | os.PathLike[str], parameters: Patterns = None) -> dict[str, Value]:
     """The same through transformers' AutoModelForCausalLM: exact in-memory names for every family, at the price of
-    holding the whole model.
+    holding the whole model. ArgumentError for what it cannot load without running code of the checkpoint's own.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, torch_dtype="auto")
+    path = path_of("path", path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype="auto", trust_remote_code=False)
+    except Exception as error:  # it fails in any way it likes
+        raise ArgumentError(
+            "path", expected="a checkpoint folder that transformers can load", got=f"{path} ({error})"
+        ) from error
     return select({n: p.detach() for n, p in model.named_parameters()}, parameters, str(path))
 
 
