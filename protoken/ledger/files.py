@@ -143,7 +143,7 @@ class FileLayer:
                 name,
                 expected=f"{operation} to succeed",
                 got=error.strerror or str(error),
-                remedy="Free space or mend the disk, open the ledger again, write what it lacks.",
+                remedy=f"{remedy_of(error)}, open the ledger again, write what it lacks.",
             ) from error
 
     def make_root(self) -> None:
@@ -272,6 +272,12 @@ class FileLayer:
             raise LedgerFormatError("name", expected="a relative path inside the ledger", got=ascii(name))
         with self.folder(folder) as handle:
             yield handle, leaf
+
+
+def remedy_of(error: object) -> str:
+    """What to do about a file system that refused."""
+    forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return "Get the right to write there" if forbidden else "Free space or mend the disk"
 
 
 def _parts(name: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from protoken.arguments import is_whole, listed
 from protoken.errors import ArgumentError, DurabilityError, UnknownRoundError
 from protoken.ledger import strictjson
-from protoken.ledger.files import FileLayer
+from protoken.ledger.files import FileLayer, remedy_of
 from protoken.ledger.ledger import Ledger, RoundChoice, check_ledger
 from protoken.ledger.manifest import GENESIS_LIMIT, MANIFEST_LIMIT, Head
 from protoken.ledger.pruned import pruned_bytes, read_pruned
@@ -177,7 +177,7 @@ def save_tensors(
             str(path),
             expected="write to succeed",
             got=reason,
-            remedy="Free space or mend the disk; write it again",
+            remedy=f"{remedy_of(error)}; write it again",
         ) from error
     return path
 
