@@ -339,7 +339,7 @@ def test_read_only_folder_reads_and_does_not_write(path, monkeypatch):
     ledger = Ledger.open(path)
     monkeypatch.setattr(os, "mkdir", refuse)
     check_round(ledger.round(2))
-    with pytest.raises(DurabilityError, match="mkdir to succeed, got Permission denied. Get the right to write there"):
+    with pytest.raises(DurabilityError, match=r"mkdir to succeed, got Permission denied. Get the right to write there"):
         commit_next(ledger)
     monkeypatch.undo()
     assert commit_next(ledger).number == 4
