@@ -74,6 +74,26 @@ Factor part_of(int64_t address, int64_t rank_stride, int64_t stride, int64_t fir
   return {reinterpret_cast<const char*>(copies), n * item, item, count, n};
 }
 
+// Factors one behind the other in memory, each of whose rows is contiguous, are one: ranks of several clients then fill
+// a register tile. A row's sums are the same bits in any tile. Returns how many factors there are then.
+int64_t join(Factor* factors, int64_t count, int64_t size) {
+  int64_t last = 0;
+  for (int64_t f = 1; f < count; ++f) {
+    Factor& before = factors[last];
+    const Factor& next = factors[f];
+    const int64_t gap = next.base - before.base;
+    const int64_t step = before.rank > 1 ? before.rank_stride : gap;  // from row to row
+    const bool behind = step > 0 && gap == before.rank * step && (next.rank == 1 || next.rank_stride == step);
+    if (behind && before.stride == size && next.stride == size && before.rank + next.rank <= kRankMax) {
+      before.rank_stride = step;
+      before.rank += next.rank;
+    } else {
+      factors[++last] = next;
+    }
+  }
+  return last + 1;
+}
+
 // scores[t] (+)= scale * sum_j left(j, t) right(j, t)
 void combine(const float* left, const float* right, int64_t ranks, int64_t rank_stride, int64_t token_stride,
              int64_t tokens, float* scores) {
@@ -187,8 +207,9 @@ class Job {
       ranks += clients[client].rank;
     }
     if (factors > 0) {
-      project(a, factors, false, x, count, scratch_.left);
-      project(b, factors, false, grad, count, scratch_.right);
+      const int64_t size = item_size(layer_.given->dtype);
+      project(a, join(a, factors, size), false, x, count, scratch_.left);
+      project(b, join(b, factors, size), false, grad, count, scratch_.right);
     }
     int64_t row = 0;
     for (int64_t k = first; k < client; row += clients[k++].rank) {

@@ -1,9 +1,9 @@
 // client_scores of some rows, and inner products of whole matrices, written once over Simd; included by each
 // instruction set's file after its Simd. Three forms:
 //
-//   dense_dot     up to kDotTokens = 16 tokens: lanes run along the row. A register tile is R rows by TB tokens, with
-//                 as many rows as registers hold (at most 8; 12 or 16 for one token in fp32, which waits for memory
-//                 alone). The R rows are not neighbours but R streams a step apart.
+//   dense_dot     up to kDotTokens = 16 tokens (fp32 on AVX2: 10): lanes run along the row. A register tile is R rows
+//                 by TB tokens, with as many rows as registers hold (at most 8; 12 or 16 for one token in fp32, which
+//                 waits for memory alone). The R rows are not neighbours but R streams a step apart.
 //   dense_panel   more: lanes run along the tokens, tiles of 8 rows by 3 vectors (AVX-512), over blocks of kBlock = 256
 //                 columns that are converted to fp32 once for all tokens.
 //   dot           client_totals: up to 4 clients against one read of m, each in 4 running sums.
@@ -174,8 +174,8 @@ struct Ahead {
 };
 
 // acc[j][v] += d(j, i) * panel[i] over n columns; d(j, i) = d[j * stride + i], or d[i * stride + j] when Adjacent.
-// Stride, where not 0, is the stride known to the compiler. One line of `ahead` is fetched per column.
-template <int R, int NT, bool Adjacent, int64_t Stride = 0>
+// Stride, where not 0, is the stride known to the compiler. One line of `ahead` is fetched per column, if it Fetches.
+template <int R, int NT, bool Adjacent, int64_t Stride = 0, bool Fetches = true>
 inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], const float* d, int64_t given, int64_t n,
                                                             const float* panel, Ahead ahead) {
   const int64_t stride = Stride ? Stride : given;
@@ -193,8 +193,9 @@ inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], con
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const char* line = ahead.base;
-    for (int64_t end = i + 16, k = i; k < end; ++k, line += 64) {
-      __builtin_prefetch(line, 0, 2);
+#pragma GCC unroll Simd::kPanelUnroll
+    for (int64_t k = i; k < i + 16; ++k, line += 64) {
+      if (Fetches) __builtin_prefetch(line, 0, 2);
       add(k);
     }
     ahead.base += ahead.stride;
@@ -286,8 +287,9 @@ void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
   for (int64_t column = 0; column < c.columns; column += kBlock) {
     const int64_t n = column + kBlock < c.columns ? kBlock : c.columns - column;
     const char* source = c.rows + column * size;
-    // One vector of tokens does not pay for a copy of fp32 rows: they are read where they lie.
-    const bool in_place = Dtype == kFloat32 && padded == W;
+    // One narrow panel does not pay for a copy of fp32 rows: they are read where they lie.
+    constexpr bool narrow = Dtype == kFloat32 && kPanelWidth <= kDotTokens;
+    const bool in_place = narrow && padded == kPanelWidth;
     for (int64_t o = 0; o < c.row_count && !in_place; ++o) {
       if constexpr (Dtype == kFloat8E4M3) {
         nan.bytes(source + o * c.row_stride, n);
@@ -305,9 +307,12 @@ void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
         fetch.panel = x + width * c.columns;
         fetch.panel_bytes = n * width * static_cast<int64_t>(sizeof(float));
       }
-      if (in_place) {
-        dense_panel_rows<1, 0>(c, reinterpret_cast<const float*>(source), n, x, grad, partial, fetch);
-        continue;
+      if constexpr (narrow) {
+        if (in_place) {
+          const float* rows = reinterpret_cast<const float*>(source);
+          dense_panel_rows<Simd::kPanelVectors, 0>(c, rows, n, x, grad, partial, fetch);
+          continue;
+        }
       }
       switch (width / W) {
         case 1: dense_panel_rows<1>(c, scratch, n, x, grad, partial + token, fetch); break;

@@ -211,7 +211,7 @@ void project_panel_tile(const float* d, int64_t stride, int64_t n, const float* 
   for (int j = 0; j < R; ++j) {
     for (int v = 0; v < NT; ++v) acc[j][v] = Simd::load(out + j * padded + v * W);
   }
-  accumulate_panel<R, NT, Adjacent>(acc, d, stride, n, panel, {reinterpret_cast<const char*>(d), 0});
+  accumulate_panel<R, NT, Adjacent, 0, false>(acc, d, stride, n, panel, {});
   for (int j = 0; j < R; ++j) {
     for (int v = 0; v < NT; ++v) Simd::store(out + j * padded + v * W, acc[j][v]);
   }
@@ -221,19 +221,28 @@ template <int NT, bool Adjacent>
 void project_panel_ranks(const float* d, int64_t stride, int64_t rank, int64_t n, const float* panel, float* out,
                          int64_t padded) {
   constexpr int R = Simd::kPanelRows;
-  int64_t j = 0;
-  const auto step = [&](auto tile) {
-    (void)tile;
-    constexpr int count = decltype(tile)::value;
-    project_panel_tile<count, NT, Adjacent>(d + (Adjacent ? j : j * stride), stride, n, panel, out + j * padded,
-                                            padded);
-    j += count;
-  };
-  while (j + R <= rank) step(Count<R>{});
-  if (j + 4 <= rank) step(Count<4>{});
-  if (j + 2 <= rank) step(Count<2>{});
-  if (j < rank) step(Count<1>{});
-  if (j < rank) step(Count<1>{});
+  static_assert(R <= 8, "the cases below");
+  // Tiles of nearly one size: one of two rows has too few sums to hide the latency of an addition.
+  const int64_t tiles = (rank + R - 1) / R;
+  for (int64_t tile = 0, j = 0; tile < tiles; ++tile) {
+    const int64_t end = (tile + 1) * rank / tiles;
+    const float* rows = d + (Adjacent ? j : j * stride);
+    const auto step = [&](auto count) {
+      constexpr int most = decltype(count)::value;
+      project_panel_tile<(most < R ? most : R), NT, Adjacent>(rows, stride, n, panel, out + j * padded, padded);
+    };
+    switch (end - j) {
+      case 1: step(Count<1>{}); break;
+      case 2: step(Count<2>{}); break;
+      case 3: step(Count<3>{}); break;
+      case 4: step(Count<4>{}); break;
+      case 5: step(Count<5>{}); break;
+      case 6: step(Count<6>{}); break;
+      case 7: step(Count<7>{}); break;
+      default: step(Count<8>{}); break;
+    }
+    j = end;
+  }
 }
 
 struct Tile {
@@ -304,7 +313,7 @@ constexpr Kernels make_kernels() {
       Simd::kName,
       W,
       kPanelWidth,
-      {kDotTokens, kDotTokens, kDotTokens, kDotTokens, kDotTokens},
+      {Simd::kDotTokensFp32, kDotTokens, kDotTokens, kDotTokens, kDotTokens},
       {dense_dot<0>, dense_dot<1>, dense_dot<2>, dense_dot<3>, dense_dot<4>},
       {dense_panel<0>, dense_panel<1>, dense_panel<2>, dense_panel<3>, dense_panel<4>},
       {project_dot<0>, project_dot<1>, project_dot<2>, nullptr, nullptr},

@@ -18,6 +18,8 @@ struct Simd {
   static constexpr int kPanelRows = 8;
   static constexpr int kDotRegisters = 24;
   static constexpr int kMostStreams = 16;  // of memory at once
+  static constexpr int kPanelUnroll = 1;
+  static constexpr int kDotTokensFp32 = 16;
   static constexpr const char* kName = "avx512";
 
   static V zero() { return _mm512_setzero_ps(); }

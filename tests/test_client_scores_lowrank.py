@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import FACTOR_FORMATS, SHAPES, cpu_ways, factors_of, layouts_of, normal, tokens_of, use
+from op_cases import FACTOR_FORMATS, FORMATS, SHAPES, cpu_ways, factors_of, layouts_of, normal, tokens_of, use
 from tolerances import close
+from torch import Tensor
 
 from protoken.errors import ArgumentError, DtypeError, ShapeError
 from protoken.ops import (
@@ -85,6 +86,39 @@ def test_bits_do_not_depend_on_runs_order_company_or_threads(way: str, tokens: i
                 assert torch.equal(client_scores_lowrank(x, grad, a, b, scale, backend=backend), first)
     finally:
         torch.set_num_threads(threads)
+
+
+def rows_of(memory: Tensor, starts: list[int], ranks: list[int], step: int = 47) -> list[Tensor]:
+    """Matrices [rank, 47] that lie in one memory, their rows `step` elements apart."""
+    return [memory.as_strided((rank, 47), (step, 1), start) for start, rank in zip(starts, ranks, strict=True)]
+
+
+@pytest.mark.parametrize("way", cpu_ways()[1:])
+@pytest.mark.parametrize("name", FACTOR_FORMATS)
+@pytest.mark.parametrize("tokens", [1, 9, 50])
+def test_neighbours_in_memory_change_no_bit(way: str, name: str, tokens: int) -> None:
+    """Rows of several clients that follow one another may be read as one matrix, but only those."""
+    backend = use(way)
+    memory = normal(7000, seed=1, dtype=FORMATS[name])
+    lying = {
+        "one after the other": ([0, 47, 47 * 4, 47 * 9], [1, 3, 5, 60], 47),
+        "a gap of a row": ([0, 47 * 4, 47 * 8], [3, 3, 3], 47),
+        "rank 1, far apart evenly": ([0, 470, 940, 1410], [1, 1, 1, 1], 47),
+        "rank 1, apart unevenly": ([0, 470, 941, 1411, 1412], [1, 1, 1, 1, 1], 47),
+        "one memory for all": ([0, 0, 0], [1, 1, 1], 47),
+        "backwards": ([47 * 6, 47 * 3, 0], [3, 3, 3], 47),
+        "overlapping": ([0, 20, 40, 60, 107], [1, 2, 1, 2, 1], 47),
+        "rank 1, then wider": ([0, 47, 47 + 94 * 2], [1, 2, 3], 94),
+    }
+    x, grad = tokens_of(tokens, 47, 47)
+    for starts, ranks, step in lying.values():
+        a = rows_of(memory, starts, ranks, step)
+        b = [part.T for part in rows_of(memory.flip(0), starts, ranks, step)]
+        got = client_scores_lowrank(x, grad, a, b, backend=backend)
+        close(got, client_scores_lowrank_reference(x, grad, a, b), torch.float32)
+        for n in range(len(a)):
+            alone = client_scores_lowrank(x, grad, [a[n].clone()], [b[n].T.clone().T], backend=backend)
+            assert torch.equal(alone[0], got[n])
 
 
 @pytest.mark.parametrize("way", cpu_ways())
