@@ -284,12 +284,13 @@ void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
   const int64_t padded = (c.tokens + W - 1) / W * W;
   for (int64_t t = 0; t < padded; ++t) partial[t] = 0.0f;
   Simd::NanFlag nan;
+  // Rows of fp32 are read where they lie, unless several panels would find them in a few sets of the cache, since they
+  // are whole pages apart.
+  constexpr bool may_stay = Dtype == kFloat32 && Simd::kPanelInPlace;
+  const bool in_place = may_stay && (padded == kPanelWidth || c.row_stride % 4096 != 0);
   for (int64_t column = 0; column < c.columns; column += kBlock) {
     const int64_t n = column + kBlock < c.columns ? kBlock : c.columns - column;
     const char* source = c.rows + column * size;
-    // One narrow panel does not pay for a copy of fp32 rows: they are read where they lie.
-    constexpr bool narrow = Dtype == kFloat32 && kPanelWidth <= kDotTokens;
-    const bool in_place = narrow && padded == kPanelWidth;
     for (int64_t o = 0; o < c.row_count && !in_place; ++o) {
       if constexpr (Dtype == kFloat8E4M3) {
         nan.bytes(source + o * c.row_stride, n);
@@ -307,10 +308,14 @@ void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
         fetch.panel = x + width * c.columns;
         fetch.panel_bytes = n * width * static_cast<int64_t>(sizeof(float));
       }
-      if constexpr (narrow) {
+      if constexpr (may_stay) {
+        const float* rows = reinterpret_cast<const float*>(source);
+        if (in_place && width == kPanelWidth) {
+          dense_panel_rows<Simd::kPanelVectors, 0>(c, rows, n, x, grad, partial + token, fetch);
+          continue;
+        }
         if (in_place) {
-          const float* rows = reinterpret_cast<const float*>(source);
-          dense_panel_rows<Simd::kPanelVectors, 0>(c, rows, n, x, grad, partial, fetch);
+          dense_panel_rows<1, 0>(c, rows, n, x, grad, partial + token, fetch);
           continue;
         }
       }

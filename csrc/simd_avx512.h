@@ -20,6 +20,7 @@ struct Simd {
   static constexpr int kMostStreams = 16;  // of memory at once
   static constexpr int kPanelUnroll = 1;
   static constexpr int kDotTokensFp32 = 16;
+  static constexpr bool kPanelInPlace = false;
   static constexpr const char* kName = "avx512";
 
   static V zero() { return _mm512_setzero_ps(); }

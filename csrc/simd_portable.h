@@ -18,6 +18,7 @@ struct Simd {
   static constexpr int kMostStreams = 8;  // of memory at once
   static constexpr int kPanelUnroll = 1;
   static constexpr int kDotTokensFp32 = 16;
+  static constexpr bool kPanelInPlace = false;
   static constexpr const char* kName = "portable";
 
   static V zero() { return V{}; }
