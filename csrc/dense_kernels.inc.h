@@ -149,7 +149,13 @@ void dense_dot(const DenseChunk& c, float* partial, float*) {
       for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
         const int64_t next = (pass + 1) * c.tokens / passes;
         switch (next - token) {
-          case 1: dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums, nan); break;
+          case 1:
+            if (Dtype == kFloat32 && Simd::kPageStreams < Simd::kMostStreams && c.row_stride % 4096 == 0) {
+              dense_dot_block<Dtype, 1, Simd::kPageStreams>(c, row, row_end, column, n, token, sums, nan);
+            } else {
+              dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums, nan);
+            }
+            break;
           case 2: dense_dot_block<Dtype, 2>(c, row, row_end, column, n, token, sums, nan); break;
           case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums, nan); break;
           case 4: dense_dot_block<Dtype, 4>(c, row, row_end, column, n, token, sums, nan); break;

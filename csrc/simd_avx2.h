@@ -17,9 +17,10 @@ struct Simd {
   static constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 tokens' vectors, 1 broadcast: 15 of 16 registers
   static constexpr int kPanelRows = 6;
   static constexpr int kDotRegisters = 12;
-  static constexpr int kMostStreams = 12;      // of memory at once
-  static constexpr int kPanelUnroll = 4;       // columns of the panel form in one turn of its loop
-  static constexpr int kDotTokensFp32 = 10;    // beyond, panels of 16 tokens are faster
+  static constexpr int kMostStreams = 12;    // of memory at once
+  static constexpr int kPageStreams = 4;     // where rows are whole pages apart and fall into the same sets of a cache
+  static constexpr int kPanelUnroll = 4;     // columns of the panel form in one turn of its loop
+  static constexpr int kDotTokensFp32 = 10;  // beyond, panels of 16 tokens are faster
   static constexpr bool kPanelInPlace = true;  // a panel reads fp32 rows where they lie
   static constexpr const char* kName = "avx2";
 

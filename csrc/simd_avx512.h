@@ -18,6 +18,7 @@ struct Simd {
   static constexpr int kPanelRows = 8;
   static constexpr int kDotRegisters = 24;
   static constexpr int kMostStreams = 16;  // of memory at once
+  static constexpr int kPageStreams = 16;
   static constexpr int kPanelUnroll = 1;
   static constexpr int kDotTokensFp32 = 16;
   static constexpr bool kPanelInPlace = false;

@@ -16,6 +16,7 @@ struct Simd {
   static constexpr int kPanelRows = 4;
   static constexpr int kDotRegisters = 8;
   static constexpr int kMostStreams = 8;  // of memory at once
+  static constexpr int kPageStreams = 8;
   static constexpr int kPanelUnroll = 1;
   static constexpr int kDotTokensFp32 = 16;
   static constexpr bool kPanelInPlace = false;
