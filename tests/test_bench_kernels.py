@@ -6,13 +6,19 @@ import json
 import math
 import random
 import statistics
+import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from protoken.benchmarks import kernels
+from protoken.benchmarks.kernel_cases import Case
 from protoken.benchmarks.kernels import run_kernels
-from protoken.benchmarks.turns import paired_ratio
+from protoken.benchmarks.turns import paired_ratio, take_turns
 from protoken.cli import app
 from protoken.errors import ArgumentError
 
@@ -59,6 +65,37 @@ def test_pairs_see_what_a_drifting_machine_hides_from_medians() -> None:
     theirs, ours = [2.0 * p for p in pace], [1.0 * p for p in pace[:60]]
     assert statistics.median(theirs) / statistics.median(ours) == 6
     assert paired_ratio(theirs, ours) == (2, 2, 2, 60)
+
+
+def test_a_hopeless_way_is_called_once() -> None:
+    """Over a second and ten times the fastest; without it the others take as many turns as they would alone."""
+    calls = {"slow": 0, "fast": 0}
+
+    def call(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    ways = {"slow": partial(call, "slow", 1.01), "fast": partial(call, "fast", 0.001)}
+    times = take_turns(ways, torch.device("cpu"), 0.01)
+    assert calls["slow"] == len(times["slow"]) == 1
+    assert times["slow"][0] > 1
+    assert calls["fast"] - 1 == len(times["fast"]) >= 3
+
+
+def test_what_was_measured_before_an_interruption_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "k.json"
+    measure = kernels._measure
+
+    def interrupted(case: Case, *others: Any) -> Any:
+        if case.layer == "down_proj":
+            raise KeyboardInterrupt
+        return measure(case, *others)
+
+    monkeypatch.setattr(kernels, "_measure", interrupted)
+    chosen: dict[str, Any] = {"models": ["SmolLM2-135M"], "clients": [6], "formats": ["fp32"], "tokens": [1]}
+    with pytest.raises(KeyboardInterrupt):
+        run_kernels("cpu", file, ops=["client_totals"], seconds=0.0, **chosen)
+    assert {row["layer"] for row in json.loads(file.read_text())["rows"]} == {"o_proj"}
 
 
 def test_the_interval_of_paired_ratios_holds_the_true_median() -> None:

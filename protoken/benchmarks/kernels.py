@@ -55,7 +55,7 @@ def run_kernels(
     memory_bytes: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure, print a table row by row, write JSON if asked, and return the same.
+    """Measure, print a table row by row, write JSON if asked, also when interrupted, and return the same.
 
     ``seconds``: about how long each way of a row is repeated (at least 3 times; with 0 once). Rows whose bank needs
     more than ``memory_bytes`` (default: 40 % of what is free), or whose arithmetic alone would take longer than
@@ -72,28 +72,30 @@ def run_kernels(
     place = _device(device)
     _check_choices(models=models or (), formats=formats, clients=clients, ops=ops or (), tokens=tokens)
     console = console or Console()
+    path = path_of("json_path", json_path) if json_path is not None else None
     free = memory_bytes if memory_bytes is not None else int(0.4 * _free_bytes(place))
     rate = _matmul_rate(place)
     report: dict[str, Any] = {"device": _describe(place), "copy_bandwidth": 0.0, "versions": _versions()}
     report |= {"rows": [], "skipped": []}
     copies: list[float] = []
-    for case in cases(models, tokens, formats, clients):
-        if ops and case.op not in ops:
-            continue
-        reason = _too_much(case, free, rate, longest_call)
-        if reason:
-            report["skipped"].append(_labels(case) | {"reason": reason})
-            continue
-        rows, copy = _measure(case, place, seconds)
-        copies.append(copy)
-        report["rows"].extend(rows)
-        for row in rows:
-            console.print(_line(row), highlight=False, soft_wrap=True)
-    if not copies:
-        copies.append(_copy_bandwidth(place))
-    report["copy_bandwidth"] = statistics.median(copies)
-    if json_path is not None:
-        write_text(path_of("json_path", json_path), json.dumps(report, indent=1) + "\n")
+    try:
+        for case in cases(models, tokens, formats, clients):
+            if ops and case.op not in ops:
+                continue
+            reason = _too_much(case, free, rate, longest_call)
+            if reason:
+                report["skipped"].append(_labels(case) | {"reason": reason})
+                continue
+            rows, copy = _measure(case, place, seconds)
+            copies.append(copy)
+            report["rows"].extend(rows)
+            for row in rows:
+                console.print(_line(row), highlight=False, soft_wrap=True)
+    finally:
+        # Some runs take hours: what was measured before an interruption is kept.
+        report["copy_bandwidth"] = statistics.median(copies) if copies else _copy_bandwidth(place)
+        if path is not None:
+            write_text(path, json.dumps(report, indent=1) + "\n")
     _summary(report, console)
     return report
 
