@@ -4,8 +4,9 @@
 //   dense_dot     up to kDotTokens = 16 tokens (fp32 on AVX2: 10): lanes run along the row. A register tile is R rows
 //                 by TB tokens, with as many rows as registers hold (at most 8; 12 or 16 for one token in fp32, which
 //                 waits for memory alone). The R rows are not neighbours but R streams a step apart.
-//   dense_panel   more: lanes run along the tokens, tiles of 8 rows by 3 vectors (AVX-512), over blocks of kBlock = 256
-//                 columns that are converted to fp32 once for all tokens.
+//   dense_panel   more: lanes run along the tokens, tiles of 8 rows by 3 vectors (AVX-512) or 6 by 2 (AVX2), over
+//                 blocks of kBlock = 256 columns that are converted to fp32 once for all tokens. Where they are fp32,
+//                 AVX2 reads them where they lie.
 //   dot           client_totals: up to 4 clients against one read of m, each in 4 running sums.
 //
 // What the next step reads is prefetched: the hardware's own streams end with every page.
