@@ -290,7 +290,13 @@ def test_a_wrong_choice_is_refused_before_a_model_is_loaded(wrong: list[str]) ->
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_what_an_encoding_lacks_is_printed_plainly(encoding: str) -> None:
     text = "■ ada ━━╍ · … ⟨U+001B⟩ é 漢 😀 \\ud83d"
-    code = f'from protoken.cli.output import take_any_encoding; take_any_encoding(); print("{text}", end="")'
+    code = f"""
+import sys
+from protoken.report.encoding import any_encoding
+with any_encoding(sys.stdout):
+    print("{text}", end="")
+print(sys.stdout.errors, end="", file=sys.stderr)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -304,6 +310,7 @@ def test_what_an_encoding_lacks_is_printed_plainly(encoding: str) -> None:
         "utf-8": "■ ada ━━╍ · … ⟨U+001B⟩ é 漢 😀 ?",
     }
     assert done.stdout.decode(encoding) == plain[encoding]
+    assert done.stderr == b"strict"  # as it was
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")

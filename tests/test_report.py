@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import re
+import sys
 import unicodedata
 from base64 import b64encode
 from collections import Counter
@@ -285,6 +286,18 @@ def test_show_names_scores_shares_residual_and_timings() -> None:
     output = printed(make(["a", "b"], [[1.25, -2.5], [0.125, 0.0]]))
     for part in ("score (nats)", "+1.375", "-2.500", "share", "98.0 %", "residual", "generated in 1.80 s", "(+2 %)"):
         assert part in output, part
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_show_prints_what_the_encoding_of_stdout_lacks_plainly(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    make(["漢", "b"], np.ones((2, 2))).show()
+    stdout.flush()
+    output = stdout.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert "??b" in output
+    assert "protoken trace" in output
+    assert stdout.errors == "strict"  # as it was
 
 
 def test_show_limits_the_ranking_and_sums_the_rest() -> None:

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import ProtokenError
+from ..report.encoding import take_any_encoding
 from ..report.visible import visible
 from .evaluate import app as evaluate_app
 from .ledger import app as ledger_app
-from .output import CLOSED_PIPE, DISK, give_up, take_any_encoding
+from .output import CLOSED_PIPE, DISK, give_up
 from .records import app as records_app
 from .records import output_file
 
@@ -234,7 +235,8 @@ def _rounds(text: str) -> Any:
 
 def main() -> None:
     """Entry point: our own errors, missing files and full disks are one line; all else is a bug with its traceback."""
-    take_any_encoding()
+    for stream in (sys.stdout, sys.stderr):
+        take_any_encoding(stream)
     try:
         try:
             app()

@@ -34,6 +34,7 @@ class Scorer:
     """One way to attribute, by the arguments of `protoken.trace`.
 
     name     what the results call it
+    nodes    of a path; None for as many as it asks for, as `protoken.trace` takes by itself
     limit    score only so many of the samples (slow methods); None for all
     """
 
@@ -44,7 +45,7 @@ class Scorer:
     way: Way = "auto"
     objective: Objective | None = None
     rounds: Rounds = "last"
-    nodes: int = 4
+    nodes: int | None = 4
     pairs: int | None = None
     limit: int | None = None
 

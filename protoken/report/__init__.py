@@ -9,6 +9,7 @@ terminal.py   rich output, and the same as SVG
 fitting.py    tables for terminals of any width
 palette.py    colours that survive colour blindness
 visible.py    text from strangers, made harmless and visible
+encoding.py   streams whose encoding lacks some of our characters
 """
 
 from protoken.report.html import notebook_html, trace_html

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 
 from rich._export_format import CONSOLE_SVG_FORMAT
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from protoken.arguments import check_count
 from protoken.errors import ArgumentError
+from protoken.report.encoding import any_encoding
 from protoken.report.fitting import Column, Fitted
 from protoken.report.palette import COLOURS, GREY, mix
 from protoken.report.view import ClientRow, TokenView, View, accounting, build_view, timing
@@ -31,7 +33,12 @@ def show(trace: Trace, console: Console | None = None, *, top: int | None = 10) 
     """Print ``trace``: prompt, coloured tokens, ranking of the ``top`` clients, residual, timings."""
     if console is not None and not isinstance(console, Console):
         raise ArgumentError("console", expected="a rich.console.Console, or None", got=f"a {type(console).__name__}")
-    (Console() if console is None else console).print(render(trace, top=top))
+    shown = render(trace, top=top)
+    if console is not None:
+        console.print(shown)
+        return
+    with any_encoding(sys.stdout):
+        Console().print(shown)
 
 
 def headline(trace: Trace) -> Text:

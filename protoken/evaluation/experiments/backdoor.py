@@ -63,7 +63,7 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
         Scorer("protoken all blocks, all rounds", blocks=blocks, way="reverse", rounds="all"),
         Scorer("protoken, all rounds", rounds="all"),
         # Four seconds an answer of SmolLM2 on a core.
-        Scorer("aumann_shapley, all rounds", "aumann_shapley", nodes=8, rounds="all", limit=3 if large else None),
+        Scorer("aumann_shapley, all rounds", "aumann_shapley", nodes=None, rounds="all", limit=3 if large else None),
         Scorer("protoken"),
         Scorer("protoken, log-odds", objective="log_odds"),
         Scorer("protoken all blocks, log-odds", blocks=blocks, way="reverse", objective="log_odds"),
