@@ -3,6 +3,7 @@
 # make flower  the tests of the Flower integration, in an environment of its own
 # make fuzz    fuzz the ledger's parsers until stopped
 # make coverage  the ledger's tests, and which of its branches they leave out (none)
+# make emulated  the kernels on processors that this one is not, in an emulator
 # make lint types wheel bench gpu    what their names say
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,7 +15,7 @@ PROTOKEN_CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,0)
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
-.PHONY: demo test flower fuzz coverage lint types wheel bench gpu clean
+.PHONY: demo test flower fuzz coverage lint types wheel bench emulated gpu clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -75,7 +76,7 @@ coverage: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/* tests/emulated/*.c tests/emulated/*.cpp)
 
 types: $(VENV)/installed
 	$(BIN)/mypy
@@ -88,6 +89,11 @@ wheel: $(VENV)/installed
 
 bench: $(VENV)/installed $(VENV)/demo-model
 	$(BIN)/pytest bench --benchmark-only --benchmark-sort=name
+
+# What it needs is at the top of run.py; BOCHS names another emulator than the one on the path.
+BOCHS ?= bochs
+emulated: $(VENV)/installed
+	$(BIN)/python tests/emulated/run.py --out $(OUT)/emulated --bochs $(BOCHS)
 
 gpu:
 	$(PYTHON) bench/gpu.py --out $(OUT)/gpu.json
