@@ -331,7 +331,7 @@ def test_what_is_returned_stands_in_for_the_strategy(tmp_path: Path) -> None:
     assert vars(inner).keys() == vars(Counting()).keys() | {"started"}
     with pytest.raises(ArgumentError, match="a strategy of Flower, got dict"):
         record({}, tmp_path / "other")
-    with pytest.raises(ArgumentError, match="one of raise, warn, got .ignore."):
+    with pytest.raises(ArgumentError, match=r"one of raise, warn, got .ignore."):
         record(inner, tmp_path / "other", on_error="ignore")  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         strategy.nothing_of_this_name  # noqa: B018
