@@ -124,7 +124,7 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     lacking = missing(asked.bochs)
     if lacking:
-        print(f"not there: {', '.join(lacking)}; see the top of {HERE.name}/{Path(__file__).name}")
+        print(f"not there: {', '.join(lacking)}; see the top of {Path(__file__).resolve().relative_to(ROOT)}")
         return SKIPPED
     out = asked.out.resolve()
     disc = build(out)
