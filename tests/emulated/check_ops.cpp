@@ -2,7 +2,8 @@
 // so that it also runs where there is no operating system (boot.S, kernel.c).
 //
 // Outputs are poisoned with NaN; the bounds are those of fp32 in tests/tolerances.py, for totals relative to what their
-// terms come to when they do not cancel. A set's line ends with a hash of all its bits, the same wherever the set is run.
+// terms come to when they do not cancel. A set's line ends with a hash of all its bits, the same wherever the set is
+// run.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
