@@ -61,25 +61,29 @@ double gathered(const TotalsLayer& given, const char* d, const float* m, int64_t
   return sum;
 }
 
-// out[client] = < tile of m, tile of the client's matrix > for all clients. scratch: addresses and row sums.
+// out[client] = < tile of m, tile of the client's matrix > for all clients. addresses: room for one each.
 void tile_dots(const Kernels& kernels, const Layer& layer, int64_t clients, const Tile& tile, const char** addresses,
-               double* sums, double* out) {
+               double* out) {
   const TotalsLayer& given = *layer.given;
   const int64_t offset = (tile.row * given.stride_o + tile.column * given.stride_i) * layer.size;
   for (int64_t k = 0; k < clients; ++k) addresses[k] = reinterpret_cast<const char*>(given.pointers[k]) + offset;
   const float* m = given.m + tile.row * given.columns + tile.column;
-  const bool contiguous_rows = given.stride_i == 1 || given.columns == 1;
-  if (contiguous_rows && given.scale == nullptr && tile.columns == given.columns && given.stride_o == given.columns) {
-    kernels.dot[given.dtype](addresses, clients, m, tile.rows * tile.columns, out);
+  const float* scale = given.scale ? given.scale + tile.row : nullptr;
+  const int64_t row_stride = given.stride_o * layer.size;
+  if (given.stride_i == 1 || given.columns == 1) {
+    DotTile dots{addresses, row_stride, clients, tile.rows, tile.columns, m, given.columns, scale, given.rows};
+    if (scale == nullptr && tile.columns == given.columns && given.stride_o == given.columns) {  // one long row
+      dots.columns *= dots.rows;
+      dots.rows = 1;
+    }
+    kernels.dot[given.dtype](dots, out);
     return;
   }
   std::fill(out, out + clients, 0.0);
   for (int64_t o = 0; o < tile.rows; ++o, m += given.columns) {
-    if (contiguous_rows) kernels.dot[given.dtype](addresses, clients, m, tile.columns, sums);
     for (int64_t k = 0; k < clients; ++k) {
-      const double sum = contiguous_rows ? sums[k] : gathered(given, addresses[k], m, tile.columns, layer.size);
-      out[k] += given.scale ? sum * static_cast<double>(given.scale[k * given.rows + tile.row + o]) : sum;
-      addresses[k] += given.stride_o * layer.size;
+      const double sum = gathered(given, addresses[k] + o * row_stride, m, tile.columns, layer.size);
+      out[k] += scale ? sum * static_cast<double>(scale[k * given.rows + o]) : sum;
     }
   }
 }
@@ -97,8 +101,7 @@ void client_totals(const TotalsLayer* given, int64_t layer_count, int64_t client
     tiles += layers[l].tiles;
   }
   std::vector<double> partials(static_cast<size_t>(product(tiles, clients)));
-  std::vector<double> sums(static_cast<size_t>(product(std::max<int64_t>(threads, 1), clients)));
-  std::vector<const char*> addresses(sums.size());
+  std::vector<const char*> addresses(static_cast<size_t>(product(std::max<int64_t>(threads, 1), clients)));
   // A tile of m meets all clients, then the next: m is read once and every client once. Each product has its own
   // place, and a client's are added in one order.
   parallel_for(tiles, threads, [&](int64_t index, int64_t member) {
@@ -109,8 +112,7 @@ void client_totals(const TotalsLayer* given, int64_t layer_count, int64_t client
     tile.column = (index - layer->first_tile) % layer->column_tiles * layer->tile_columns;
     tile.rows = std::min(layer->tile_rows, layer->given->rows - tile.row);
     tile.columns = std::min(layer->tile_columns, layer->given->columns - tile.column);
-    tile_dots(kernels, *layer, clients, tile, addresses.data() + member * clients, sums.data() + member * clients,
-              partials.data() + index * clients);
+    tile_dots(kernels, *layer, clients, tile, addresses.data() + member * clients, partials.data() + index * clients);
   });
   for (int64_t l = 0; l < layer_count; ++l) {
     for (int64_t client = 0; client < clients; ++client) {

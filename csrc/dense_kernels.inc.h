@@ -2,14 +2,16 @@
 // instruction set's file after its Simd. Three forms:
 //
 //   dense_dot     up to kDotTokens = 16 tokens (fp32 on AVX2: 10): lanes run along the row. A register tile is R rows
-//                 by TB tokens, with as many rows as registers hold (at most 8; 12 or 16 for one token in fp32, which
-//                 waits for memory alone). The R rows are not neighbours but R streams a step apart.
+//                 by TB tokens, with as many rows as registers hold (at most 8; for one token, which waits for memory
+//                 alone, as many as make the fastest streams: Simd::kStreams). The R rows are not neighbours but R
+//                 streams a step apart.
 //   dense_panel   more: lanes run along the tokens, tiles of 8 rows by 3 vectors (AVX-512) or 6 by 2 (AVX2), over
 //                 blocks of kBlock = 256 columns that are converted to fp32 once for all tokens. Where they are fp32,
 //                 AVX2 reads them where they lie.
 //   dot           client_totals: up to 4 clients against one read of m, each in 4 running sums.
 //
-// What the next step reads is prefetched: the hardware's own streams end with every page.
+// How far ahead rows are prefetched is the instruction set's matter (rows_ahead): where the hardware's own streams end
+// with every page it pays, elsewhere it takes a sixth of the speed.
 #pragma once
 
 #include "kernels.h"
@@ -42,7 +44,7 @@ inline V load_tail(const char* p, int64_t n) {
 }
 
 // acc[j][t] += row j * x[t], lane by lane, over n columns. A step takes one cache line of every row and fetches one
-// `ahead` bytes further, since the hardware's own streams end with every page.
+// `ahead` bytes further, if that is not 0.
 template <int Dtype, int R, int TB>
 inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], const char* rows, int64_t row_stride,
                                                            const float* x, int64_t x_stride, int64_t n, int64_t ahead,
@@ -50,21 +52,34 @@ inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], cons
   constexpr int64_t size = item_size(Dtype);
   constexpr int U = W * size >= 64 ? 1 : 64 / (W * size);
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
-    V values[R];
+    // What is fewer of the two stays in registers: all R + TB would not fit beside the sums.
+    if constexpr (TB <= R) {
+      V xs[TB];
 #pragma GCC unroll 16
-    for (int j = 0; j < R; ++j) values[j] = Simd::load_as<Dtype>(rows + j * row_stride + i * size);
+      for (int t = 0; t < TB; ++t) xs[t] = Simd::load(x + t * x_stride + i);
 #pragma GCC unroll 16
-    for (int t = 0; t < TB; ++t) {
-      const V xs = Simd::load(x + t * x_stride + i);
+      for (int j = 0; j < R; ++j) {
+        const V values = Simd::load_as<Dtype>(rows + j * row_stride + i * size);
 #pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) acc[j][t] = Simd::fma(values[j], xs, acc[j][t]);
+        for (int t = 0; t < TB; ++t) acc[j][t] = Simd::fma(values, xs[t], acc[j][t]);
+      }
+    } else {
+      V values[R];
+#pragma GCC unroll 16
+      for (int j = 0; j < R; ++j) values[j] = Simd::load_as<Dtype>(rows + j * row_stride + i * size);
+#pragma GCC unroll 16
+      for (int t = 0; t < TB; ++t) {
+        const V xs = Simd::load(x + t * x_stride + i);
+#pragma GCC unroll 16
+        for (int j = 0; j < R; ++j) acc[j][t] = Simd::fma(values[j], xs, acc[j][t]);
+      }
     }
   };
   int64_t i = 0;
   for (; i + U * W <= n; i += U * W) {
 #pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
-      prefetch(rows + j * row_stride + i * size + ahead);
+      if (ahead != 0) prefetch(rows + j * row_stride + i * size + ahead);
       if constexpr (Dtype == kFloat8E4M3) nan.line(rows + j * row_stride + i * size);
     }
 #pragma GCC unroll 16
@@ -94,7 +109,7 @@ void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t step, int64_t colu
     for (int t = 0; t < TB; ++t) acc[j][t] = Simd::zero();
   }
   const char* rows = c.rows + row * c.row_stride + column * item_size(Dtype);
-  constexpr int64_t ahead = item_size(Dtype) == 1 || R > 8 ? 512 : 1024;
+  constexpr int64_t ahead = Simd::rows_ahead(item_size(Dtype), R);
   accumulate_dots<Dtype, R, TB>(acc, rows, step * c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n, ahead,
                                 nan);
   // A token's sum stays in a register while its rows join: this is a good part of the work where rows are short.
@@ -117,8 +132,12 @@ constexpr int dot_rows(int most = 8) {
   return Simd::kDotRegisters / TB > most ? most : Simd::kDotRegisters / TB < 1 ? 1 : Simd::kDotRegisters / TB;
 }
 
-// One token in fp32 waits for memory alone, of which more streams keep more under way.
-template <int Dtype, int TB, int R = dot_rows<TB>(Dtype == kFloat32 && TB == 1 ? Simd::kMostStreams : 8)>
+template <int Dtype, int TB>
+constexpr int dot_streams() {
+  return TB > 1 ? 8 : Dtype == kFloat32 ? Simd::kStreams : Simd::kNarrowStreams;
+}
+
+template <int Dtype, int TB, int R = dot_rows<TB>(dot_streams<Dtype, TB>())>
 void dense_dot_block(const DenseChunk& c, int64_t row, int64_t row_end, int64_t column, int64_t n, int64_t token,
                      V* sums, Simd::NanFlag& nan) {
   const int64_t step = (row_end - row) / R;
@@ -150,13 +169,7 @@ void dense_dot(const DenseChunk& c, float* partial, float*) {
       for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
         const int64_t next = (pass + 1) * c.tokens / passes;
         switch (next - token) {
-          case 1:
-            if (Dtype == kFloat32 && Simd::kPageStreams < Simd::kMostStreams && c.row_stride % 4096 == 0) {
-              dense_dot_block<Dtype, 1, Simd::kPageStreams>(c, row, row_end, column, n, token, sums, nan);
-            } else {
-              dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums, nan);
-            }
-            break;
+          case 1: dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums, nan); break;
           case 2: dense_dot_block<Dtype, 2>(c, row, row_end, column, n, token, sums, nan); break;
           case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums, nan); break;
           case 4: dense_dot_block<Dtype, 4>(c, row, row_end, column, n, token, sums, nan); break;
@@ -239,8 +252,8 @@ constexpr int panel_rows() {
   return Simd::kPanelRows * Simd::kPanelVectors / NT > 16 ? 16 : Simd::kPanelRows * Simd::kPanelVectors / NT;
 }
 
-// What a tile of rows fetches while it computes: its own next columns while the first tokens pass, else its share of
-// the next tokens' panel.
+// What a tile of rows fetches while it computes: its own next columns while the first tokens pass (not where rows are
+// read in place, whose streams the hardware follows by itself), else its share of the next tokens' panel.
 struct Fetch {
   const char* rows;  // the chunk's next columns, or null
   int64_t row_stride;
@@ -309,7 +322,7 @@ void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
       const float* x = c.x_panels + token * c.columns + column * width;
       const float* grad = c.grad_panels + token * c.all_rows + c.first_row * width;
       Fetch fetch{nullptr, c.row_stride, nullptr, 0};
-      if (token == 0 && column + n < c.columns) {
+      if (!in_place && token == 0 && column + n < c.columns) {
         fetch.rows = source + n * size;
       } else if (token + width < padded) {
         fetch.panel = x + width * c.columns;
@@ -364,21 +377,14 @@ int64_t dot_pieces(V (&acc)[R][U], const char* const* d, const float* m, int64_t
   return piece * U;
 }
 
-// out[c] = < d[c], m > for R clients at once: one read of m for all. Each client has U running sums of its own, which
-// doubles join at the end: who stands beside it changes no bit.
-template <int Dtype, int R>
-void dot_clients(const char* const* d, const float* m, int64_t n, double* out) {
-  constexpr int U = 4;
+// acc[c][u] += the products of n neighbours of d[c] and m, for R clients at once: one read of m for all.
+template <int Dtype, int R, int U>
+inline __attribute__((always_inline)) void dot_row(V (&acc)[R][U], Simd::NanFlag (&nan)[R], const char* const* d,
+                                                   const float* m, int64_t n) {
   constexpr int64_t size = item_size(Dtype);
   constexpr int64_t lines = U * W * size / 64 > 0 ? U * W * size / 64 : 1;
-  V acc[R][U];
-  Simd::NanFlag nan[R];
-#pragma GCC unroll 4
-  for (int c = 0; c < R; ++c) {
-    for (int u = 0; u < U; ++u) acc[c][u] = Simd::zero();
-  }
   int64_t i = 0;
-  if constexpr (size > 1) {
+  if constexpr (size > 1 && Simd::kDotPieces) {
     if (n * size >= 8192) i = dot_pieces<Dtype, R, U>(acc, d, m, n);
   }
   for (; i + U * W <= n; i += U * W) {
@@ -387,7 +393,7 @@ void dot_clients(const char* const* d, const float* m, int64_t n, double* out) {
       const char* p = d[c] + i * size;
 #pragma GCC unroll 4
       for (int64_t line = 0; line < lines; ++line) {
-        prefetch(p + 1024 + line * 64);
+        prefetch(p + Simd::kDotAhead + line * 64);
         if (Dtype == kFloat8E4M3 && U * W * size >= 64) nan[c].line(p + line * 64);
       }
     }
@@ -402,37 +408,72 @@ void dot_clients(const char* const* d, const float* m, int64_t n, double* out) {
   }
   [[maybe_unused]] const int64_t whole = U * W * size >= 64 ? i : 0;
   for (; i + W <= n; i += W) {
-    for (int c = 0; c < R; ++c)
-      acc[c][0] = Simd::fma(Simd::load_as<Dtype>(d[c] + i * size), Simd::load(m + i), acc[c][0]);
+    const V values = Simd::load(m + i);
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) acc[c][0] = Simd::fma(Simd::load_as<Dtype>(d[c] + i * size), values, acc[c][0]);
   }
-  alignas(64) float last[W] = {};
-  if (i < n) std::memcpy(last, m + i, static_cast<size_t>(n - i) * sizeof(float));
+  if (i < n) {
+    alignas(64) float last[W] = {};
+    std::memcpy(last, m + i, static_cast<size_t>(n - i) * sizeof(float));
+    const V values = Simd::load(last);
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) {
+      acc[c][0] = Simd::fma(load_tail<Dtype>(d[c] + i * size, n - i), values, acc[c][0]);
+    }
+  }
+  if constexpr (Dtype == kFloat8E4M3) {
+    for (int c = 0; c < R; ++c) nan[c].bytes(d[c] + whole, n - whole);
+  }
+}
+
+// Clients first ... first + R - 1 of a tile. Each has four running sums of its own: who stands beside it changes no
+// bit. A row's sums are weighed lane by lane and joined at the end of the tile, not of the row, of which short ones
+// would take more to join than to multiply.
+template <int Dtype, int R>
+void dot_clients(const DotTile& tile, int64_t first, double* out) {
+  constexpr int U = 4;
+  V totals[R];
+  Simd::NanFlag nan[R];
+  const char* d[R];
+#pragma GCC unroll 4
   for (int c = 0; c < R; ++c) {
-    double total =
-        static_cast<double>(Simd::sum(Simd::add(Simd::add(acc[c][0], acc[c][1]), Simd::add(acc[c][2], acc[c][3]))));
-    if (i < n) {
-      total += static_cast<double>(Simd::sum(Simd::mul(load_tail<Dtype>(d[c] + i * size, n - i), Simd::load(last))));
+    totals[c] = Simd::zero();
+    d[c] = tile.d[first + c];
+  }
+  for (int64_t o = 0; o < tile.rows; ++o) {
+    V acc[R][U];
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) acc[c][u] = Simd::zero();
     }
-    if constexpr (Dtype == kFloat8E4M3) {
-      nan[c].bytes(d[c] + whole, n - whole);
-      if (nan[c].any()) total = std::numeric_limits<double>::quiet_NaN();
+    dot_row<Dtype, R, U>(acc, nan, d, tile.m + o * tile.m_stride, tile.columns);
+#pragma GCC unroll 4
+    for (int c = 0; c < R; ++c) {
+      const float scale = tile.scale ? tile.scale[(first + c) * tile.scale_stride + o] : 1.0f;
+      const V sum = Simd::add(Simd::add(acc[c][0], acc[c][1]), Simd::add(acc[c][2], acc[c][3]));
+      totals[c] = Simd::fma(sum, Simd::set1(scale), totals[c]);
+      d[c] += tile.row_stride;
     }
-    out[c] = total * load_factor<Dtype>();
+  }
+  for (int c = 0; c < R; ++c) {
+    out[first + c] = nan[c].any() ? std::numeric_limits<double>::quiet_NaN()
+                                  : static_cast<double>(Simd::sum(totals[c])) * load_factor<Dtype>();
   }
 }
 
 template <int Dtype>
-void dot(const char* const* d, int64_t clients, const float* m, int64_t n, double* out) {
+void dot(const DotTile& tile, double* out) {
   constexpr int R = Simd::kDotRegisters / 4 > 4 ? 4 : Simd::kDotRegisters / 4;
   // Groups of nearly one size: a client that is read alone leaves half of the bandwidth unused.
-  const int64_t groups = (clients + R - 1) / R;
+  const int64_t groups = (tile.clients + R - 1) / R;
   for (int64_t g = 0, c = 0; g < groups; ++g) {
-    const int64_t end = (g + 1) * clients / groups;
+    const int64_t end = (g + 1) * tile.clients / groups;
     switch (end - c) {
-      case 1: dot_clients<Dtype, 1>(d + c, m, n, out + c); break;
-      case 2: dot_clients<Dtype, 2>(d + c, m, n, out + c); break;
-      case 3: dot_clients<Dtype, (R < 3 ? R : 3)>(d + c, m, n, out + c); break;
-      default: dot_clients<Dtype, R>(d + c, m, n, out + c);
+      case 1: dot_clients<Dtype, 1>(tile, c, out); break;
+      case 2: dot_clients<Dtype, 2>(tile, c, out); break;
+      case 3: dot_clients<Dtype, (R < 3 ? R : 3)>(tile, c, out); break;
+      default: dot_clients<Dtype, R>(tile, c, out);
     }
     c = end;
   }

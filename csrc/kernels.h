@@ -40,6 +40,18 @@ struct Factor {
   int64_t n;
 };
 
+// A tile of m, and the same tile of several clients' matrices, whose rows are contiguous.
+struct DotTile {
+  const char* const* d;  // [clients]: the first row of each
+  int64_t row_stride;    // bytes
+  int64_t clients;
+  int64_t rows, columns;
+  const float* m;  // [rows, columns]
+  int64_t m_stride;
+  const float* scale;  // of client k and row o at k * scale_stride + o; or null
+  int64_t scale_stride;
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;                // panels are padded to a multiple of this many tokens
@@ -58,8 +70,8 @@ struct Kernels {
   void (*project_panel[kDtypes])(const Factor* factors, int64_t count, const float* panels, int64_t tokens, float* out,
                                  float* scratch);
 
-  // out[c] = < d[c], m > over n contiguous elements, for every client's d[c].
-  void (*dot[kDtypes])(const char* const* d, int64_t clients, const float* m, int64_t n, double* out);
+  // out[c] = sum over the tile's rows o of scale[c, o] < row o of d[c], row o of m >.
+  void (*dot[kDtypes])(const DotTile& tile, double* out);
 };
 
 // Tokens rounded up to whole lanes, and the width of the block of tokens that starts at `token`.

@@ -17,12 +17,16 @@ struct Simd {
   static constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 tokens' vectors, 1 broadcast: 15 of 16 registers
   static constexpr int kPanelRows = 6;
   static constexpr int kDotRegisters = 12;
-  static constexpr int kMostStreams = 12;    // of memory at once
-  static constexpr int kPageStreams = 4;     // where rows are whole pages apart and fall into the same sets of a cache
-  static constexpr int kPanelUnroll = 4;     // columns of the panel form in one turn of its loop
-  static constexpr int kDotTokensFp32 = 10;  // beyond, panels of 16 tokens are faster
+  static constexpr int kStreams = 4;           // of memory at once, of fp32 rows and one token
+  static constexpr int kNarrowStreams = 4;     // the same of narrower formats
+  static constexpr bool kDotPieces = false;    // totals read a client as one stream
+  static constexpr int kPanelUnroll = 4;       // columns of the panel form in one turn of its loop
+  static constexpr int kDotTokensFp32 = 10;    // beyond, panels of 16 tokens are faster
   static constexpr bool kPanelInPlace = true;  // a panel reads fp32 rows where they lie
   static constexpr const char* kName = "avx2";
+  // Bytes ahead of which rows are prefetched; fp32 is left to the hardware (0).
+  static constexpr int64_t rows_ahead(int64_t size, int) { return size == 4 ? 0 : 256; }
+  static constexpr int64_t kDotAhead = 256;
 
   static V zero() { return _mm256_setzero_ps(); }
   static V set1(float value) { return _mm256_set1_ps(value); }
