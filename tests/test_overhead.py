@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +26,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overhead, "load_base", lambda _: BaseModel(tiny_model("smollm"), None, "tiny", ""))
 
 
-def run(path: Path | None = None, **choices: object) -> list[dict[str, object]]:
+def run(path: Path | None = None, console: Console | None = None, **choices: object) -> list[dict[str, object]]:
     settings = {"model": "tiny", "prompt_tokens": [5], "new_tokens": [3], "clients": [2], "repeats": 2,
                 "oracle": False, "json_path": path, "device": "cpu", **choices}  # fmt: skip
-    return overhead.run_overhead(Console(quiet=True), **settings)  # type: ignore[arg-type]
+    return overhead.run_overhead(console or Console(quiet=True), **settings)  # type: ignore[arg-type]
 
 
 def test_every_way_is_timed_against_generation_of_the_same_round() -> None:
@@ -49,6 +51,25 @@ def test_grid_and_ways_are_chosen() -> None:
     assert found == [(k, p, name) for k in (1, 2) for p in (4, 6) for name in names]
     with pytest.raises(ArgumentError, match="ways: expected some of local, streaming, forward, reverse, got sideways"):
         run(ways=["sideways"])
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = tmp_path / "figures.json", []
+
+    def interrupted(*of: Any) -> int | None:
+        calls.append(of)
+        if len(calls) == 3:  # two of a way: within the second
+            raise KeyboardInterrupt
+        return peak_bytes(*of)
+
+    monkeypatch.setattr(overhead, "peak_bytes", interrupted)
+    console = Console(file=StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, console=console)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["local, logit"]
+    assert rows[0]["ratio_trace_to_generate"] > 0
+    assert "local, logit" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_rows_of_other_settings_stay_in_the_file(tmp_path: Path) -> None:

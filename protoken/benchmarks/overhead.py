@@ -46,13 +46,13 @@ def run_overhead(
     ways: Sequence[str] = WAYS,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Time every combination and print a table; returns the rows.
+    """Time every combination and print a table; returns the rows. What was measured is kept, also when interrupted.
 
     Args:
         model: folder or hub id; the demo's base model if None.
         oracle: time the published algorithm, too.
-        json_path: where to write {"rows": [...], "versions": ..., "machine": ...}. Rows of other settings that the
-            file has from the same machine and versions are kept.
+        json_path: where to write {"rows": [...], "versions": ..., "machine": ...}, after every way anew. Rows of other
+            settings that the file has from the same machine and versions are kept.
         ways: which of "local", "streaming", "forward", "reverse".
         device: "cpu", "cuda", or "auto": cuda if there.
 
@@ -72,23 +72,37 @@ def run_overhead(
     # Drawn between two timings only: a thread of its own would take its turns from those that are timed.
     with Progress(console=console, transient=True, auto_refresh=False) as progress:
         bar = progress.add_task("overhead", total=len(clients) * len(prompt_tokens) * len(new_tokens) * len(timed))
-        for count in clients:
-            with tempfile.TemporaryDirectory() as folder:
-                depth = max(case.blocks for case in timed)
-                attach(loaded, random_ledger(Path(folder) / "ledger", loaded, architecture, count, depth))
-                try:
-                    for prompt, new in [(p, n) for p in prompt_tokens for n in new_tokens]:
-                        setting = {**common, "prompt_tokens": prompt, "new_tokens": new, "clients": count}
-                        rows += _time_one(loaded, timed, setting, repeats, oracle, lambda: _advanced(progress, bar))
-                finally:
-                    detach(loaded)
-    if json_path is not None:
-        fresh = {tuple(row[name] for name in _KEY) for row in rows}
-        kept = [row for row in kept if tuple(row[name] for name in _KEY) not in fresh]
-        record = {"rows": kept + rows, "versions": versions(), "machine": machine()}
-        write_text(str(json_path), json.dumps(record, indent=2) + "\n")
-    console.print(_table(rows))
+
+        def measured() -> None:
+            _write(json_path, kept, rows)
+            _advanced(progress, bar)
+
+        try:
+            for count in clients:
+                with tempfile.TemporaryDirectory() as folder:
+                    depth = max(case.blocks for case in timed)
+                    attach(loaded, random_ledger(Path(folder) / "ledger", loaded, architecture, count, depth))
+                    try:
+                        for prompt, new in [(p, n) for p in prompt_tokens for n in new_tokens]:
+                            setting = {**common, "prompt_tokens": prompt, "new_tokens": new, "clients": count}
+                            _time_one(loaded, timed, setting, repeats, oracle, rows, measured)
+                    finally:
+                        detach(loaded)
+        finally:
+            if rows:
+                _write(json_path, kept, rows)
+                console.print(_table(rows))
     return rows
+
+
+def _write(path: Path | None, kept: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
+    """The file's rows of other settings and the new ones."""
+    if path is None:
+        return
+    fresh = {tuple(row[name] for name in _KEY) for row in rows}
+    others = [row for row in kept if tuple(row[name] for name in _KEY) not in fresh]
+    record = {"rows": [*others, *rows], "versions": versions(), "machine": machine()}
+    write_text(str(path), json.dumps(record, indent=2) + "\n")
 
 
 def _device(name: str) -> torch.device:
@@ -125,9 +139,10 @@ def _time_one(
     setting: dict[str, Any],
     repeats: int,
     oracle: bool,
-    advance: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """The rows of one prompt length, number of new tokens and number of clients."""
+    rows: list[dict[str, Any]],
+    measured: Callable[[], None],
+) -> None:
+    """Appends the rows of one prompt length, number of new tokens and number of clients; says so after each."""
     prompt, new = setting["prompt_tokens"], setting["new_tokens"]
     ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     # The stop token is kept from coming out: every run must produce the same number of tokens.
@@ -138,15 +153,13 @@ def _time_one(
         return model.generate(row, attention_mask=torch.ones_like(row), pad_token_id=0, **arguments)
 
     plain()
-    rows = []
     for case in timed:
         rows.append({**setting, **_time_case(case, model, plain, case.runner(model, ids, **arguments), repeats)})
-        advance()
+        measured()
     if oracle:
         # The oracle's own generation is not part of it: it is given what generate produced.
         results = [trace(model, ids, method="paper", **arguments).info for _ in range(min(repeats, 3))]
-        _add_oracle(rows, [info.seconds_trace - info.seconds_generate for info in results])
-    return rows
+        _add_oracle(rows[-len(timed) :], [info.seconds_trace - info.seconds_generate for info in results])
 
 
 def _time_case(
