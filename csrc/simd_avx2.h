@@ -26,7 +26,7 @@ struct Simd {
   static constexpr const char* kName = "avx2";
   // Bytes ahead of which rows are prefetched; fp32 is left to the hardware (0).
   static constexpr int64_t rows_ahead(int64_t size, int) { return size == 4 ? 0 : 256; }
-  static constexpr int64_t kDotAhead = 256;
+  static constexpr int64_t kDotAhead = 256;  // of totals
 
   static V zero() { return _mm256_setzero_ps(); }
   static V set1(float value) { return _mm256_set1_ps(value); }

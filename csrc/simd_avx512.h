@@ -17,8 +17,8 @@ struct Simd {
   static constexpr int kPanelVectors = 3;  // 8 x 3 accumulators, 3 tokens' vectors, 1 broadcast: 28 of 32 registers
   static constexpr int kPanelRows = 8;
   static constexpr int kDotRegisters = 24;
-  static constexpr int kStreams = 16;  // of memory at once, of fp32 rows and one token
-  static constexpr int kNarrowStreams = 8;
+  static constexpr int kStreams = 16;       // of memory at once, of fp32 rows and one token
+  static constexpr int kNarrowStreams = 8;  // the same of narrower formats
   static constexpr bool kDotPieces = true;  // totals read a client as four streams
   static constexpr int kPanelUnroll = 1;
   static constexpr int kDotTokensFp32 = 16;
@@ -26,7 +26,7 @@ struct Simd {
   static constexpr const char* kName = "avx512";
   // Bytes ahead of which `streams` rows are prefetched.
   static constexpr int64_t rows_ahead(int64_t size, int streams) { return size == 1 || streams > 8 ? 512 : 1024; }
-  static constexpr int64_t kDotAhead = 1024;
+  static constexpr int64_t kDotAhead = 1024;  // of totals
 
   static V zero() { return _mm512_setzero_ps(); }
   static V set1(float value) { return _mm512_set1_ps(value); }

@@ -15,8 +15,8 @@ struct Simd {
   static constexpr int kPanelVectors = 2;
   static constexpr int kPanelRows = 4;
   static constexpr int kDotRegisters = 8;
-  static constexpr int kStreams = 8;  // of memory at once, of fp32 rows and one token
-  static constexpr int kNarrowStreams = 8;
+  static constexpr int kStreams = 8;        // of memory at once, of fp32 rows and one token
+  static constexpr int kNarrowStreams = 8;  // the same of narrower formats
   static constexpr bool kDotPieces = true;  // totals read a client as four streams
   static constexpr int kPanelUnroll = 1;
   static constexpr int kDotTokensFp32 = 16;
@@ -24,7 +24,7 @@ struct Simd {
   static constexpr const char* kName = "portable";
   // Bytes ahead of which `streams` rows are prefetched.
   static constexpr int64_t rows_ahead(int64_t size, int streams) { return size == 1 || streams > 8 ? 512 : 1024; }
-  static constexpr int64_t kDotAhead = 1024;
+  static constexpr int64_t kDotAhead = 1024;  // of totals
 
   static V zero() { return V{}; }
   static V set1(float value) { return V{} + value; }
