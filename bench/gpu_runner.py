@@ -127,7 +127,7 @@ class Running:
         try:
             self.process = subprocess.Popen(
                 self.step.command,
-                env=os.environ | self.step.environment | {"PROTOKEN_GPU_UNTIL": f"{self.until:.1f}"},
+                env=os.environ | self.step.environment | {"PROTOKEN_GPU_UNTIL": str(self.until)},
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
