@@ -187,8 +187,8 @@ __device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLay
     for (int q = 0; q < kGroups; ++q) {
       const int column = at * stage_columns(kFormat) + q * group_columns(kFormat), left = columns - column;
       const char* from = rows.at + column * step;
-      stage.low[q] = load_values<kFormat, kVectors>(from, rows.left > 0 ? left : 0, step);
-      stage.high[q] = load_values<kFormat, kVectors>(from + high, rows.left > 8 ? left : 0, step);
+      stage.low[q] = load_values<kFormat, kVectors, true>(from, rows.left > 0 ? left : 0, step);
+      stage.high[q] = load_values<kFormat, kVectors, true>(from + high, rows.left > 8 ? left : 0, step);
     }
   };
 
@@ -215,11 +215,13 @@ __device__ __forceinline__ void score_units(const ScoreParams& p, const ScoreLay
       float acc[kTokens / 8][4] = {};
 #pragma unroll 1
       for (int stage = 0; stage < stages; ++stage) {
-        // The next stage's loads are under way while this one is multiplied, across rows and clients too.
+        // The next stage's loads are under way while this one is multiplied, across rows and clients too. The barrier
+        // keeps them ahead of the products, among which they would have less time to arrive.
         const bool same = stage + 1 < stages;
         if constexpr (kVectors) {
           if (!same) rows = next_rows;
           load_stage(next, rows, same ? stage + 1 : 0);
+          warp_barrier();
         } else {
           load_stage(now, rows, stage);
         }

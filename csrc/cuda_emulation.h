@@ -226,6 +226,7 @@ T load_checked(const void* address) {
   return v;
 }
 inline uint4 load_stream16(const void* address) { return load_checked<uint4>(address); }
+inline uint4 load_stream16_here(const void* address) { return load_checked<uint4>(address); }
 inline uint4 load_stream16_or_zeros(const void* address, bool wanted) {
   return wanted ? load_checked<uint4>(address) : uint4{};
 }
@@ -356,6 +357,7 @@ inline int shuffle_first(int v) {
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emu::shared_base);
 }
+inline void warp_barrier() { emu::meet_warp(); }
 template <int kId>
 void named_barrier(int threads) {
   emu::meet(emu::barriers[kId], threads);

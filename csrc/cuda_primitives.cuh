@@ -38,7 +38,17 @@ __device__ __forceinline__ uint4 load_stream16(const void* address) {
                : "l"(address));
   return v;
 }
-// The same, zeros when not wanted, without a branch.
+// The same, issued where it stands: the assembler may put loads that go past the coherent caches behind products that
+// take hundreds of cycles, and does. A warp_barrier() after it holds it back from those.
+__device__ __forceinline__ uint4 load_stream16_here(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+// Zeros when not wanted, without a branch.
 __device__ __forceinline__ uint4 load_stream16_or_zeros(const void* address, bool wanted) {
   uint4 v;
   asm volatile(
@@ -171,6 +181,7 @@ template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+__device__ __forceinline__ void warp_barrier() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 // Only the `threads` threads that call it with this id meet; ids 1..15 (0 is __syncthreads).
 template <int kId>
 __device__ __forceinline__ void named_barrier(int threads) {

@@ -105,13 +105,13 @@ __device__ __forceinline__ uint32_t byte_pair(uint32_t word, bool upper) {
 
 // ---- rows ------------------------------------------------------------------------------------------------
 
-// E values of a row from `at` on, of which `left` (counted from the first) exist.
-template <int kFormat, bool kVectors>
+// E values of a row from `at` on, of which `left` (counted from the first) exist; kHere: loaded where it stands.
+template <int kFormat, bool kVectors, bool kHere = false>
 __device__ __forceinline__ uint4 load_values(const char* at, int left, int64_t step) {
   constexpr int kBytes = format_bytes(kFormat), kE = per_load(kFormat);
   uint4 v = make_uint4(0, 0, 0, 0);
   if constexpr (kVectors) {
-    if (left > 0) v = load_stream16(at);
+    if (left > 0) v = kHere ? load_stream16_here(at) : load_stream16(at);
   } else {
     uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll

@@ -64,6 +64,20 @@ def test_client_scores_of_layers_of_two_shapes_with_clients_apart(cuda: ModuleTy
         assert_close(out[n], client_scores_reference(xs[n], grads[n], torch.stack(parts[n])))
 
 
+def test_client_scores_of_more_layers_than_go_into_a_launch(cuda: ModuleType) -> None:
+    from protoken.ops import DenseBank, client_scores_reference
+
+    count = 2 * cuda.AT_ONCE + 5
+    xs = [normal(2, 16, seed=n) for n in range(count)]
+    grads = [normal(2, 8, seed=50 + n) for n in range(count)]
+    formats = [torch.float32 if n % 3 else torch.bfloat16 for n in range(count)]
+    banks = [normal(2, 8, 16, seed=100 + n, dtype=dtype) for n, dtype in enumerate(formats)]
+    out = poisoned(count, 2, 2)
+    cuda.launch_client_scores(out, xs, grads, [DenseBank.of(bank) for bank in banks])
+    for n in range(count):
+        assert_close(out[n], client_scores_reference(xs[n], grads[n], banks[n]))
+
+
 @pytest.mark.parametrize("columns", [40, 33], ids=["aligned", "odd"])
 def test_client_scores_of_a_transposed_bank_and_of_every_other_client(cuda: ModuleType, columns: int) -> None:
     from protoken.ops import DenseBank, client_scores_reference

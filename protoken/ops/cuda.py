@@ -28,6 +28,7 @@ MAX_RANK = 128
 AUTO, MMA, WGMMA = 0, 1, 2  # path of client_scores: WGMMA is what AUTO takes on compute capability 9.0
 WHOLE, SPLIT = 1, 2  # path of client_scores_lowrank; AUTO decides by the amount of work
 ONCE, TWICE = 1, 2  # path of relevance_head: how often the head is read; AUTO: once for up to 4 tokens
+AT_ONCE = 20  # layers of client_scores in a launch: the device begins while Python still gathers the others
 COLUMNS = {"client_scores": 17, "client_scores_lowrank": 26, "client_totals": 13}  # of a row, csrc/cuda_ops.h
 NORM_CODES = {"none": 0, "rms": 1, "layer": 2}  # HeadNorm of csrc/relevance_head.cuh
 assert set(NORM_CODES) == set(NORMS)
@@ -122,18 +123,28 @@ def _stored(bank: DenseBank) -> tuple[bool, bool, list[int]]:
 def launch_client_scores(
     out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[DenseBank], *, path: int = AUTO
 ) -> None:
-    """s[k, t] = <grad[t], delta_k x[t]>; one launch per format, for up to 48 layers each."""
+    """s[k, t] = <grad[t], delta_k x[t]>; one launch per format and AT_ONCE layers."""
     clients, tokens = out.shape[1:]
     results, bytes_each = out.data_ptr(), 4 * clients * tokens
     tables = _Tables()
+
+    def launch(key: tuple[int, int, bool], table: array[int]) -> None:
+        code, planes, vectors = key
+        _run("client_scores", table, out.device, clients, tokens, code, planes, vectors, path)
+
     for layer, bank in enumerate(banks):
         transposed, vectors, stored = _stored(bank)
         x, grad = (grads[layer], xs[layer]) if transposed else (xs[layer], grads[layer])
-        half = bank.dtype == x.dtype == torch.float16
-        key = (HALF if half else CODES[bank.dtype], 1 if half or x.dtype == torch.bfloat16 else 3, vectors)
-        tables[key].extend((*_matrix(x), *_matrix(grad), *stored, results + layer * bytes_each))
-    for (code, planes, vectors), table in tables.items():
-        _run("client_scores", table, out.device, clients, tokens, code, planes, vectors, path)
+        first, second = _matrix(x), _matrix(grad)
+        code, across = CODES[bank.dtype], first[-1]
+        half = code == across == CODES[torch.float16]
+        key = (HALF if half else code, 1 if half or across == CODES[torch.bfloat16] else 3, vectors)
+        table = tables[key]
+        table.extend((*first, *second, *stored, results + layer * bytes_each))
+        if len(table) == AT_ONCE * COLUMNS["client_scores"]:
+            launch(key, tables.pop(key))
+    for key, table in tables.items():
+        launch(key, table)
 
 
 def launch_client_scores_lowrank(
