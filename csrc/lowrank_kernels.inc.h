@@ -272,6 +272,29 @@ Tile factor_tile(const Factor& f, int64_t column, int64_t n, float* scratch) {
   return {scratch, f.rank, true};
 }
 
+// From here on narrow factors are put into rows of one tile first; for fewer tokens that takes longer than it saves.
+constexpr int64_t kGatherTokens = 128;
+
+// Whether the ranks of a factor by itself make too few sums to hide the latency of an addition.
+inline bool narrow(const Factor& f) { return f.rank * Simd::kPanelVectors < 8; }
+
+// Columns [column, column + n) of the narrow factors that come first, as rows of one tile; returns how many these are.
+template <int Dtype>
+int64_t gather_narrow(const Factor* factors, int64_t count, int64_t column, int64_t n, float* rows) {
+  static_assert(Simd::kPanelVectors >= 2, "a narrow factor has at most 3 ranks");
+  alignas(64) float own[3 * kTileStride];
+  int64_t f = 0;
+  for (; f < count && narrow(factors[f]); ++f) {
+    const Tile tile = factor_tile<Dtype>(factors[f], column, n, own);
+    for (int64_t j = 0; j < factors[f].rank; ++j, rows += kTileStride) {
+      const float* from = tile.data + (tile.adjacent ? j : j * tile.stride);
+      const int64_t step = tile.adjacent ? tile.stride : 1;
+      for (int64_t i = 0; i < n; ++i) rows[i] = from[i * step];
+    }
+  }
+  return f;
+}
+
 template <int NT>
 void project_tile(const Tile& tile, int64_t rank, int64_t n, const float* panel, float* out, int64_t padded) {
   if (tile.adjacent) {
@@ -292,18 +315,24 @@ void project_panel(const Factor* factors, int64_t count, const float* panels, in
   for (int64_t column = 0; column < columns; column += kBlock) {
     const int64_t n = column + kBlock < columns ? kBlock : columns - column;
     int64_t row = 0;
-    for (int64_t f = 0; f < count; row += factors[f++].rank) {
-      const Tile tile = factor_tile<Dtype>(factors[f], column, n, scratch);
+    for (int64_t f = 0; f < count;) {
+      const bool gathered = padded >= kGatherTokens && narrow(factors[f]);
+      const int64_t end = f + (gathered ? gather_narrow<Dtype>(factors + f, count - f, column, n, scratch) : 1);
+      const Tile tile =
+          gathered ? Tile{scratch, kTileStride, false} : factor_tile<Dtype>(factors[f], column, n, scratch);
+      int64_t rank = 0;
+      for (; f < end; ++f) rank += factors[f].rank;
       for (int64_t token = 0; token < padded; token += kPanelWidth) {
         const int64_t width = padded - token < kPanelWidth ? padded - token : kPanelWidth;
         const float* panel = panels + token * columns + column * width;
         float* o = out + row * padded + token;
         switch (width / W) {
-          case 1: project_tile<1>(tile, factors[f].rank, n, panel, o, padded); break;
-          case 2: project_tile<2>(tile, factors[f].rank, n, panel, o, padded); break;
-          default: project_tile<Simd::kPanelVectors>(tile, factors[f].rank, n, panel, o, padded); break;
+          case 1: project_tile<1>(tile, rank, n, panel, o, padded); break;
+          case 2: project_tile<2>(tile, rank, n, panel, o, padded); break;
+          default: project_tile<Simd::kPanelVectors>(tile, rank, n, panel, o, padded); break;
         }
       }
+      row += rank;
     }
   }
 }

@@ -121,6 +121,25 @@ def test_neighbours_in_memory_change_no_bit(way: str, name: str, tokens: int) ->
             assert torch.equal(alone[0], got[n])
 
 
+@pytest.mark.parametrize("way", cpu_ways()[1:])
+@pytest.mark.parametrize("name", FACTOR_FORMATS)
+def test_clients_of_few_ranks_and_their_neighbours(way: str, name: str) -> None:
+    """With many tokens factors of few ranks share one tile of registers; nobody's bits depend on with whom."""
+    backend = use(way)
+    x, grad = tokens_of(140, 290, 519)
+    ranks = [2, 3, 1, 0, 2, 8, 3, 3, 70, 1, 2]
+    a = [normal(rank, 519, seed=rank + n, dtype=FORMATS[name]) for n, rank in enumerate(ranks)]
+    b = [normal(290, rank, seed=rank - n, dtype=FORMATS[name]) for n, rank in enumerate(ranks)]
+    expected = client_scores_lowrank_reference(x, grad, a, b)
+    for left in ([part.T.contiguous().T for part in a], a):
+        for right in ([part.T.contiguous().T for part in b], b):
+            got = client_scores_lowrank(x, grad, left, right, backend=backend)
+            close(got, expected, torch.float32, factor=3)
+            for n in range(len(ranks)):
+                alone = client_scores_lowrank(x, grad, left[n : n + 1], right[n : n + 1], backend=backend)
+                assert torch.equal(alone[0], got[n])
+
+
 @pytest.mark.parametrize("way", cpu_ways())
 def test_layers_in_one_call_equal_layers_one_by_one(way: str) -> None:
     backend = use(way)
