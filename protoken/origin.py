@@ -33,6 +33,13 @@ class _Origin:
     round: int
     verify: bool
 
+    def __deepcopy__(self, memo: object) -> _Origin:
+        return self  # a copy of a trace asks the same model
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Nothing: a trace that went to another process is like one that was loaded."""
+        return type(None), ()
+
 
 def remember(trace: Trace, model: PreTrainedModel, own: Attachment) -> None:
     """Let the trace find its model again, for as long as the model lives; not saved, and not part of equality."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,15 @@ def test_lineage_of_a_loaded_trace_needs_its_model(llama: TinyFederation, tmp_pa
         loaded.lineage()
     again = loaded.lineage(model=llama.model, ledger=llama.path)
     np.testing.assert_array_equal(again.totals, trace.lineage().totals)
+
+
+def test_a_trace_travels_to_another_process_as_into_a_file(llama: TinyFederation) -> None:
+    trace = protoken.trace(llama.model, PROMPT, ledger=llama.path, max_new_tokens=3)
+    there = pickle.loads(pickle.dumps(trace))
+    assert there == trace
+    with pytest.raises(ModelError, match="Pass model= and ledger="):
+        there.lineage()
+    np.testing.assert_array_equal(copy.deepcopy(trace).lineage().totals, trace.lineage().totals)
 
 
 def test_the_rest_of_an_answer_has_no_lineage_of_its_own(llama: TinyFederation) -> None:

@@ -251,6 +251,12 @@ def own_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if not others.search(line)]
 
 
+def test_a_terminal_of_no_width_is_one_of_unknown_width() -> None:
+    command = [sys.executable, "-m", "protoken", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "0"})
+    assert "ledger" in done.stdout
+
+
 def test_verify_of_what_is_no_ledger_judges_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "none", tmp_path / "file"):

@@ -208,10 +208,12 @@ def test_strided_transposed_and_shared_tensors_are_stored_by_value(ledger):
     given = [
         ClientUpdate("a", 1.0, delta={"w": wide.T}),
         ClientUpdate("b", 0.0, delta={"w": torch.ones(1, 5).expand(6, 5)}),
+        ClientUpdate("c", 0.0, delta={"w": torch._neg_view(wide.T.contiguous())}),
     ]
     read = ledger.commit_round(base, {"w": wide.T.contiguous()}, given)
     assert torch.equal(read.delta("a", "w"), wide.T)
     assert torch.equal(read.delta("b", "w"), torch.ones(6, 5))
+    assert torch.equal(read.delta("c", "w"), -wide.T)
     assert read.aggregate_digest["w"] == tensor_digest(wide.T)
 
 

@@ -142,6 +142,21 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert all(p.grad is None for p in made.model.parameters())
 
 
+def test_dropout_is_off_in_a_model_that_is_being_trained(tmp_path: Path) -> None:
+    made = federation(tmp_path)
+    for module in made.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    trace = traced(made)
+    probe = record_probe(trace)
+    scores = probe.score(made.model, RECORDS, TOKENIZER)
+    made.model.train()
+    again = record_probe(trace)
+    assert all(torch.equal(again.up[name], value) for name, value in probe.up.items())
+    for _ in range(2):
+        np.testing.assert_array_equal(probe.score(made.model, RECORDS, TOKENIZER).scores, scores.scores)
+
+
 def test_a_probe_travels_without_the_trace(tmp_path: Path) -> None:
     made = federation(tmp_path)
     for steps in (1, 2):

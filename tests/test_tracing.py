@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from tiny_federation import TinyFederation, tiny_federation
@@ -110,6 +113,20 @@ def test_patch_is_gone_afterwards_also_after_an_error(llama: TinyFederation) -> 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert sorted(llama.model.__dict__) == before
+
+
+def test_a_copy_made_meanwhile_is_a_model_like_any_other(llama: TinyFederation) -> None:
+    file, prompt = io.BytesIO(), torch.tensor(PROMPTS[:1])
+    with protoken.tracing(llama.model, ledger=llama.path) as tape:
+        twin = copy.deepcopy(llama.model)
+        torch.save(llama.model, file)
+        expected = llama.model.generate(prompt, max_new_tokens=3, do_sample=False)
+        assert torch.equal(twin.generate(prompt, max_new_tokens=3, do_sample=False), expected)
+    assert len(tape.traces) == 1
+    file.seek(0)
+    for model in (twin, torch.load(file, weights_only=False)):
+        assert torch.equal(model.generate(prompt, max_new_tokens=3, do_sample=False), expected)
+        assert model.generate.__self__ is model
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -237,6 +238,8 @@ def main() -> None:
     """Entry point: our own errors, missing files and full disks are one line; all else is a bug with its traceback."""
     for stream in (sys.stdout, sys.stderr):
         take_any_encoding(stream)
+    if os.environ.get("COLUMNS") == "0":  # of a terminal that does not know its width; nothing fits into none
+        del os.environ["COLUMNS"]
     try:
         try:
             app()

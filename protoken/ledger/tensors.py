@@ -160,7 +160,7 @@ def byte_view(tensor: Tensor) -> memoryview:
     """The tensor's little-endian, row-major bytes, without a copy when it is already so on the CPU."""
     if sys.byteorder != "little":
         raise LedgerError("platform", expected="a little-endian machine", got=sys.byteorder)
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_neg().cpu().contiguous().reshape(-1)
     if flat.numel() == 0:
         return memoryview(b"")
     return memoryview(flat.view(torch.uint8).numpy().data)

@@ -48,6 +48,14 @@ class Substitute:
         """The newest replacement that is meant for the caller, or what was there."""
         return next((one.method for one in reversed(self.replacements) if one.meant()), self.own)
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
+        """A copy of the model, or one written to a file, gets the method that was there, as its own."""
+        return _itself, (self.own,)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
 
 _substitutes_lock = threading.Lock()
 

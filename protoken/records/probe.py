@@ -115,14 +115,16 @@ class RecordProbe:
         encoded = [
             encode_record(tokenizer, record, i, max_tokens=max_tokens, chat=chat) for i, record in enumerate(records)
         ]
-        moved = self._moved(model)
-        ends = [
-            {name: value + by[name].to(value) for name, value in moved.values.items()} for by in (self.up, self.down)
-        ]
         losses = torch.zeros(2, len(encoded), dtype=torch.float64)
         # Neighbours in length share a batch, so that little is spent on padding.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+        # The twin keeps the mode in which it is made: a client's model has mostly just been trained.
         with evaluation_mode(model), torch.no_grad():
+            moved = self._moved(model)
+            ends = [
+                {name: value + by[name].to(value) for name, value in moved.values.items()}
+                for by in (self.up, self.down)
+            ]
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 losses[:, chosen] = _losses(moved, ends, [encoded[i] for i in chosen], input_device(model))
@@ -233,9 +235,9 @@ def record_probe(
     parameters = own_names([own.ledger.round(number) for number in trace.info.rounds], model, names)
     if own.verify:
         own.check_weights(model, names)
-    moved = Moved(model, own.architecture, parameters)
     response = Response(as_row(ids, input_device(model)), prompt_length)
-    with evaluation_mode(model):
+    with evaluation_mode(model):  # in which the twin has to be made, too
+        moved = Moved(model, own.architecture, parameters)
         up, down = _walk(moved, response, slice(start, stop), step, steps)
     known = dict(model.named_parameters(remove_duplicate=False))
     digests = {name: tensor_digest(known[found].detach()) for name, found in parameters.items()}
