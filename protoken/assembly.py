@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .banks.bank import Bank, LedgerBank
 from .dispatch import choose
+from .generation_record import recorded
 from .methods.weights import Updates
 from .planning.plan import Plan
 from .results import Trace, TraceInfo
-from .text import TENSOR_OF, tokens_of
+from .text import tokens_of
 from .versions import versions
 from .ways.projection import Scores
 from .ways.relevance import Response
@@ -47,7 +48,7 @@ def assemble(
         settings=scores.settings,
         backend=_picked(plan, response.ids.device),
         versions=versions(),
-        generate_arguments={name: _printable(value) for name, value in generate_arguments.items()},
+        generate_arguments=recorded(generate_arguments),
         **measured,
     )
     return Trace(
@@ -93,15 +94,3 @@ def _picked(plan: Plan, device: torch.device) -> str:
         return "torch"
     op = "client_totals" if plan.way == "reverse" else "client_scores"
     return choose(op, plan.backend, device).name
-
-
-def _printable(value: Any) -> Any:
-    """The value where JSON has it, else its repr: of somebody else's class, whose repr may fail."""
-    if isinstance(value, str | int | float | bool | None):
-        return value
-    if isinstance(value, Tensor):
-        return f"{TENSOR_OF}{tuple(value.shape)}"
-    try:
-        return repr(value)[:200]
-    except Exception:
-        return f"<{type(value).__name__}>"

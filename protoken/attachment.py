@@ -15,9 +15,10 @@ from .arguments import check_flag
 from .banks.bank import Bank, LedgerBank
 from .errors import LayerError, LedgerMismatchError, ModelError
 from .ledger import Ledger, tensor_digest
-from .methods.weights import Updates, parameter_of, read_updates, require_in_memory
+from .methods.weights import Updates, own_names, parameter_of, read_updates, require_in_memory
+from .models.adapters import acting, active_in
 from .models.architectures import Architecture, architecture_of
-from .models.layers import layer_of
+from .models.layers import Layer, layer_of
 from .models.patching import refuse_no_model
 from .text import check_tokenizer
 from .verification import check_layer, compare
@@ -28,8 +29,8 @@ class Attachment:
     """A model's ledger, tokenizer and structure, and the banks and weight checks already made for it.
 
     Attributes:
-        checked: layer or parameter -> the state that its tensors were in when they were compared with the ledger.
-        own_names: recorded parameter -> the model's name for it.
+        checked: layer or parameter -> the state that it was in when it was compared with the ledger.
+        own_names: recorded parameter, and the adapters that were active -> the model's name for it.
     """
 
     ledger: Ledger
@@ -38,9 +39,18 @@ class Attachment:
     round: int
     verify: bool
     checked: dict[str, Any] = field(default_factory=dict)
-    own_names: dict[str, str] = field(default_factory=dict)
+    own_names: dict[tuple[str, tuple[str, ...]], str] = field(default_factory=dict)
     banks: dict[tuple[Any, ...], LedgerBank] = field(default_factory=dict)
     updates: dict[tuple[Any, ...], Updates] = field(default_factory=dict)
+
+    def follow(self, model: nn.Module) -> None:
+        """Find the model's structure anew if its blocks or its head were replaced since.
+
+        Raises:
+            ModelError: it has none that can be traced any more.
+        """
+        if not self.architecture.is_of(model):
+            self.architecture = architecture_of(model)
 
     def bank(self, model: nn.Module, layers: Sequence[str], rounds: Sequence[int]) -> Bank:
         """The bank of these layers and rounds in memory, after checking once that the weights are the ledger's."""
@@ -48,11 +58,13 @@ class Attachment:
 
     def ledger_bank(self, model: nn.Module, layers: Sequence[str], rounds: Sequence[int]) -> LedgerBank:
         """The same, of which nothing need be in memory."""
+        places = [layer_of(model, name) for name in layers]
         if self.verify:
-            self._check_layers(model, layers)
+            for place in places:
+                self._check_once(model, place, place.name)
         key = (tuple(layers), tuple(rounds))
         found = self.banks.get(key)
-        if found is None:
+        if found is None or found.acting != tuple(map(acting, places)):
             self._refuse_shared(model, layers)
             found = LedgerBank(self.ledger, model, layers, rounds, self.round)
             # One bank at a time: alternating between many selections must not pile up memory.
@@ -60,15 +72,31 @@ class Attachment:
         return found
 
     def moving(self, model: nn.Module, names: Sequence[str], rounds: Sequence[int]) -> Updates:
-        """The updates of these parameters and rounds, after checking once that the weights are the ledger's."""
+        """The updates of these parameters and rounds, after checking once that the weights are the ledger's.
+
+        Raises:
+            ModelError: some of the parameters do not act, or cannot be moved.
+        """
+        self.follow(model)
         if self.verify:
             self.check_weights(model, names)
         key = (tuple(names), tuple(rounds))
         found = self.updates.get(key)
-        if found is None:
+        # What acts can change without a write to it, so it is looked at every time.
+        own = own_names([self.ledger.round(number) for number in rounds], model, names)
+        if found is None or found.parameters != own:
             found = read_updates(self.ledger, model, rounds, names)
             self.updates = {key: found}
         return found
+
+    def renewed(self, model: nn.Module, source: LedgerBank | Updates) -> LedgerBank | Updates:
+        """The same updates for what acts by now: others than the given where adapters were switched since."""
+        self.follow(model)
+        if isinstance(source, LedgerBank):
+            same = source.acting == tuple(acting(layer_of(model, name)) for name in source.layers)
+            return source if same else self.ledger_bank(model, source.layers, source.rounds)
+        own = own_names([self.ledger.round(number) for number in source.rounds], model, source.names)
+        return source if source.parameters == own else self.moving(model, source.names, source.rounds)
 
     def _refuse_shared(self, model: nn.Module, layers: Sequence[str]) -> None:
         """LayerError for a weight that acts at several places: what is seen at one is not all that it does."""
@@ -86,10 +114,6 @@ class Attachment:
                     remedy="Name other layers, or take a method that replays the response at other weights",
                 )
 
-    def _check_layers(self, model: nn.Module, layers: Sequence[str]) -> None:
-        for layer in layers:
-            self._check_once(model, layer, layer)
-
     def check_weights(self, model: nn.Module, names: Sequence[str]) -> None:
         """Compare parameters with the ledger's digests, each once, and again if it was written to or replaced.
 
@@ -98,7 +122,7 @@ class Attachment:
             LedgerMismatchError: the model's weights are not those of the round.
         """
         recorded = self.ledger.round(self.round).aggregate_digest
-        known = dict(model.named_parameters(remove_duplicate=False))
+        known, adapters = dict(model.named_parameters(remove_duplicate=False)), active_in(model)
         for name in names:
             if name not in recorded:
                 raise LayerError(
@@ -107,19 +131,19 @@ class Attachment:
                     got=name.removesuffix(".weight"),
                     remedy=f"Recorded are {', '.join(sorted(recorded)[:8])}",
                 )
-            own = self._own_name(model, known, name)
+            own = self._own_name(model, known, name, adapters)
             require_in_memory(own, known[own])
             if own.endswith(".base_layer.weight"):
-                self._check_once(model, own.removesuffix(".base_layer.weight"), name)
+                self._check_once(model, layer_of(model, own.removesuffix(".base_layer.weight")), name)
                 continue
             if self.checked.get(name) == _state([known[own]]):
                 continue
             compare(name, tensor_digest(known[own].detach()), name, self.ledger, self.round)
             self.checked[name] = _state([known[own]])
 
-    def _own_name(self, model: nn.Module, known: Collection[str], name: str) -> str:
-        if self.own_names.get(name) not in known:
-            found = parameter_of(model, name)
+    def _own_name(self, model: nn.Module, known: Collection[str], name: str, adapters: tuple[str, ...]) -> str:
+        if self.own_names.get((name, adapters)) not in known:
+            found = parameter_of(model, name, known)
             if found is None:
                 raise LedgerMismatchError(
                     "ledger",
@@ -127,13 +151,13 @@ class Attachment:
                     got=f"a {type(model).__name__} without it",
                     remedy="Pass the global model this ledger was written for",
                 )
-            self.own_names[name] = found
-        return self.own_names[name]
+            self.own_names[name, adapters] = found
+        return self.own_names[name, adapters]
 
-    def _check_once(self, model: nn.Module, layer: str, name: str) -> None:
-        state = _state(layer_of(model, layer).module.parameters())
+    def _check_once(self, model: nn.Module, layer: Layer, name: str) -> None:
+        state = (acting(layer), _state(layer.module.parameters()))
         if self.checked.get(name) != state:
-            check_layer(model, layer, self.ledger, self.round)
+            check_layer(model, layer.name, self.ledger, self.round)
             self.checked[name] = state
 
 
@@ -168,7 +192,7 @@ def attach(
         tokenizer: for prompts that are text and for showing tokens.
         at_round: the round whose aggregate these weights are; the ledger's last one if None.
         verify: compare the weights of every traced layer with the ledger's digests, at the first trace and whenever
-            they were written to or replaced since.
+            they were written to or replaced, or adapters switched, since.
 
     Raises:
         ModelError: not a causal language model, or of an unknown structure.

@@ -6,6 +6,7 @@ recorded: every finished request is run once more by teacher forcing, and its tr
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,6 +50,7 @@ class ContinuousBatches:
         refuse_inference_mode(model)
         if kwargs.get("persistent_manager"):
             raise _refusal("a manager that stays behind, with the model's attention replaced")
+        self.session.look_again()
         began = time.perf_counter()
         with evaluation_mode(model):
             self.inside = True
@@ -57,7 +59,9 @@ class ContinuousBatches:
             finally:
                 self.inside = False
             seconds = time.perf_counter() - began
-            given = {k: v for k, v in kwargs.items() if isinstance(v, int | float | str | bool | None)}
+            # By name, also what came by position after the prompts.
+            names = list(inspect.signature(self.own["generate_batch"]).parameters)[1:]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
             self.calls.append([self._trace(one, seconds, given) for one in results.values() if one.error is None])
         return results
 

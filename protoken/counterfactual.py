@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .arguments import check_flag, listed
 from .errors import ArgumentError
+from .generation_record import replayed
 from .ledger import Ledger
 from .methods.game import Game
 from .methods.replayed import moving_parameters
@@ -105,11 +107,14 @@ def counterfactual(
         reaggregate: the others' weights scaled up to sum to 1 (FedAvg without the absent); otherwise their
             contribution is taken out and nothing put in its place.
         generate: also answer the prompt anew, with the trace's own generation arguments and seed. A twin of the model
-            answers, with a copy of the weights that move; other threads keep the model as it is.
+            answers, with a copy of the weights that move; other threads keep the model as it is. Streamers and what
+            only concerns the output's form are left out, a draft model with a `ProtokenWarning`.
         model, ledger, tokenizer: where the trace does not know them any more (loaded from a file).
 
     Raises:
-        ArgumentError: the trace is a part of an answer that does not begin where the answer does; nobody is absent.
+        ArgumentError: the trace is a part of an answer that does not begin where the answer does; nobody is absent;
+            or, with `generate`, an argument that changes the answer is not in the record (a processor, a criterion, a
+            function; a list, in a trace from an earlier version), or is not what its name asks for.
         ModelError: the trace does not know its model, or that model is gone; its weights were offloaded; or, with
             `generate`, it has no twin (a module has a forward that is bound to it by more than its method).
         UnknownClientError: a client took part in none of the rounds.
@@ -119,11 +124,13 @@ def counterfactual(
     model, own = origin_of(trace, model, ledger, tokenizer)
     reaggregate, generate = check_flag("reaggregate", reaggregate), check_flag("generate", generate)
     absent = _absent(without)
+    given = replayed(trace.info.generate_arguments) if generate else {}
     rounds = trace.info.rounds
     names = moving_parameters("leave_one_out", own.ledger, rounds, model, own.architecture, None, None)
     updates = own.moving(model, names, rounds)
     shift = shift_without(own.ledger, rounds, names, absent, reaggregate=reaggregate)
     device = input_device(model)
+    arguments = _complete(given, model, own.tokenizer, trace) if generate else {}
     answered: tuple[str | None, tuple[int, ...]] = (None, ())
     with evaluation_mode(model):
         before = after = np.zeros(0)
@@ -133,7 +140,7 @@ def counterfactual(
             before = game.value_at_end().numpy()
             after = game.value_at({name: value + shift[name].to(value) for name, value in game.end.items()}).numpy()
         if generate:
-            answered = _answer(at_weights(model, shift), own.tokenizer, trace)
+            answered = _answer(at_weights(model, shift), own.tokenizer, trace, arguments)
     return Counterfactual(
         without=absent,
         tokens=tuple(token.text for token in trace.token_list),
@@ -155,13 +162,31 @@ def _absent(without: str | Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(set(found)))
 
 
-def _answer(model: PreTrainedModel, tokenizer: Any, trace: Trace) -> tuple[str, tuple[int, ...]]:
-    from .generation import complete_arguments, seeded
+def _complete(given: dict[str, Any], model: PreTrainedModel, tokenizer: Any, trace: Trace) -> dict[str, Any]:
+    """The arguments of the new answer, which is one sequence.
+
+    Raises:
+        ArgumentError: there is no tokenizer for its stop strings.
+    """
+    from .generation import check_arguments, complete_arguments, setting
+
+    if setting(model, given, "num_return_sequences") not in (None, 1):
+        given["num_return_sequences"] = 1
+    check_arguments(model, given)
+    if tokenizer is None and setting(model, given, "stop_strings"):
+        expected = "a tokenizer, to find the stop strings of the trace with"
+        raise ArgumentError("tokenizer", expected=expected, got="none", remedy="Pass tokenizer=")
+    device = input_device(model)
+    here = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    return complete_arguments(model, here, len(trace.prompt_ids), tokenizer)
+
+
+def _answer(
+    model: PreTrainedModel, tokenizer: Any, trace: Trace, arguments: dict[str, Any]
+) -> tuple[str, tuple[int, ...]]:
+    from .generation import seeded
 
     row = as_row(trace.prompt_ids, input_device(model))
-    # What could not be kept in JSON's types (processors, criteria) is left out.
-    plain = {k: v for k, v in trace.info.generate_arguments.items() if isinstance(v, int | float | bool | None)}
-    arguments = complete_arguments(model, plain, row.shape[1])
     with torch.no_grad(), seeded(trace.info.seed, row.device):
         output: Any = model.generate(row, attention_mask=torch.ones_like(row), **arguments)
     sequence = getattr(output, "sequences", output)[0].tolist()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, GenerationError
+from .generation_record import is_setting
 from .models.architectures import Architecture
 from .models.twin import is_compiled, uncompiled
 from .text import OF_TEXT, check_window
@@ -190,9 +191,13 @@ def generate(
     Raises:
         GenerationError: the result is not sequences that start with the prompts, or the padding is on the right.
     """
+    # It is transformers', which is not loaded before there is a model.
+    from .endings import watched
+
     padding = _left_padding(prompt, attention_mask)
     capture: Capture | None = None
-    with ExitStack() as stack, seeded(seed, prompt.device):
+    beams = (setting(model, arguments, "num_beams") or 1) > 1
+    with ExitStack() as stack, seeded(seed, prompt.device), watched(model, beams=beams) as endings:
         if not is_compiled(model):
             capture = stack.enter_context(capturing(architecture, first_block, sequence=sequence))
         output = call(**arguments)
@@ -203,9 +208,9 @@ def generate(
     new_tokens, rows = sequences.shape[1] - width, prompt.shape[0]
     live = capture if copies == 1 and capture and capture.is_plain_decoding(width, new_tokens, rows) else None
     found = []
-    for row, ids in enumerate(sequences):
+    for row, (ids, end) in enumerate(zip(sequences, endings.of(sequences), strict=True)):
         skip = padding[row // copies]
-        end = width + _length(ids[width:].tolist(), stops)
+        end = width + _length(ids[width:end].tolist(), stops)
         response = Response(ids[None, skip:end], width - skip)
         # Beams, drafts, guidance, chunks: what the hooks saw is not this sequence in order; in a compiled model they
         # would see nothing. Run it once more.
@@ -218,7 +223,8 @@ def generate(
 
 def beyond_text(arguments: Mapping[str, Any]) -> list[str]:
     """The names of a call's pictures, sounds or positions: tensors that its text does not come to."""
-    return [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in OF_TEXT]
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in OF_TEXT]
+    return [name for name in tensors if not is_setting(name)]
 
 
 def check_ids_are_all(arguments: Mapping[str, Any]) -> None:
@@ -300,7 +306,10 @@ def stop_tokens(value: Any) -> set[int]:
 
 
 def _length(new_ids: list[int], stops: set[int]) -> int:
-    """Tokens up to and including the first stop token; what follows it in a batch is padding."""
+    """Tokens up to and including the first stop token; what follows it in a batch is padding.
+
+    The stopping criteria know of it, too, where `generate` is transformers' own.
+    """
     return next((n for n, token in enumerate(new_ids, start=1) if token in stops), len(new_ids))
 
 

@@ -163,6 +163,7 @@ def history(
         raise ArgumentError("trace", expected="a response of at least one token", got="an empty one")
     model, own = origin_of(trace, model, ledger, tokenizer)
     refuse_inference_mode(model)
+    own.follow(model)
     numbers = select_rounds(own.ledger, "all", own.round)
     if since is not None:
         (since,) = select_rounds(own.ledger, (since,), own.round)

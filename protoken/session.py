@@ -65,9 +65,18 @@ class Session:
     ) -> Session:
         """The same against an attachment that is at hand."""
         check_tokenizer(tokenizer)
+        own.follow(model)
         plan = make_plan(own.architecture, options, seed=seed or 0)
         source = read_source(own, model, plan, options.rounds)
         return Session(model, own, own.tokenizer if tokenizer is None else tokenizer, plan, source)
+
+    def look_again(self) -> None:
+        """Before a later call of the same session: modules may have been replaced, or adapters switched, since.
+
+        Raises:
+            ModelError, LedgerMismatchError, LayerError: the updates are not those of what acts now.
+        """
+        self.source = self.own.renewed(self.model, self.source)
 
     def check_memory(self, prompt: int, new_tokens: int) -> None:
         """Refuse a ceiling that such a response cannot be attributed under.

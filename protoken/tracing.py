@@ -24,7 +24,7 @@ from torch import Tensor
 from .banks.bank import Rounds
 from .continuous import ContinuousBatches
 from .errors import GenerationError
-from .generation import beyond_text, bound_of, refuse_paged, setting, stop_tokens
+from .generation import bound_of, refuse_paged, setting, stop_tokens
 from .ledger import Ledger
 from .models.patching import current_method, refuse_inference_mode, replaced_method
 from .planning.options import Granularity, Method, Options, Way
@@ -132,6 +132,7 @@ class _Recorder:
         refuse_inference_mode(model)
         prompt = _prompt_of(inputs, args, kwargs)
         refuse_paged(model, kwargs)
+        self.session.look_again()
         self.session.check_memory(prompt.shape[1], bound_of(model, kwargs, prompt.shape[1]))
         arguments = dict(kwargs) if inputs is None else {"inputs": inputs, **kwargs}
         output, traces = self.session.run(
@@ -139,7 +140,8 @@ class _Recorder:
             call=self.call,
             prompt=prompt,
             attention_mask=_mask_of(model, prompt, arguments),
-            given={k: v for k, v in kwargs.items() if not isinstance(v, Tensor) or k in beyond_text(kwargs)},
+            # The batch; each trace has its own row of it.
+            given={k: v for k, v in kwargs.items() if k not in ("inputs", "input_ids", "attention_mask")},
         )
         self.tape.calls.append(traces)
         return output

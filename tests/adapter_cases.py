@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,31 @@ def shake(model: Any, seed: int, adapter: str = "default") -> None:
         for name, parameter in model.named_parameters():
             if f".{adapter}." in f"{name}.":  # an embedding's factors end with the adapter's name
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def with_another(model: Any) -> Any:
+    """The model with a second adapter, "house", that is not active."""
+    model.add_adapter("house", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=TARGETS["llama"]))
+    shake(model.eval(), 12, "house")
+    model.set_adapter("default")
+    return model
+
+
+@contextmanager
+def idle(model: Any, how: str) -> Iterator[None]:
+    """The adapter does not act for a while, or not by its factors; no factor is written to."""
+    if how.startswith("merged"):
+        model.merge_adapter()
+    if how == "switched":
+        model.set_adapter("house")
+        yield
+        model.set_adapter("default")
+    elif how == "merged":
+        yield
+        model.unmerge_adapter()
+    else:
+        with model.disable_adapter():  # the next pass takes out what is merged, and it stays out
+            yield
 
 
 def average_factors(model: Any, path: Path, rounds: int = 1, *, short: bool = False) -> Path:

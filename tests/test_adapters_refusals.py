@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from adapter_cases import (
     adapted,
     average_factors,
     commit,
+    idle,
     peft,
     record_products,
     same,
     shake,
     thin_updates,
     trace,
+    with_another,
 )
 from tiny_federation import tiny_federation
 from tiny_models import tiny_model
 
 import protoken
-from protoken import errors
+from protoken import attachment, errors
+from protoken.banks.bank import LedgerBank
 from protoken.ledger import ClientUpdate, Ledger
 
 
@@ -51,6 +55,84 @@ def test_another_adapter_is_refused(tmp_path: Path) -> None:
     model.set_adapter("default")
     with pytest.raises(errors.LedgerMismatchError, match="digest"):
         trace(model, path)
+
+
+@pytest.mark.parametrize(
+    ("record", "verify"),
+    [(average_factors, True), (average_factors, False), (record_products, True)],
+    ids=["factors", "factors-unverified", "products"],
+)
+@pytest.mark.parametrize("change", ["switched", "disabled", "merged, then disabled"])
+def test_adapter_that_ceased_to_act_after_a_trace_is_refused(
+    tmp_path: Path, change: str, record: Callable[[Any, Path], Path], verify: bool
+) -> None:
+    model = adapted()
+    path = record(model, tmp_path / "ledger")
+    protoken.attach(with_another(model), path, verify=verify)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    first = protoken.trace(model, PROMPT, **settings)
+    with idle(model, change), pytest.raises(errors.LedgerMismatchError, match="adapter"):
+        protoken.trace(model, PROMPT, **settings)
+    if "merged" not in change:  # rounds the base weight
+        same(protoken.trace(model, PROMPT, **settings), first)
+    protoken.detach(model)
+
+
+def test_adapter_is_read_and_compared_once_while_nothing_is_switched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted()
+    path = average_factors(model, tmp_path / "ledger")
+    protoken.attach(with_another(model), path)
+    protoken.trace(model, PROMPT, max_new_tokens=2)
+    with model.disable_adapter(), pytest.raises(errors.LedgerMismatchError):
+        protoken.trace(model, PROMPT, max_new_tokens=2)
+    with monkeypatch.context() as patch:
+        for module, name in ((attachment, "check_layer"), (LedgerBank, "__init__"), (LedgerBank, "read")):
+            patch.delattr(module, name)
+        assert protoken.trace(model, PROMPT, max_new_tokens=2).totals.any()
+    protoken.detach(model)
+
+
+def test_bank_is_made_anew_for_another_scale(tmp_path: Path) -> None:
+    """Factors are recorded without their scale, which enters every contribution."""
+    model = adapted()
+    path = average_factors(model, tmp_path / "ledger")
+    protoken.attach(model, path)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    protoken.trace(model, PROMPT, **settings)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] *= 2
+    same(protoken.trace(model, PROMPT, **settings), trace(model, path, **settings))
+    protoken.detach(model)
+
+
+@pytest.mark.parametrize("method", ["protoken", "leave_one_out"])
+def test_adapter_switched_inside_a_tape_is_refused(tmp_path: Path, method: Any) -> None:
+    model = adapted()
+    path = average_factors(model, tmp_path / "ledger")
+    with_another(model)
+    inputs = {"input_ids": torch.tensor([PROMPT]), "max_new_tokens": 2, "do_sample": False}
+    with protoken.tracing(model, ledger=path, method=method) as tape:
+        model.generate(**inputs)
+        for change in ("switched", "disabled"):
+            with idle(model, change), pytest.raises(errors.ProtokenError, match="adapter"):
+                model.generate(**inputs)
+        model.generate(**inputs)
+    same(tape[0], tape[1])
+
+
+def test_head_that_peft_saves_whole_is_refused_while_its_copy_is_idle(tmp_path: Path) -> None:
+    model = adapted("llama", target_modules=["o_proj"], modules_to_save=["lm_head"])
+    parameter = "base_model.model.lm_head.modules_to_save.default.weight"
+    path = commit(model, tmp_path / "ledger", [{parameter: torch.randn(97, 48) * 0.02} for _ in range(3)])
+    protoken.attach(model, path)
+    for settings in ({"layers": ["lm_head"]}, {"method": "leave_one_out"}):
+        assert protoken.trace(model, PROMPT, max_new_tokens=2, **settings).totals.any()
+        with model.disable_adapter(), pytest.raises((errors.LayerError, errors.ModelError), match="lm_head"):
+            protoken.trace(model, PROMPT, max_new_tokens=2, **settings)
+    protoken.detach(model)
 
 
 def test_adapter_record_without_an_adapter_is_refused_unless_told_so(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from oracle import equals_oracle
 from tiny_federation import TinyFederation, tiny_federation
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import TemperatureLogitsWarper
 
 import protoken
 from protoken import errors
@@ -150,7 +151,21 @@ def test_argument_whose_repr_fails_costs_no_trace(federation: TinyFederation) ->
     config = GenerationConfig(max_new_tokens=3)
     config.eos_token_id = torch.tensor([96])  # its repr is JSON, which has no tensors
     found = trace(federation, generation_config=config)
-    assert found.info.generate_arguments["generation_config"] == "<GenerationConfig>"
+    assert found.info.generate_arguments["generation_config"] == {"max_new_tokens": 3, "eos_token_id": [96]}
+
+    class Odd(LogitsProcessorList):  # type: ignore[misc]
+        def __repr__(self) -> str:
+            raise ValueError("nobody knows")
+
+    found = trace(federation, max_new_tokens=3, logits_processor=Odd([TemperatureLogitsWarper(2.0)]))
+    assert found.info.generate_arguments["logits_processor"] == "<Odd>"
+
+
+@pytest.mark.parametrize("name", ["forced_eos_token_id", "eos_token_id"])
+def test_ids_of_a_setting_are_text_and_no_picture(federation: TinyFederation, name: str) -> None:
+    found = trace(federation, num_beams=2, max_new_tokens=4, **{name: torch.tensor([96])})
+    assert found.info.generate_arguments[name] == [96]
+    assert found.lineage().totals.shape == (4,)
 
 
 def test_positions_of_the_callers_own_are_traced_only_where_they_were_recorded(federation: TinyFederation) -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 peft = pytest.importorskip("peft")
 
-from test_adapters import adapted, average_factors, record_products, trace  # noqa: E402
+from adapter_cases import (  # noqa: E402
+    PROMPT,
+    adapted,
+    average_factors,
+    idle,
+    record_products,
+    trace,
+    with_another,
+)
+from tiny_models import tiny_model  # noqa: E402
 
-from protoken.errors import ModelError  # noqa: E402
+import protoken  # noqa: E402
+from protoken.errors import LedgerMismatchError, ModelError  # noqa: E402
 
 RECORDS = {
     "factors": average_factors,
@@ -48,6 +61,61 @@ def test_factors_that_are_merged_cannot_move(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
         trace(model, path, method="shapley")
+
+
+IDLE = {"switched": "while 'house' is active", "disabled": "disabled", "merged": "merged"}
+
+
+@pytest.mark.parametrize("before", ["leave_one_out", None], ids=["updates read", "freshly attached"])
+@pytest.mark.parametrize("how", IDLE)
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+def test_factors_that_do_not_act_cannot_move(tmp_path: Path, how: str, before: Any, verify: bool) -> None:
+    model = adapted()
+    path = average_factors(model, tmp_path / "ledger", rounds=2)
+    made = trace(model, path)
+    protoken.attach(with_another(model), path, verify=verify)
+    if before is not None:
+        protoken.trace(model, PROMPT, max_new_tokens=2, method=before)
+    again = {"model": model}
+    asked: list[Callable[[], Any]] = [
+        *(
+            partial(protoken.trace, model, PROMPT, max_new_tokens=2, method=method)
+            for method in ("leave_one_out", "shapley", "paired_shapley", "aumann_shapley", "cosine")
+        ),
+        partial(made.counterfactual, "ada", **again),
+        partial(made.lineage, **again),
+        partial(made.history, **again),
+    ]
+    with idle(model, how):
+        for ask in asked:
+            with pytest.raises(ModelError, match=rf"an adapter that acts.*{IDLE[how]}"):
+                ask()
+    assert made.counterfactual("ada", **again).total != 0
+    protoken.detach(model)
+
+
+def test_short_names_are_those_of_the_adapter_that_is_active(tmp_path: Path) -> None:
+    """As PEFT saves them, names leave open whose factors they are: what is found follows the model."""
+    model = adapted()
+    path = average_factors(model, tmp_path / "ledger", short=True)
+    protoken.attach(with_another(model), path)
+    settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "method": "leave_one_out"}
+    model.set_adapter("house")
+    with pytest.raises(LedgerMismatchError):
+        protoken.trace(model, PROMPT, **settings)
+    model.set_adapter("default")
+    assert protoken.trace(model, PROMPT, **settings).totals.any()
+    model.set_adapter("house")
+    with pytest.raises(LedgerMismatchError):
+        protoken.trace(model, PROMPT, **settings)
+    protoken.detach(model)
+
+
+def test_recorded_factors_without_peft_are_a_mismatch(tmp_path: Path) -> None:
+    """A transformers model has `active_adapters`, too, which refuses to answer before one was loaded."""
+    path = average_factors(adapted(), tmp_path / "ledger")
+    with pytest.raises(LedgerMismatchError, match="without it"):
+        trace(tiny_model("llama"), path, method="shapley")
 
 
 @pytest.mark.parametrize("record", RECORDS)

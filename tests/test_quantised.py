@@ -136,6 +136,15 @@ def test_quantised_weights_are_refused_with_the_remedy(quantised: tuple[TinyFede
         trace(quantised[0])
 
 
+@pytest.mark.parametrize("method", ["leave_one_out", "aumann_shapley"])
+def test_quantised_weights_cannot_move(quantised: tuple[TinyFederation, dict[str, Any]], method: Any) -> None:
+    """torchao's tensors say that they are fp32, and cannot be added to."""
+    model = quantised[0].model
+    protoken.attach(model, quantised[0].path, verify=False)
+    with pytest.raises(errors.ModelError, match=r"in floating point.*quantised weight.*method=\"protoken\""):
+        protoken.trace(model, PROMPT, max_new_tokens=2, method=method)
+
+
 def test_rounded_activations_of_cached_decoding_stay_near(tmp_path: Path) -> None:
     """Cached, the traced numbers are those that generation rounded, which the oracle's pass rounds otherwise here and
     there: some steps of 1/127 of a row's largest activation apart."""

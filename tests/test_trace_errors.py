@@ -176,6 +176,45 @@ def test_weights_that_changed_since_the_first_trace_are_noticed(tmp_path, change
     protoken.detach(model)
 
 
+@pytest.mark.parametrize("settings", [{}, {"blocks": 2, "way": "reverse"}, {"method": "leave_one_out"}], ids=str)
+def test_blocks_replaced_since_they_were_attached_are_traced(tmp_path, settings: dict[str, Any]) -> None:
+    federation = tiny_federation(tmp_path)
+    model = federation.model
+    protoken.attach(model, federation.path)
+    settings = {"max_new_tokens": 3, "do_sample": False, **settings}
+    expected = protoken.trace(model, PROMPT, **settings)
+    model.model.layers[-1] = copy.deepcopy(model.model.layers[-1])
+    model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
+    found = protoken.trace(model, PROMPT, **settings)
+    assert found.totals.tolist() == expected.totals.tolist()
+    if not settings.get("method"):
+        last = list(protoken.stream(model, PROMPT, max_new_tokens=3, do_sample=False))[-1]
+        assert last.id == found.token_list[-1].id
+    assert found.lineage(model=model).totals.any()
+    protoken.detach(model)
+
+
+def test_block_replaced_inside_a_tape_is_traced(tmp_path) -> None:
+    federation = tiny_federation(tmp_path)
+    model, ids = federation.model, torch.tensor([PROMPT])
+    with protoken.tracing(model, ledger=federation.path) as tape:
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        model.model.layers[-1] = copy.deepcopy(model.model.layers[-1])
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert tape[0].totals.tolist() == tape[1].totals.tolist()
+
+
+def test_model_that_can_no_longer_be_traced_is_refused_before_it_generates(tmp_path, monkeypatch) -> None:
+    federation = tiny_federation(tmp_path)
+    model = federation.model
+    protoken.attach(model, federation.path)
+    model.model.layers[-1] = torch.nn.Sequential(model.model.layers[-1])
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.raises(errors.ModelError, match="a linear layer at"):
+        protoken.trace(model, PROMPT, max_new_tokens=3)
+    protoken.detach(model)
+
+
 def test_layer_that_the_ledger_does_not_hold(tmp_path, federation: TinyFederation) -> None:
     model = tiny_model("llama")
     name = "model.layers.3.mlp.down_proj.weight"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, LedgerMismatchError
 from ..ledger import Ledger, Round
 from ..ledger.ledger import slice_of
-from ..models.adapters import Recorded, recorded_as
+from ..models.adapters import Recorded, acting, recorded_as
 from ..models.layers import Layer, layer_of
 from .layer_bank import LayerBank
 from .lineage_sums import LayerSums, add_round
@@ -82,6 +82,9 @@ class LedgerBank:
         at_round: the round whose aggregate the model holds, the ledger's last if None; only needed for adapters whose
             factors were averaged apart.
 
+    Attributes:
+        acting: per layer what acted there when it was made (`adapters.acting`); it holds for that alone.
+
     Raises:
         LayerError: the ledger holds no update of a layer.
         LedgerMismatchError: an update has another shape than the model's layer.
@@ -97,6 +100,7 @@ class LedgerBank:
     ) -> None:
         self.ledger, self.layers, self.rounds = ledger, tuple(layers), tuple(rounds)
         self.at_round = ledger.round("last" if at_round is None else at_round).number
+        self.acting = tuple(acting(layer_of(model, name)) for name in layers)
         self.kept: Bank | None = None
         self._recorded: dict[str, list[Recorded]] = {name: [] for name in layers}
         self._bytes = dict.fromkeys(layers, 0)

@@ -119,10 +119,9 @@ def replayed_scores(
 def _in_the_models_order(model: nn.Module, recorded: set[str]) -> tuple[str, ...]:
     """Recorded names; a tied weight is one parameter under two names, and moves once. What the model lacks comes last,
     so that reading it is refused by name."""
-    own = {name: parameter_of(model, name) for name in sorted(recorded)}
-    named = list(model.named_parameters(remove_duplicate=False))
-    place = {name: index for index, (name, _) in enumerate(named)}
-    tensors = dict(named)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: parameter_of(model, name, tensors) for name in sorted(recorded)}
+    place = {name: index for index, name in enumerate(tensors)}
     ordered = sorted(own, key=lambda name: place.get(own[name] or "", len(place)))
     seen: set[int] = set()
     kept = []

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
 from ..ledger import Ledger, Round
-from ..models.adapters import PEFT_PREFIX
+from ..models.adapters import PEFT_PREFIX, active_in, require_acting
+from ..models.quantised import is_quantised
 from ..models.twin import bound_otherwise, twin_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -88,18 +89,21 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
     )
 
 
-def parameter_of(model: nn.Module, recorded: str) -> str | None:
+def parameter_of(model: nn.Module, recorded: str, known: Collection[str] | None = None) -> str | None:
     """The model's own name of a recorded parameter, or None.
 
     PEFT prefixes names, wraps a layer's weight as its base_layer's (an update of the effective weight moves that one:
     the adapter is added to it), and puts the adapter's name into its factors'.
+
+    Args:
+        known: the names of the model's parameters, where they are at hand.
     """
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if known is None:
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stem, _, leaf = recorded.rpartition(".")
     shapes = [recorded, f"{stem}.base_layer.{leaf}"]
     if stem.endswith((".lora_A", ".lora_B")):
-        adapters = getattr(model, "active_adapters", [])
-        shapes += [f"{stem}.{adapter}.{leaf}" for adapter in (adapters() if callable(adapters) else adapters)]
+        shapes += [f"{stem}.{adapter}.{leaf}" for adapter in active_in(model)]
     return next((name for shape in shapes for name in (shape, PEFT_PREFIX + shape) if name in known), None)
 
 
@@ -231,7 +235,9 @@ def own_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) 
                     remedy=f"It holds {', '.join(list(record.parameters)[:6])}",
                 )
         theirs = tuple(records[0].parameters[name].shape)
-        own = parameter_of(model, name)
+        own = parameter_of(model, name, parameters)
+        if own is not None:  # First, for packed weights have another shape.
+            _check_acts(model, own, parameters[own])
         ours = tuple(parameters[own].shape) if own else None
         if ours != theirs:
             raise LedgerMismatchError(
@@ -240,7 +246,6 @@ def own_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) 
                 got="no such parameter in the model" if ours is None else ours,
             )
         assert own is not None
-        _check_acts(model, own, parameters[own])
         found[name] = own
     return found
 
@@ -257,20 +262,13 @@ def require_in_memory(own: str, parameter: Tensor) -> None:
 
 
 def _check_acts(model: nn.Module, own: str, parameter: nn.Parameter) -> None:
-    """ModelError for what cannot be moved: factors of a merged adapter, which do not act, and packed weights."""
-    module = model.get_submodule(own.partition(".lora_")[0]) if ".lora_" in own else None
-    if module is not None and (getattr(module, "merged_adapters", None) or getattr(module, "disable_adapters", False)):
-        raise ModelError(
-            "model",
-            expected=f"an adapter that acts, to replay the response at other values of {own}",
-            got="one that is merged or disabled",
-            remedy="Call model.unmerge_adapter() or model.enable_adapters() first",
-        )
+    """ModelError for what cannot be moved: an adapter's factors that do not act, and packed weights."""
+    require_acting(model, own)
     require_in_memory(own, parameter)
-    if not parameter.is_floating_point() or parameter.element_size() < 2:
+    if is_quantised(parameter):
         raise ModelError(
             "model",
             expected=f"{own} in floating point, to replay the response at other values of it",
-            got=f"a quantised weight ({parameter.dtype})",
+            got=f"a quantised weight ({type(parameter).__name__}, {parameter.dtype})",
             remedy='Load the model unquantised, or use method="protoken"',
         )

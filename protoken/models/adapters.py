@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,10 +91,73 @@ def active_adapters(module: nn.Module) -> tuple[str, ...]:
     lora: Any = module
     if not is_lora(module):
         return ()
+    if lora.disable_adapters:  # Also merged ones: the next forward pass takes them out again.
+        return ()
     merged = tuple(lora.merged_adapters)
-    if merged or lora.disable_adapters:
+    if merged:
         return merged
     return tuple(name for name in lora.active_adapters if name in lora.lora_A or name in lora.lora_embedding_A)
+
+
+def active_in(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that a model calls active, whatever acts at each layer; none for a model without any."""
+    adapters: Any = getattr(model, "active_adapters", ())
+    try:
+        return tuple(adapters() if callable(adapters) else adapters)
+    except (ImportError, ValueError):  # transformers' own method, without PEFT or before an adapter was loaded
+        return ()
+
+
+def acting(layer: Layer) -> tuple[Any, ...]:
+    """Where a layer's weight is, and the adapters that act at it: (name, scale, merged) each.
+
+    Adapters are switched, scaled, merged and disabled without a write to their factors.
+    """
+    lora: Any = layer.module
+    adapters = ((n, float(lora.scaling[n]), n in lora.merged_adapters) for n in active_adapters(layer.module))
+    return (layer.parameter, *adapters)
+
+
+def require_acting(model: nn.Module, parameter: str) -> None:
+    """Refuse a parameter of an adapter that a forward pass does not use: at any value the response is the same.
+
+    Args:
+        parameter: the model's own name of one, of an adapter or not.
+
+    Raises:
+        ModelError: its adapter is disabled, merged into the base weight, or not among the active ones.
+    """
+    wrapper, adapter = _wrapped_by(model, parameter)
+    if wrapper is None:
+        return
+    if wrapper.disable_adapters:
+        got, remedy = "one that is disabled", "Leave disable_adapter(), or call model.enable_adapters() first"
+    elif getattr(wrapper, "merged_adapters", None):
+        got, remedy = "one that is merged", "Call model.unmerge_adapter() first"
+    elif adapter not in wrapper.active_adapters:
+        got = f"{adapter!r}, while {', '.join(map(repr, wrapper.active_adapters)) or 'none'} is active"
+        remedy = f"Call model.set_adapter({adapter!r}) first"
+    else:
+        return
+    raise ModelError(
+        "model",
+        expected=f"an adapter that acts, to replay the response at other values of {parameter}",
+        got=got,
+        remedy=remedy,
+    )
+
+
+def _wrapped_by(model: nn.Module, parameter: str) -> tuple[Any, str]:
+    """PEFT's wrapper that a parameter belongs to, and its adapter; (None, "") of one that is no adapter's.
+
+    Every kind of wrapper keeps an adapter's own as <wrapper>.<one of adapter_layer_names>.<adapter>.
+    """
+    module: Any = model
+    for kind, adapter in pairwise(parameter.split(".")):
+        if kind in getattr(module, "adapter_layer_names", ()):
+            return module, adapter
+        module = getattr(module, kind)
+    return None, ""
 
 
 def require_additive(layer: Layer) -> None:

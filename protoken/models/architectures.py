@@ -6,6 +6,7 @@ that differs from the last one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -44,6 +45,13 @@ class Architecture:
     embeddings_name: str = ""
     tied: bool = False
     width: int | None = None
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether these are the model's blocks, in their order, and its head; any module may have been replaced."""
+        ends: Any = model
+        blocks = find_blocks(decoder_of(model) or model)
+        same = len(blocks) == len(self.blocks) and all(map(operator.is_, blocks, self.blocks))
+        return same and ends.get_output_embeddings() is self.head and is_tied(model) == self.tied
 
     def layer_name(self, block: int, relative: str) -> str:
         """Full module name of a layer inside block number `block` (0-based)."""

@@ -230,6 +230,7 @@ def record_probe(
     ids, prompt_length = ids_of(trace)
     model, own = origin_of(trace, model, ledger, tokenizer)
     refuse_inference_mode(model)
+    own.follow(model)
     start, stop = _checked_span(span, len(trace.token_list))
     names = moving_parameters("records", own.ledger, trace.info.rounds, model, own.architecture, blocks, layers)
     parameters = own_names([own.ledger.round(number) for number in trace.info.rounds], model, names)

@@ -126,6 +126,7 @@ def stream(
     check_seed(seed)
     check_callable("on_token", on_token)
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
+    own.follow(model)
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
     options = Options(rounds, 1, layers, "local", "token", objective, "protoken", backend)
     plan = make_plan(own.architecture, options)
