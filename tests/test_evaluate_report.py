@@ -12,6 +12,8 @@ from protoken.errors import ArgumentError
 from protoken.evaluation.cells import Cell
 from protoken.evaluation.report import sections, table, write_into
 
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
 
 def cell(method: str, number: int, top1: float, samples: int, **extra: Any) -> Cell:
     return Cell(
@@ -90,6 +92,32 @@ def test_a_document_is_filled_between_its_marks_again_and_again(tmp_path: Path) 
         assert text.count("published (arXiv") == 1
     with pytest.raises(ArgumentError, match="report: scale"):
         write_into(document, {"scale": "x"})
+
+
+def test_a_folder_of_documents_is_filled_where_the_mark_is_or_not_at_all(tmp_path: Path) -> None:
+    for name in ("backdoor", "scale"):
+        (tmp_path / f"{name}.md").write_text(f"<!-- report: {name} -->\nold\n<!-- end -->\n")
+    with pytest.raises(ArgumentError, match="report: benign"):
+        write_into(tmp_path, {"backdoor": "new\n", "benign": "new\n"})
+    assert "old" in (tmp_path / "backdoor.md").read_text()
+    write_into(tmp_path, {"backdoor": "new\n"})
+    assert (tmp_path / "backdoor.md").read_text() == "<!-- report: backdoor -->\nnew\n<!-- end -->\n"
+    assert (tmp_path / "scale.md").read_text() == "<!-- report: scale -->\nold\n<!-- end -->\n"
+
+
+def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Path) -> None:
+    pages = {page.name: page.read_text(encoding="utf-8") for page in RESULTS.glob("*.md")}
+    assert sum(text.count("<!-- report: ") for text in pages.values()) == len(list(RESULTS.glob("*.json"))) > 0
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    write_into(tmp_path, sections(sorted(RESULTS.glob("*.json"))))
+    assert {page.name: page.read_text(encoding="utf-8") for page in tmp_path.glob("*.md")} == pages
+
+
+def test_tables_and_columns_of_what_was_not_run_are_left_out(tmp_path: Path) -> None:
+    text = sections([results(tmp_path, [cell("protoken", 2, 1.0, 3)])])["backdoor"]
+    assert "Correlation" not in text
+    assert "| model | domain | first round | last | protoken |\n" in text
 
 
 @pytest.mark.parametrize(("rows", "folded"), [(30, False), (31, True)])

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "protoken"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Packages whose own docstring is their map.
 MAPPED = (
     "banks",
@@ -111,10 +111,31 @@ def test_every_module_of_a_package_is_on_its_own_map(package: str) -> None:
 def test_every_file_that_a_document_names_is_there(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w./-]+\.(?:py|pyi|cpp|cu|cuh|h|md|cmake))`", text))
-    linked = {link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)} - {""}
+    linked = {link.partition("#")[0] for link in links(text)} - {""}
     places = (ROOT, PACKAGE, ROOT / "csrc")
     assert {name for name in named if not any((place / name).exists() for place in places)} == set()
     assert {link for link in linked if not (document.parent / link).exists()} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_heading_that_a_document_links_to_is_there(document: Path) -> None:
+    lost = set()
+    for link in links(document.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        if heading and heading not in headings(document.parent / file if file else document):
+            lost.add(link)
+    assert lost == set()
+
+
+def headings(document: Path) -> set[str]:
+    """A document's headings as GitHub links to them: in lower case, without punctuation, joined by hyphens."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^#+ (.+)$", text)}
+
+
+def links(text: str) -> set[str]:
+    """Where a Markdown text links to within the repository."""
+    return {link for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text) if "." in link or link.startswith("#")}
 
 
 def test_no_module_takes_a_private_name_of_another() -> None:

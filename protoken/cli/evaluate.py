@@ -70,10 +70,11 @@ for _name in EXPERIMENTS:
 def report(
     files: Annotated[list[Path], typer.Argument(help="results.json of one or several runs.")],
     into: Annotated[
-        Path | None, typer.Option(help="A Markdown file with a marked place for each experiment.", show_default=False)
+        Path | None,
+        typer.Option(help="A Markdown file or folder with a marked place for each run.", show_default=False),
     ] = None,
 ) -> None:
-    """Markdown tables of finished runs, as in docs/results.md."""
+    """Markdown tables of finished runs, as in docs/results."""
     from ..evaluation.report import sections, write_into
 
     found = sections(files)

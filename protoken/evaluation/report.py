@@ -1,4 +1,4 @@
-"""Cells as tables: on the terminal after a run, and as Markdown for docs/results.md. Nothing is typed by hand.
+"""Cells as tables: on the terminal after a run, and as Markdown for docs/results. Nothing is typed by hand.
 
 An experiment's module may bring `tables(cells) -> str`; the others get one line per model, domain and method.
 """
@@ -104,20 +104,26 @@ def sections(files: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def write_into(document: Path, found: Mapping[str, str]) -> None:
-    """Put each section between `<!-- report: <name> -->` and `<!-- end -->` of a Markdown file.
+def write_into(into: Path, found: Mapping[str, str]) -> None:
+    """Put each section between `<!-- report: <name> -->` and `<!-- end -->` of a Markdown file, or of the one file in a
+    folder that has its marks. Nothing is written unless every section has a place.
 
     Raises:
-        ArgumentError: the document has no such place.
+        ArgumentError: a section has no such place.
     """
-    text = document.read_text(encoding="utf-8")
+    files = sorted(into.glob("*.md")) if into.is_dir() else [into]
+    texts = {file: file.read_text(encoding="utf-8") for file in files}
     for name, section in found.items():
-        before, mark, rest = text.partition(f"<!-- report: {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not mark or not end:
-            raise ArgumentError("into", expected=f"<!-- report: {name} --> and <!-- end -->", got=document)
-        text = f"{before}{mark}{section}{end}{after}"
-    document.write_text(text, encoding="utf-8")
+        for file, text in texts.items():
+            before, mark, rest = text.partition(f"<!-- report: {name} -->\n")
+            _, end, after = rest.partition("<!-- end -->")
+            if mark and end:
+                texts[file] = f"{before}{mark}{section}{end}{after}"
+                break
+        else:
+            raise ArgumentError("into", expected=f"<!-- report: {name} --> and <!-- end -->", got=into)
+    for file, text in texts.items():
+        file.write_text(text, encoding="utf-8")
 
 
 def _heading(header: dict[str, Any], cells: Sequence[Cell]) -> str:

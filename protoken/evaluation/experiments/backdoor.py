@@ -223,7 +223,7 @@ def draw(run: RunFolder) -> list[Path]:
 
 
 def tables(cells: Sequence[Cell]) -> str:
-    """Markdown for docs/results.md."""
+    """Markdown for docs/results/backdoor.md."""
     from protoken.evaluation.experiments.tables import backdoor_tables
 
     return backdoor_tables(cells)

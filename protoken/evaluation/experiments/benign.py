@@ -252,7 +252,7 @@ def draw(run: RunFolder) -> list[Path]:
 
 
 def tables(cells: Sequence[Cell]) -> str:
-    """Markdown for docs/results.md."""
+    """Markdown for docs/results/benign.md."""
     from protoken.evaluation.experiments.benign_tables import benign_tables
 
     return benign_tables(cells)

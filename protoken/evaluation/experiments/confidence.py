@@ -254,7 +254,7 @@ def draw(run: RunFolder) -> list[Path]:
 
 
 def tables(cells: Sequence[Cell]) -> str:
-    """Markdown for docs/results.md."""
+    """Markdown for docs/results/confidence.md."""
     from protoken.evaluation.experiments.confidence_tables import confidence_tables
 
     return confidence_tables(cells)

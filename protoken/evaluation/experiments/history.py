@@ -159,7 +159,7 @@ def draw(run: RunFolder) -> list[Path]:
 
 
 def tables(cells: Sequence[Cell]) -> str:
-    """Markdown for docs/results.md."""
+    """Markdown for docs/results/history.md."""
     from protoken.evaluation.experiments.history_tables import history_tables
 
     return history_tables(cells)

@@ -167,7 +167,7 @@ def draw(run: RunFolder) -> list[Path]:
 
 
 def tables(cells: Sequence[Cell]) -> str:
-    """Markdown for docs/results.md."""
+    """Markdown for docs/results/scale.md."""
     from protoken.evaluation.experiments.tables import scale_tables
 
     return scale_tables(cells)

@@ -39,7 +39,8 @@ def backdoor_tables(cells: Sequence[Cell]) -> str:
     )  # fmt: skip
     parts = ["All configurations and eligible rounds:\n", table(columns, rows), _by_verbatim(cells)]
     parts += ["By configuration, top-1 over all rounds (lowest round; lowest AUROC):\n", _configurations(cells)]
-    parts += ["Correlation with exact Shapley values of the same answers, after the last round:\n", agreement(cells)]
+    if compared := agreement(cells):
+        parts += ["Correlation with exact Shapley values of the same answers, after the last round:\n", compared]
     return "\n".join(parts)
 
 
@@ -84,15 +85,14 @@ _SHOWN = (
 
 
 def _configurations(cells: Sequence[Cell]) -> str:
+    ran = {cell.method for cell in cells}
+    shown = [method for method in _SHOWN if method in ran]
     rows = []
     for (model, domain), own in groups(cells, lambda c: (c.model, c.domain)).items():
-        first = min(cell.round or 0 for cell in own)
-        row = [model, domain, str(first), str(max(cell.round or 0 for cell in own))]
-        for method in _SHOWN:
-            some = [cell for cell in own if cell.method == method]
-            row.append(_short(some))
-        rows.append(row)
-    return table(("model", "domain", "first round", "last", *_SHOWN), sorted(rows))
+        rounds = [cell.round or 0 for cell in own]
+        by_method = [_short([cell for cell in own if cell.method == method]) for method in shown]
+        rows.append([model, domain, str(min(rounds)), str(max(rounds)), *by_method])
+    return table(("model", "domain", "first round", "last", *shown), sorted(rows))
 
 
 def _short(cells: Sequence[Cell]) -> str:
@@ -105,7 +105,8 @@ def _short(cells: Sequence[Cell]) -> str:
 
 
 def agreement(cells: Sequence[Cell]) -> str:
-    """Pearson correlation over the clients with exact Shapley values: median, tenth percentile and lowest answer.
+    """Pearson correlation over the clients with exact Shapley values: median, tenth percentile and lowest answer;
+    empty where no cell was compared with them.
 
     Residuals are of all answers, the medians averaged over cells; the worst is of a single answer.
     """
@@ -115,7 +116,8 @@ def agreement(cells: Sequence[Cell]) -> str:
         if each and not method.startswith("shapley"):
             figures = [f"{quantile(each, q):.3f}" for q in (0.5, 0.1, 0.0)]
             rows.append([method, str(len(each)), *figures, mean((c.residual for c in own), 4), worst_residual(own)])
-    return table(("method", "answers", "median", "p10", "lowest", "residual / change, median", "worst"), rows)
+    columns = ("method", "answers", "median", "p10", "lowest", "residual / change, median", "worst")
+    return table(columns, rows) if rows else ""
 
 
 def worst_residual(cells: Sequence[Cell]) -> str:
