@@ -168,7 +168,7 @@ def _complete(given: dict[str, Any], model: PreTrainedModel, tokenizer: Any, tra
     Raises:
         ArgumentError: there is no tokenizer for its stop strings.
     """
-    from .generation import check_arguments, complete_arguments, setting
+    from .generation import check_arguments, complete_arguments, setting, with_length
 
     if setting(model, given, "num_return_sequences") not in (None, 1):
         given["num_return_sequences"] = 1
@@ -178,7 +178,8 @@ def _complete(given: dict[str, Any], model: PreTrainedModel, tokenizer: Any, tra
         raise ArgumentError("tokenizer", expected=expected, got="none", remedy="Pass tokenizer=")
     device = input_device(model)
     here = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-    return complete_arguments(model, here, len(trace.prompt_ids), tokenizer)
+    # The record of a generation without a length is of a call that had none; a response from a log has no call.
+    return complete_arguments(model, with_length(here) if trace.info.forced else here, len(trace.prompt_ids), tokenizer)
 
 
 def _answer(

@@ -10,7 +10,7 @@ from .attribution import settle
 from .banks.bank import LedgerBank, Rounds
 from .dispatch import choose
 from .errors import ArgumentError
-from .generation import bound_of, check_arguments, check_seed, complete_arguments
+from .generation import bound_of, check_arguments, check_seed, complete_arguments, with_length
 from .ledger import Ledger
 from .models.layers import input_device
 from .models.patching import refuse_inference_mode
@@ -101,7 +101,7 @@ def estimate(
         raise ArgumentError("method", expected='"protoken", whose parts are known', got=method)
     ids = encode_prompt(session.tokenizer, prompt, chat)
     check_ids(model, ids)
-    arguments = complete_arguments(model, generate_arguments, len(ids), session.tokenizer)
+    arguments = complete_arguments(model, with_length(generate_arguments), len(ids), session.tokenizer)
     new = bound_of(model, arguments, len(ids))
     plan, sizes, chunks = settle(model, session.own.architecture, session.plan, session.source, len(ids), new)
     return Estimate(

@@ -113,10 +113,15 @@ def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
+def with_length(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with `DEFAULT_NEW_TOKENS` where neither they nor their configuration bound the response."""
+    return dict(arguments) if any(map(_bound, _given(arguments))) else {**arguments, "max_new_tokens": DEFAULT_NEW_TOKENS}
+
+
 def complete_arguments(
     model: Any, arguments: Mapping[str, Any], prompt_length: int, tokenizer: Any = None
 ) -> dict[str, Any]:
-    """Add a length where the caller gave none, a padding token where the model has none, a tokenizer for stop strings.
+    """Add a padding token where the model has none, and a tokenizer for stop strings; check the length if there is one.
 
     Raises:
         ArgumentError: no room for a single new token.
@@ -124,20 +129,18 @@ def complete_arguments(
     """
     complete = dict(arguments)
     config = arguments.get("generation_config")
-    bounded = [source for source in (arguments, vars(config) if config is not None else {}) if _bound(source)]
-    if not bounded:
-        complete["max_new_tokens"] = DEFAULT_NEW_TOKENS
-        bounded = [complete]
-    new_tokens = _new_tokens(bounded[0], prompt_length)
-    if new_tokens < 1:
-        name = "max_new_tokens" if bounded[0].get("max_new_tokens") is not None else "max_length"
-        raise ArgumentError(
-            name,
-            expected=f"room for at least one token after the prompt's {prompt_length}",
-            got=bounded[0][name],
-            remedy="There is nothing to attribute without one",
-        )
-    check_window(model, prompt_length, new_tokens)
+    bounded = next(filter(_bound, _given(arguments)), None)
+    if bounded is not None:
+        new_tokens = _new_tokens(bounded, prompt_length)
+        if new_tokens < 1:
+            name = "max_new_tokens" if bounded.get("max_new_tokens") is not None else "max_length"
+            raise ArgumentError(
+                name,
+                expected=f"room for at least one token after the prompt's {prompt_length}",
+                got=bounded[name],
+                remedy="There is nothing to attribute without one",
+            )
+        check_window(model, prompt_length, new_tokens)
     if "pad_token_id" not in complete and config is None and model.generation_config.pad_token_id is None:
         # One sequence needs no padding; without an id transformers warns on every call.
         stop = model.generation_config.eos_token_id
@@ -149,11 +152,16 @@ def complete_arguments(
 
 def bound_of(model: Any, arguments: Mapping[str, Any], prompt_length: int) -> int:
     """The most new tokens that such a call can bring."""
-    config = arguments.get("generation_config")
-    for source in (arguments, vars(config) if config is not None else {}, vars(model.generation_config)):
+    for source in (*_given(arguments), vars(model.generation_config)):
         if _bound(source):
             return _new_tokens(source, prompt_length)
     return DEFAULT_NEW_TOKENS
+
+
+def _given(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Where a call may say its length: its arguments first, then its configuration."""
+    config = arguments.get("generation_config")
+    return (arguments,) if config is None else (arguments, vars(config))
 
 
 def _bound(source: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .banks.bank import Rounds
 from .errors import ArgumentError
 from .estimate import estimate
-from .generation import bound_of, check_arguments, check_seed, complete_arguments
+from .generation import bound_of, check_arguments, check_seed, complete_arguments, with_length
 from .ledger import Ledger
 from .models.layers import input_device
 from .models.patching import refuse_inference_mode
@@ -133,7 +133,8 @@ def trace(
     check_ids(model, ids)
     if response is not None:
         return _forced(session, ids, response, generate_arguments, seed)
-    arguments = complete_arguments(model, generate_arguments, len(ids), session.tokenizer)
+    given = with_length(generate_arguments)
+    arguments = complete_arguments(model, given, len(ids), session.tokenizer)
     session.check_memory(len(ids), bound_of(model, arguments, len(ids)))
 
     row = as_row(ids, input_device(model))
@@ -143,7 +144,7 @@ def trace(
         call=model.generate,
         prompt=row,
         attention_mask=mask,
-        given=generate_arguments,
+        given=given,
         seed=seed,
     )
     return trace

@@ -109,6 +109,29 @@ def test_rows_of_a_batch_are_answered_anew_one_by_one(federation: TinyFederation
     assert (anew(tape[0]), anew(tape[2])) == (new_ids(tape[0]), new_ids(tape[2]))
 
 
+@pytest.mark.parametrize("own", [None, 5])
+def test_an_answer_without_a_length_is_asked_for_anew_without_one(federation: TinyFederation, own: int | None) -> None:
+    settings = federation.model.generation_config
+    before = settings.max_new_tokens
+    settings.max_new_tokens = own
+    try:
+        with protoken.tracing(federation.model, ledger=federation.path, tokenizer=character_tokenizer()) as tape:
+            federation.model.generate(torch.tensor([PROMPT]), eos_token_id=-1, pad_token_id=0)
+        assert len(new_ids(tape[0])) == (own or 20)  # transformers' own default
+        assert anew(tape[0]) == new_ids(tape[0])
+    finally:
+        settings.max_new_tokens = before
+
+
+def test_the_default_length_of_a_trace_is_in_its_record(federation: TinyFederation) -> None:
+    trace = protoken.trace(federation.model, PROMPT, ledger=federation.path, tokenizer=character_tokenizer())
+    assert trace.info.generate_arguments == {"max_new_tokens": 64}
+    assert anew(trace) == new_ids(trace)
+    logged = protoken.trace(federation.model, PROMPT, ledger=federation.path, response=new_ids(trace)[:3])
+    assert logged.info.generate_arguments == {}
+    assert anew(logged, tokenizer=character_tokenizer()) == new_ids(trace)
+
+
 def test_configuration_of_a_continuous_batch_is_kept(federation: TinyFederation) -> None:
     configuration = pytest.importorskip("transformers.generation.configuration_utils")
     paged = configuration.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)

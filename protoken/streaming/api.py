@@ -22,7 +22,7 @@ from ..arguments import check_callable
 from ..attachment import attachment_of, make_attachment
 from ..banks.bank import Rounds, select_rounds
 from ..dispatch import choose
-from ..generation import check_seed, complete_arguments
+from ..generation import check_seed, complete_arguments, with_length
 from ..ledger import Ledger
 from ..models.layers import input_device
 from ..models.patching import refuse_inference_mode
@@ -122,7 +122,7 @@ def stream(
             in `protoken.trace`.
     """
     refuse_inference_mode(model)
-    arguments = checked_arguments(model, prompt, generate_arguments)
+    arguments = with_length(checked_arguments(model, prompt, generate_arguments))
     check_seed(seed)
     check_callable("on_token", on_token)
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
