@@ -6,19 +6,19 @@
 >>> trace.show()
 """
 
-from . import confidence, verdict
-from .account import Account, account
-from .attachment import attach, detach
-from .counterfactual import Counterfactual
-from .estimate import Estimate, estimate
-from .history import History
-from .ledger import ClientUpdate, Ledger
-from .records import RecordProbe, RecordScores, record_probe
-from .results import Trace
-from .streaming import Stream, StreamedToken, stream
-from .trace import trace
-from .tracing import Tape, tracing
-from .versions import version_of
+from protoken import confidence, verdict
+from protoken.account import Account, account
+from protoken.attachment import attach, detach
+from protoken.counterfactual import Counterfactual
+from protoken.estimate import Estimate, estimate
+from protoken.history import History
+from protoken.ledger import ClientUpdate, Ledger
+from protoken.records import RecordProbe, RecordScores, record_probe
+from protoken.results import Trace
+from protoken.streaming import Stream, StreamedToken, stream
+from protoken.trace import trace
+from protoken.tracing import Tape, tracing
+from protoken.versions import version_of
 
 __version__ = version_of("protoken") or "0"
 

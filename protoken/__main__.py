@@ -1,5 +1,5 @@
 """`python -m protoken`."""
 
-from .cli import main
+from protoken.cli import main
 
 main()

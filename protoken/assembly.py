@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .banks.bank import Bank, LedgerBank
-from .dispatch import choose
-from .generation_record import recorded
-from .methods.weights import Updates
-from .planning.plan import Plan
-from .results import Trace, TraceInfo
-from .text import tokens_of
-from .versions import versions
-from .ways.projection import Scores
-from .ways.relevance import Response
+from protoken.banks.bank import Bank, LedgerBank
+from protoken.dispatch import choose
+from protoken.generation_record import recorded
+from protoken.methods.weights import Updates
+from protoken.planning.plan import Plan
+from protoken.results import Trace, TraceInfo
+from protoken.text import tokens_of
+from protoken.versions import versions
+from protoken.ways.projection import Scores
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,17 +11,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_flag
-from .banks.bank import Bank, LedgerBank
-from .errors import LayerError, LedgerMismatchError, ModelError
-from .ledger import Ledger, tensor_digest
-from .methods.weights import Updates, own_names, parameter_of, read_updates, require_in_memory
-from .models.adapters import acting, active_in
-from .models.architectures import Architecture, architecture_of
-from .models.layers import Layer, layer_of
-from .models.patching import refuse_no_model
-from .text import check_tokenizer
-from .verification import check_layer, compare
+from protoken.arguments import check_flag
+from protoken.banks.bank import Bank, LedgerBank
+from protoken.errors import LayerError, LedgerMismatchError, ModelError
+from protoken.ledger import Ledger, tensor_digest
+from protoken.methods.weights import Updates, own_names, parameter_of, read_updates, require_in_memory
+from protoken.models.adapters import acting, active_in
+from protoken.models.architectures import Architecture, architecture_of
+from protoken.models.layers import Layer, layer_of
+from protoken.models.patching import refuse_no_model
+from protoken.text import check_tokenizer
+from protoken.verification import check_layer, compare
 
 
 @dataclass

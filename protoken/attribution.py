@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .attachment import Attachment
-from .banks.bank import Bank, BankInParts, LedgerBank, Rounds, select_rounds
-from .first_order import FirstOrder
-from .generation import Generated
-from .ledger import Ledger
-from .methods.paper import client_weights, paper_scores
-from .methods.replayed import moving_parameters, replayed_scores
-from .methods.weights import Updates
-from .models.architectures import Architecture
-from .models.twin import twin_of, uncompiled
-from .planning.cost import cheaper
-from .planning.memory import Chunks, fitted
-from .planning.plan import Plan
-from .planning.sizes import Sizes, sizes_of
-from .ways.projection import Scores
-from .ways.relevance import Response
+from protoken.attachment import Attachment
+from protoken.banks.bank import Bank, BankInParts, LedgerBank, Rounds, select_rounds
+from protoken.first_order import FirstOrder
+from protoken.generation import Generated
+from protoken.ledger import Ledger
+from protoken.methods.paper import client_weights, paper_scores
+from protoken.methods.replayed import moving_parameters, replayed_scores
+from protoken.methods.weights import Updates
+from protoken.models.architectures import Architecture
+from protoken.models.twin import twin_of, uncompiled
+from protoken.planning.cost import cheaper
+from protoken.planning.memory import Chunks, fitted
+from protoken.planning.plan import Plan
+from protoken.planning.sizes import Sizes, sizes_of
+from protoken.ways.projection import Scores
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

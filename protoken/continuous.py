@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .errors import GenerationError
-from .generation import Generated, teacher_forced
-from .models.layers import input_device
-from .models.patching import current_method, evaluation_mode, refuse_inference_mode
-from .results import Trace
-from .session import Session
-from .text import as_row
-from .ways.relevance import Response
+from protoken.errors import GenerationError
+from protoken.generation import Generated, teacher_forced
+from protoken.models.layers import input_device
+from protoken.models.patching import current_method, evaluation_mode, refuse_inference_mode
+from protoken.results import Trace
+from protoken.session import Session
+from protoken.text import as_row
+from protoken.ways.relevance import Response
 
 
 class ContinuousBatches:

@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import check_flag, listed
-from .errors import ArgumentError
-from .generation_record import replayed
-from .ledger import Ledger
-from .methods.game import Game
-from .methods.replayed import moving_parameters
-from .methods.weights import at_weights, shift_without
-from .models.layers import input_device
-from .models.patching import evaluation_mode
-from .origin import ids_of, origin_of
-from .results import Trace
-from .results.checks import Array
-from .results.parts import UNITS
-from .text import as_row, tokens_of
-from .ways.relevance import Response
+from protoken.arguments import check_flag, listed
+from protoken.errors import ArgumentError
+from protoken.generation_record import replayed
+from protoken.ledger import Ledger
+from protoken.methods.game import Game
+from protoken.methods.replayed import moving_parameters
+from protoken.methods.weights import at_weights, shift_without
+from protoken.models.layers import input_device
+from protoken.models.patching import evaluation_mode
+from protoken.origin import ids_of, origin_of
+from protoken.results import Trace
+from protoken.results.checks import Array
+from protoken.results.parts import UNITS
+from protoken.text import as_row, tokens_of
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -82,7 +82,7 @@ class Counterfactual:
     def __rich__(self) -> Text:
         from rich.text import Text
 
-        from .report.visible import visible
+        from protoken.report.visible import visible
 
         lines = [repr(self)]
         if self.response is not None:
@@ -168,7 +168,7 @@ def _complete(given: dict[str, Any], model: PreTrainedModel, tokenizer: Any, tra
     Raises:
         ArgumentError: there is no tokenizer for its stop strings.
     """
-    from .generation import check_arguments, complete_arguments, setting, with_length
+    from protoken.generation import check_arguments, complete_arguments, setting, with_length
 
     if setting(model, given, "num_return_sequences") not in (None, 1):
         given["num_return_sequences"] = 1
@@ -185,7 +185,7 @@ def _complete(given: dict[str, Any], model: PreTrainedModel, tokenizer: Any, tra
 def _answer(
     model: PreTrainedModel, tokenizer: Any, trace: Trace, arguments: dict[str, Any]
 ) -> tuple[str, tuple[int, ...]]:
-    from .generation import seeded
+    from protoken.generation import seeded
 
     row = as_row(trace.prompt_ids, input_device(model))
     with torch.no_grad(), seeded(trace.info.seed, row.device):

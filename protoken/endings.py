@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
-from .models.patching import current_method, replaced_method
+from protoken.models.patching import current_method, replaced_method
 
 _MAKES_THE_LIST = "_get_stopping_criteria"
 

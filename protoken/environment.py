@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .dispatch import OPS, backends_for, choose
-from .errors import BackendError
-from .versions import versions
+from protoken.dispatch import OPS, backends_for, choose
+from protoken.errors import BackendError
+from protoken.versions import versions
 
 NATIVE_MODULES = ("protoken._C", "protoken._C_cuda")
 

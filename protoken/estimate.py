@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .attribution import settle
-from .banks.bank import LedgerBank, Rounds
-from .dispatch import choose
-from .errors import ArgumentError
-from .generation import bound_of, check_arguments, check_seed, complete_arguments, with_length
-from .ledger import Ledger
-from .models.layers import input_device
-from .models.patching import refuse_inference_mode
-from .planning.cost import work
-from .planning.memory import Chunks, bytes_by_part, readable, smallest
-from .planning.options import Granularity, Method, Options, Way
-from .session import Session
-from .text import Prompt, check_ids, encode_prompt
-from .ways.objective import Objective
+from protoken.attribution import settle
+from protoken.banks.bank import LedgerBank, Rounds
+from protoken.dispatch import choose
+from protoken.errors import ArgumentError
+from protoken.generation import bound_of, check_arguments, check_seed, complete_arguments, with_length
+from protoken.ledger import Ledger
+from protoken.models.layers import input_device
+from protoken.models.patching import refuse_inference_mode
+from protoken.planning.cost import work
+from protoken.planning.memory import Chunks, bytes_by_part, readable, smallest
+from protoken.planning.options import Granularity, Method, Options, Way
+from protoken.session import Session
+from protoken.text import Prompt, check_ids, encode_prompt
+from protoken.ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .banks.bank import Bank, BankInParts
-from .banks.layer_bank import LayerBank
-from .generation import Generated
-from .models.architectures import Architecture
-from .planning.memory import TANGENTS, Chunks
-from .planning.plan import Plan, local_layers
-from .precision import warn_of_noise
-from .reverse_way import reverse_scores
-from .ways.capture import Capture
-from .ways.forward import forward_scores
-from .ways.projection import Scores, project_local, project_reverse
-from .ways.pullback import PulledBack
-from .ways.relevance import LocalRelevance, Response, local_relevance, reverse_relevance
+from protoken.banks.bank import Bank, BankInParts
+from protoken.banks.layer_bank import LayerBank
+from protoken.generation import Generated
+from protoken.models.architectures import Architecture
+from protoken.planning.memory import TANGENTS, Chunks
+from protoken.planning.plan import Plan, local_layers
+from protoken.precision import warn_of_noise
+from protoken.reverse_way import reverse_scores
+from protoken.ways.capture import Capture
+from protoken.ways.forward import forward_scores
+from protoken.ways.projection import Scores, project_local, project_reverse
+from protoken.ways.pullback import PulledBack
+from protoken.ways.relevance import LocalRelevance, Response, local_relevance, reverse_relevance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, GenerationError
-from .generation_record import is_setting
-from .models.architectures import Architecture
-from .models.twin import is_compiled, uncompiled
-from .text import OF_TEXT, check_window
-from .ways.capture import Capture, capturing, run_whole
-from .ways.relevance import Response
+from protoken.errors import ArgumentError, GenerationError
+from protoken.generation_record import is_setting
+from protoken.models.architectures import Architecture
+from protoken.models.twin import is_compiled, uncompiled
+from protoken.text import OF_TEXT, check_window
+from protoken.ways.capture import Capture, capturing, run_whole
+from protoken.ways.relevance import Response
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -115,7 +115,9 @@ def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
 
 def with_length(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments, with `DEFAULT_NEW_TOKENS` where neither they nor their configuration bound the response."""
-    return dict(arguments) if any(map(_bound, _given(arguments))) else {**arguments, "max_new_tokens": DEFAULT_NEW_TOKENS}
+    return (
+        dict(arguments) if any(map(_bound, _given(arguments))) else {**arguments, "max_new_tokens": DEFAULT_NEW_TOKENS}
+    )
 
 
 def complete_arguments(
@@ -200,7 +202,7 @@ def generate(
         GenerationError: the result is not sequences that start with the prompts, or the padding is on the right.
     """
     # It is transformers', which is not loaded before there is a model.
-    from .endings import watched
+    from protoken.endings import watched
 
     padding = _left_padding(prompt, attention_mask)
     capture: Capture | None = None

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, ProtokenWarning
-from .text import TENSOR_OF
+from protoken.errors import ArgumentError, ProtokenWarning
+from protoken.text import TENSOR_OF
 
 _LONGEST_DESCRIPTION = 200  # characters
 _REMEDY = "Ask without generate=True, which replays the trace's own response whatever it was generated with"

@@ -18,27 +18,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .attachment import Attachment
-from .banks.bank import select_rounds
-from .errors import ArgumentError
-from .ledger import Ledger
-from .methods.aumann_shapley import aumann_shapley_scores
-from .methods.game import Game
-from .methods.placement import ASKED_FOR
-from .methods.replayed import moving_parameters
-from .methods.weights import Updates, read_updates
-from .models.layers import input_device
-from .models.patching import evaluation_mode, refuse_inference_mode
-from .models.twin import uncompiled
-from .origin import ids_of, origin_of
-from .planning.options import Options
-from .results import Trace
-from .results.checks import Array
-from .results.parts import UNITS
-from .text import as_row
-from .ways.objective import Objective
-from .ways.projection import Scores
-from .ways.relevance import Response
+from protoken.attachment import Attachment
+from protoken.banks.bank import select_rounds
+from protoken.errors import ArgumentError
+from protoken.ledger import Ledger
+from protoken.methods.aumann_shapley import aumann_shapley_scores
+from protoken.methods.game import Game
+from protoken.methods.placement import ASKED_FOR
+from protoken.methods.replayed import moving_parameters
+from protoken.methods.weights import Updates, read_updates
+from protoken.models.layers import input_device
+from protoken.models.patching import evaluation_mode, refuse_inference_mode
+from protoken.models.twin import uncompiled
+from protoken.origin import ids_of, origin_of
+from protoken.planning.options import Options
+from protoken.results import Trace
+from protoken.results.checks import Array
+from protoken.results.parts import UNITS
+from protoken.text import as_row
+from protoken.ways.objective import Objective
+from protoken.ways.projection import Scores
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -107,12 +107,12 @@ class History:
 
     def to_html(self, path: str | PathLike[str] | None = None) -> str:
         """One self-contained page, everything in it escaped; written to ``path`` if given."""
-        from .report.history import history_html
+        from protoken.report.history import history_html
 
         return history_html(self, path)
 
     def _repr_html_(self) -> str:
-        from .report.page import framed
+        from protoken.report.page import framed
 
         return framed(self.to_html(), "protoken history")
 
@@ -123,7 +123,7 @@ class History:
         )
 
     def __rich__(self) -> RenderableType:
-        from .report.history import HistoryTable
+        from protoken.report.history import HistoryTable
 
         return HistoryTable(self)
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .banks.bank import Rounds
-from .ledger import Ledger
-from .models.patching import refuse_inference_mode
-from .origin import ids_of, origin_of
-from .planning.options import Granularity, Options
-from .results import Trace
-from .session import Session
-from .ways.objective import Objective
+from protoken.banks.bank import Rounds
+from protoken.ledger import Ledger
+from protoken.models.patching import refuse_inference_mode
+from protoken.origin import ids_of, origin_of
+from protoken.planning.options import Granularity, Options
+from protoken.results import Trace
+from protoken.session import Session
+from protoken.ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

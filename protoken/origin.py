@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .attachment import Attachment, attachment_of, make_attachment
-from .errors import ArgumentError, ModelError
-from .ledger import Ledger
-from .results import Trace
-from .text import OF_TEXT, TENSOR_OF
+from protoken.attachment import Attachment, attachment_of, make_attachment
+from protoken.errors import ArgumentError, ModelError
+from protoken.ledger import Ledger
+from protoken.results import Trace
+from protoken.text import OF_TEXT, TENSOR_OF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .banks.bank import Bank, BankInParts
-from .errors import ProtokenWarning
-from .generation import Generated
-from .models.architectures import Architecture, architecture_of
-from .models.patching import after, hooks
-from .models.structure import decoder_of
-from .models.twin import twin_of
-from .ways.capture import Capture
-from .ways.objective import Objective
-from .ways.projection import project_local
-from .ways.relevance import Response, local_relevance
+from protoken.banks.bank import Bank, BankInParts
+from protoken.errors import ProtokenWarning
+from protoken.generation import Generated
+from protoken.models.architectures import Architecture, architecture_of
+from protoken.models.patching import after, hooks
+from protoken.models.structure import decoder_of
+from protoken.models.twin import twin_of
+from protoken.ways.capture import Capture
+from protoken.ways.objective import Objective
+from protoken.ways.projection import project_local
+from protoken.ways.relevance import Response, local_relevance
 
 HALVES = (torch.float16, torch.bfloat16)
 TOKENS = 4

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .banks.bank import Bank, BankInParts
-from .banks.layer_bank import LayerBank, directions, totals
-from .planning.memory import Chunks, directions_at_once
-from .ways.projection import Scores
-from .ways.pullback import LayerRows, PulledBack
-from .ways.relevance import LocalRelevance, gradient_matrix
+from protoken.banks.bank import Bank, BankInParts
+from protoken.banks.layer_bank import LayerBank, directions, totals
+from protoken.planning.memory import Chunks, directions_at_once
+from protoken.ways.projection import Scores
+from protoken.ways.pullback import LayerRows, PulledBack
+from protoken.ways.relevance import LocalRelevance, gradient_matrix
 
 
 @dataclass

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .assembly import assemble, model_name
-from .attachment import Attachment, attachment_of, make_attachment
-from .attribution import attribute, read_source, settle
-from .banks.bank import LedgerBank
-from .generation import Generated, check_ids_are_all, generate, teacher_forced
-from .ledger import Ledger
-from .methods.weights import Updates
-from .models.layers import input_device
-from .models.patching import evaluation_mode
-from .origin import remember
-from .planning.options import Options
-from .planning.plan import Plan, make_plan
-from .results import Trace
-from .text import as_row, check_tokenizer
-from .ways.capture import Capture
-from .ways.relevance import Response
+from protoken.assembly import assemble, model_name
+from protoken.attachment import Attachment, attachment_of, make_attachment
+from protoken.attribution import attribute, read_source, settle
+from protoken.banks.bank import LedgerBank
+from protoken.generation import Generated, check_ids_are_all, generate, teacher_forced
+from protoken.ledger import Ledger
+from protoken.methods.weights import Updates
+from protoken.models.layers import input_device
+from protoken.models.patching import evaluation_mode
+from protoken.origin import remember
+from protoken.planning.options import Options
+from protoken.planning.plan import Plan, make_plan
+from protoken.results import Trace
+from protoken.text import as_row, check_tokenizer
+from protoken.ways.capture import Capture
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

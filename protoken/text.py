@@ -10,9 +10,9 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from .errors import ArgumentError, PromptError
-from .models.layers import base_of
-from .results import Token
+from protoken.errors import ArgumentError, PromptError
+from protoken.models.layers import base_of
+from protoken.results import Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .banks.bank import Rounds
-from .errors import ArgumentError
-from .estimate import estimate
-from .generation import bound_of, check_arguments, check_seed, complete_arguments, with_length
-from .ledger import Ledger
-from .models.layers import input_device
-from .models.patching import refuse_inference_mode
-from .planning.options import Granularity, Method, Options, Way
-from .results import Trace
-from .session import Session
-from .text import Prompt, as_row, check_ids, check_window, encode_prompt, encode_response
-from .ways.objective import Objective
+from protoken.banks.bank import Rounds
+from protoken.errors import ArgumentError
+from protoken.estimate import estimate
+from protoken.generation import bound_of, check_arguments, check_seed, complete_arguments, with_length
+from protoken.ledger import Ledger
+from protoken.models.layers import input_device
+from protoken.models.patching import refuse_inference_mode
+from protoken.planning.options import Granularity, Method, Options, Way
+from protoken.results import Trace
+from protoken.session import Session
+from protoken.text import Prompt, as_row, check_ids, check_window, encode_prompt, encode_response
+from protoken.ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .banks.bank import Rounds
-from .continuous import ContinuousBatches
-from .errors import GenerationError
-from .generation import bound_of, refuse_paged, setting, stop_tokens
-from .ledger import Ledger
-from .models.patching import current_method, refuse_inference_mode, replaced_method
-from .planning.options import Granularity, Method, Options, Way
-from .results import Trace
-from .session import Session
-from .ways.objective import Objective
+from protoken.banks.bank import Rounds
+from protoken.continuous import ContinuousBatches
+from protoken.errors import GenerationError
+from protoken.generation import bound_of, refuse_paged, setting, stop_tokens
+from protoken.ledger import Ledger
+from protoken.models.patching import current_method, refuse_inference_mode, replaced_method
+from protoken.planning.options import Granularity, Method, Options, Way
+from protoken.results import Trace
+from protoken.session import Session
+from protoken.ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .banks.bank import check_shape
-from .errors import LedgerMismatchError
-from .ledger import Ledger, LowRank, parameter_digest, tensor_digest
-from .models.adapters import Pair, active_adapters, factors_of, is_lora, recorded_as
-from .models.layers import Layer, layer_of
-from .models.quantised import at_hand, is_quantised
+from protoken.banks.bank import check_shape
+from protoken.errors import LedgerMismatchError
+from protoken.ledger import Ledger, LowRank, parameter_digest, tensor_digest
+from protoken.models.adapters import Pair, active_adapters, factors_of, is_lora, recorded_as
+from protoken.models.layers import Layer, layer_of
+from protoken.models.quantised import at_hand, is_quantised
 
 # ||in memory - in the ledger|| / ||in the ledger|| of an adapter's effect, where its factors are others: fp32 rounding.
 EFFECT_TOLERANCE = 1e-4

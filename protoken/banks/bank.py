@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, LedgerMismatchError
-from ..ledger import Ledger, Round
-from ..ledger.ledger import slice_of
-from ..models.adapters import Recorded, acting, recorded_as
-from ..models.layers import Layer, layer_of
-from .layer_bank import LayerBank
-from .lineage_sums import LayerSums, add_round
+from protoken.banks.layer_bank import LayerBank
+from protoken.banks.lineage_sums import LayerSums, add_round
+from protoken.errors import ArgumentError, LedgerMismatchError
+from protoken.ledger import Ledger, Round
+from protoken.ledger.ledger import slice_of
+from protoken.models.adapters import Recorded, acting, recorded_as
+from protoken.models.layers import Layer, layer_of
 
 Rounds = int | str | slice | Sequence[int]
 T = TypeVar("T")

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ledger import LowRank
-from ..ops import (
+from protoken.ledger import LowRank
+from protoken.ops import (
     DenseBank,
     LowRankBank,
     client_scores_grouped,

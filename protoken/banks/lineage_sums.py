@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..ledger import Ledger, LowRank, Round
-from ..ledger.round_files import RoundReader, dense
-from ..ledger.round_files import Stored as Value
-from ..ledger.rounds import add_factors
-from ..models.adapters import AveragedApart, Pair, Recorded, Split
-from ..models.layers import Layer, device_of
-from .layer_bank import LayerBank, Stored
+from protoken.banks.layer_bank import LayerBank, Stored
+from protoken.ledger import Ledger, LowRank, Round
+from protoken.ledger.round_files import RoundReader, dense
+from protoken.ledger.round_files import Stored as Value
+from protoken.ledger.rounds import add_factors
+from protoken.models.adapters import AveragedApart, Pair, Recorded, Split
+from protoken.models.layers import Layer, device_of
 
 
 class RunningSum:

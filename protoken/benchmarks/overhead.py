@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from ..attachment import attach, detach
-from ..errors import ArgumentError
-from ..evaluation.base_model import load_base
-from ..models.architectures import architecture_of
-from ..paths import write_text
-from ..trace import trace
-from ..versions import versions
-from .measuring import machine, peak_bytes, seconds, spread
-from .overhead_cases import WAYS, Case, cases, random_ledger
+from protoken.attachment import attach, detach
+from protoken.benchmarks.measuring import machine, peak_bytes, seconds, spread
+from protoken.benchmarks.overhead_cases import WAYS, Case, cases, random_ledger
+from protoken.errors import ArgumentError
+from protoken.evaluation.base_model import load_base
+from protoken.models.architectures import architecture_of
+from protoken.paths import write_text
+from protoken.trace import trace
+from protoken.versions import versions
 
 _KEY = ("model", "device", "way", "prompt_tokens", "new_tokens", "clients")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError
-from ..ledger import ClientUpdate, Ledger
-from ..models.architectures import Architecture
-from ..streaming import stream
-from ..trace import trace
+from protoken.errors import ArgumentError
+from protoken.ledger import ClientUpdate, Ledger
+from protoken.models.architectures import Architecture
+from protoken.streaming import stream
+from protoken.trace import trace
 
 WAYS = ("local", "streaming", "forward", "reverse")
 DEPTH = 4

@@ -4,6 +4,6 @@ commands.py   `protoken` itself, and every command that is not below; output.py,
 ledger.py     `protoken ledger`; records.py, `protoken records`; evaluate.py, `protoken evaluate`
 """
 
-from .commands import app, main
+from protoken.cli.commands import app, main
 
 __all__ = ["app", "main"]

@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import ProtokenError
-from ..report.encoding import take_any_encoding
-from ..report.visible import visible
-from .evaluate import app as evaluate_app
-from .ledger import app as ledger_app
-from .output import CLOSED_PIPE, DISK, give_up
-from .records import app as records_app
-from .records import output_file
+from protoken.cli.evaluate import app as evaluate_app
+from protoken.cli.ledger import app as ledger_app
+from protoken.cli.output import CLOSED_PIPE, DISK, give_up
+from protoken.cli.records import app as records_app
+from protoken.cli.records import output_file
+from protoken.errors import ProtokenError
+from protoken.report.encoding import take_any_encoding
+from protoken.report.visible import visible
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -49,7 +49,7 @@ def demo(
     json: JsonFile = None,
 ) -> None:
     """Train a small real federation, two of six clients poisoned, and trace what the global model says."""
-    from ..demo import run_demo
+    from protoken.demo import run_demo
 
     run_demo(out, json_path=json, model=model, console=Console())
 
@@ -91,10 +91,9 @@ def trace(
 ) -> None:
     """Generate a response and show which client taught each token."""
     import protoken
-
-    from ..evaluation.base_model import load_base
-    from ..generation import check_seed
-    from ..planning.options import Options
+    from protoken.evaluation.base_model import load_base
+    from protoken.generation import check_seed
+    from protoken.planning.options import Options
 
     if response is not None and (sample or max_new_tokens != DEFAULT_NEW_TOKENS):
         raise typer.BadParameter("is attributed as it stands, nothing is generated", param_hint="--response")
@@ -147,7 +146,7 @@ def trace(
 @app.command()
 def env() -> None:
     """Versions, native modules, and which backend would serve each op here, with the reason."""
-    from ..environment import show_environment
+    from protoken.environment import show_environment
 
     show_environment(Console())
 
@@ -157,7 +156,7 @@ def models() -> None:
     """Model families in the table, and where each keeps its traced layers; others are tried by structure."""
     from rich.table import Table
 
-    from ..models.families import list_models
+    from protoken.models.families import list_models
 
     table = Table("family", "blocks", "out-projection", "MLP-final layer", "experts", box=None)
     for row in list_models():
@@ -178,8 +177,8 @@ def bench_overhead(
     json: JsonFile = None,
 ) -> None:
     """Seconds and memory of plain generation, of tracing, and of the published algorithm, interleaved in one run."""
-    from ..benchmarks.overhead import run_overhead
-    from ..benchmarks.overhead_cases import WAYS
+    from protoken.benchmarks.overhead import run_overhead
+    from protoken.benchmarks.overhead_cases import WAYS
 
     run_overhead(
         Console(),
@@ -210,8 +209,8 @@ def bench_kernels(
 
     The large models' rows are long on a CPU; each option may be given several times to choose some of it.
     """
-    from ..benchmarks.kernel_cases import DENSE_CLIENTS, FORMATS, LOWRANK_CLIENTS, TOKENS
-    from ..benchmarks.kernels import run_kernels
+    from protoken.benchmarks.kernel_cases import DENSE_CLIENTS, FORMATS, LOWRANK_CLIENTS, TOKENS
+    from protoken.benchmarks.kernels import run_kernels
 
     run_kernels(
         device,

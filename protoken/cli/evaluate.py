@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..evaluation.experiments import EXPERIMENTS
+from protoken.evaluation.experiments import EXPERIMENTS
 
 app = typer.Typer(
     help="Reproduce the published experiments; a run that was killed goes on where it stood.", no_args_is_help=True
@@ -37,8 +37,8 @@ def _command(name: str) -> Callable[..., None]:
             Path | None, typer.Option(help="Base models and federations; <out>/cache if left out.", show_default=False)
         ] = None,
     ) -> None:
-        from ..evaluation.harness import experiment_of, quick_settings, run_experiment
-        from ..evaluation.report import show_cells
+        from protoken.evaluation.harness import experiment_of, quick_settings, run_experiment
+        from protoken.evaluation.report import show_cells
 
         console = Console()
         settings = quick_settings(name) if quick else experiment_of(name).DEFAULTS
@@ -75,7 +75,7 @@ def report(
     ] = None,
 ) -> None:
     """Markdown tables of finished runs, as in docs/results."""
-    from ..evaluation.report import sections, write_into
+    from protoken.evaluation.report import sections, write_into
 
     found = sections(files)
     if into is not None:

@@ -16,9 +16,9 @@ from rich.filesize import decimal
 from rich.progress import Progress
 from rich.text import Text
 
-from .. import ledger as ledgers
-from ..report.fitting import Column, Fitted
-from ..report.visible import name, visible
+from protoken import ledger as ledgers
+from protoken.report.fitting import Column, Fitted
+from protoken.report.visible import name, visible
 
 app = typer.Typer(help="Fill, read and check a ledger.", no_args_is_help=True)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import ArgumentError
+from protoken.errors import ArgumentError
 
 app = typer.Typer(help="Drill down from a response to training records.", no_args_is_help=True)
 
@@ -45,8 +45,7 @@ def make_probe(
 ) -> None:
     """At the server: how the weights would move along and against this response."""
     import protoken
-
-    from ..evaluation.base_model import load_base
+    from protoken.evaluation.base_model import load_base
 
     loaded = protoken.Trace.load(trace)
     base = load_base(model)
@@ -67,8 +66,8 @@ def score_records(
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
 ) -> None:
     """At the client: which of its own records move with the response."""
-    from ..evaluation.base_model import load_base
-    from ..records import RecordProbe
+    from protoken.evaluation.base_model import load_base
+    from protoken.records import RecordProbe
 
     opened, rows = RecordProbe.load(probe), read_records(records)
     base = load_base(model)

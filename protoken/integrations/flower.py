@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..arguments import check_flag, check_word
-from ..errors import ArgumentError, MissingDependencyError, ProtokenError, ProtokenWarning
-from ..ledger import Ledger
-from ..ledger.checkpoints import Patterns, select
-from ..paths import path_of
-from . import flower_messages as messages
-from .flower_rules import Rule, rule_of
+from protoken.arguments import check_flag, check_word
+from protoken.errors import ArgumentError, MissingDependencyError, ProtokenError, ProtokenWarning
+from protoken.integrations import flower_messages as messages
+from protoken.integrations.flower_rules import Rule, rule_of
+from protoken.ledger import Ledger
+from protoken.ledger.checkpoints import Patterns, select
+from protoken.paths import path_of
 
 OnError = Literal["raise", "warn"]
 RECORD, CLIENT_ID = messages.RECORD, messages.CLIENT_ID

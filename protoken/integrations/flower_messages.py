@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ProtokenWarning
-from ..ledger import ClientUpdate, Ledger
-from ..ledger import names as rules_of_names
-from ..ledger.updates import Value
+from protoken.errors import ArgumentError, ProtokenWarning
+from protoken.ledger import ClientUpdate, Ledger
+from protoken.ledger import names as rules_of_names
+from protoken.ledger.updates import Value
 
 RECORD, CLIENT_ID = "protoken", "client-id"
 # Key -> Array (of a message), or bytes in numpy's format (of Parameters).

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..ledger import ClientUpdate, rules
-from ..ledger.updates import Value
-from .flower_messages import Reply
+from protoken.errors import ArgumentError
+from protoken.integrations.flower_messages import Reply
+from protoken.ledger import ClientUpdate, rules
+from protoken.ledger.updates import Value
 
 _MEANS = {"FedAvg": "fedavg", "FedProx": "fedprox"}
 _ROBUST = {"FedMedian": "median", "FedTrimmedAvg": "trimmed-mean", "Bulyan": "bulyan"}

@@ -23,10 +23,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import client_totals, client_totals_reference
-from ..ways.projection import Scores
-from .game import Game
-from .placement import placed
+from protoken.methods.game import Game
+from protoken.methods.placement import placed
+from protoken.ops import client_totals, client_totals_reference
+from protoken.ways.projection import Scores
 
 
 def aumann_shapley_scores(

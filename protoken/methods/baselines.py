@@ -22,13 +22,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ledger import Ledger
-from ..models.layers import is_conv1d
-from ..ops import client_scores, client_scores_reference
-from ..ways.projection import Scores
-from .aumann_shapley import project
-from .game import Game
-from .weights import participants
+from protoken.ledger import Ledger
+from protoken.methods.aumann_shapley import project
+from protoken.methods.game import Game
+from protoken.methods.weights import participants
+from protoken.models.layers import is_conv1d
+from protoken.ops import client_scores, client_scores_reference
+from protoken.ways.projection import Scores
 
 
 def chance(game: Game, ledger: Ledger) -> Tensor:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from ..models.architectures import Architecture
-from ..models.patching import after, hooks
-from ..ways.dual import forward_mode_of_torch
-from ..ways.forward_autograd import use_plain_formulas
-from ..ways.objective import Objective, objective_values
-from ..ways.relevance import Response
-from .moved import Moved
-from .weights import Updates, point
+from protoken.methods.moved import Moved
+from protoken.methods.weights import Updates, point
+from protoken.models.architectures import Architecture
+from protoken.models.patching import after, hooks
+from protoken.ways.dual import forward_mode_of_torch
+from protoken.ways.forward_autograd import use_plain_formulas
+from protoken.ways.objective import Objective, objective_values
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,10 +23,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..ledger import Ledger
-from ..ways.projection import Scores
-from .game import Game
-from .weights import Updates, participants
+from protoken.ledger import Ledger
+from protoken.methods.game import Game
+from protoken.methods.weights import Updates, participants
+from protoken.ways.projection import Scores
 
 
 def leave_one_out_scores(game: Game, ledger: Ledger, *, reaggregate: bool = True) -> Scores:

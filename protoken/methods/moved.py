@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..models.architectures import Architecture, architecture_of
-from ..models.patching import after, before, hooks
-from ..models.twin import twin_of
-from ..ways.replay import passed_through, replaced_input
-from .weights import wide
+from protoken.methods.weights import wide
+from protoken.models.architectures import Architecture, architecture_of
+from protoken.models.patching import after, before, hooks
+from protoken.models.twin import twin_of
+from protoken.ways.replay import passed_through, replaced_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

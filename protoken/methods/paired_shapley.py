@@ -21,8 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from .shapley import Value
+from protoken.errors import ArgumentError
+from protoken.methods.shapley import Value
 
 
 def paired_shapley(value: Value, count: int, pairs: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import GenerationError
-from ..models.adapters import effective_weight
-from ..models.layers import layer_of
-from ..models.patching import after, hooks, replaced_attribute
-from ..models.quantised import straight_through
-from ..ways.objective import Objective
+from protoken.errors import GenerationError
+from protoken.models.adapters import effective_weight
+from protoken.models.layers import layer_of
+from protoken.models.patching import after, hooks, replaced_attribute
+from protoken.models.quantised import straight_through
+from protoken.ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

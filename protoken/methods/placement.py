@@ -29,8 +29,8 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from ..errors import ArgumentError
-from .spline import Array, Spline
+from protoken.errors import ArgumentError
+from protoken.methods.spline import Array, Spline
 
 LOOKS = 31
 """At how many positions between the ends f is looked at, at most."""

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..errors import ArgumentError, LayerError
-from ..ledger import Ledger
-from ..models.adapters import recorded_as
-from ..models.architectures import Architecture
-from ..models.layers import layer_of
-from ..ways.objective import Objective
-from ..ways.projection import Scores
-from ..ways.relevance import Response
-from .aumann_shapley import aumann_shapley_scores
-from .baselines import BASELINES, baseline_scores
-from .game import Game
-from .leave_one_out import leave_one_out_scores
-from .placement import gauss_legendre
-from .shapley import paired_shapley_scores, shapley_scores
-from .weights import Updates, parameter_of
+from protoken.errors import ArgumentError, LayerError
+from protoken.ledger import Ledger
+from protoken.methods.aumann_shapley import aumann_shapley_scores
+from protoken.methods.baselines import BASELINES, baseline_scores
+from protoken.methods.game import Game
+from protoken.methods.leave_one_out import leave_one_out_scores
+from protoken.methods.placement import gauss_legendre
+from protoken.methods.shapley import paired_shapley_scores, shapley_scores
+from protoken.methods.weights import Updates, parameter_of
+from protoken.models.adapters import recorded_as
+from protoken.models.architectures import Architecture
+from protoken.models.layers import layer_of
+from protoken.ways.objective import Objective
+from protoken.ways.projection import Scores
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

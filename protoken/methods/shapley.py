@@ -24,9 +24,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..ways.projection import Scores
-from .game import Game
+from protoken.errors import ArgumentError
+from protoken.methods.game import Game
+from protoken.ways.projection import Scores
 
 EXACT_UP_TO = 8
 DEFAULT_PAIRS = 16
@@ -57,7 +57,7 @@ def shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0, exact
 
 def paired_shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0) -> Scores:
     """Shapley values per token by `paired_shapley`: `pairs` sampled coalitions with their complements, K if None."""
-    from .paired_shapley import paired_shapley
+    from protoken.methods.paired_shapley import paired_shapley
 
     coalitions = Coalitions(game)
     count = len(coalitions.players)

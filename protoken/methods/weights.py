@@ -17,11 +17,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
-from ..ledger import Ledger, Round
-from ..models.adapters import PEFT_PREFIX, active_in, require_acting
-from ..models.quantised import is_quantised
-from ..models.twin import bound_otherwise, twin_of
+from protoken.errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
+from protoken.ledger import Ledger, Round
+from protoken.models.adapters import PEFT_PREFIX, active_in, require_acting
+from protoken.models.quantised import is_quantised
+from protoken.models.twin import bound_otherwise, twin_of
 
 M = TypeVar("M", bound=nn.Module)
 

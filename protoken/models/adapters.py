@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError, LedgerMismatchError, ModelError
-from ..ledger import Ledger, LowRank, Round
-from .layers import Layer, is_tied
-from .quantised import dense_weight
+from protoken.errors import LayerError, LedgerMismatchError, ModelError
+from protoken.ledger import Ledger, LowRank, Round
+from protoken.models.layers import Layer, is_tied
+from protoken.models.quantised import dense_weight
 
 PEFT_PREFIX = "base_model.model."
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import ArgumentError, LayerError, ModelError
-from .adapters import PEFT_PREFIX
-from .families import FAMILIES
-from .layers import base_of, is_tied, layer_of, linear_names
-from .patching import refuse_parallel
-from .structure import by_structure, decoder_of, find_blocks
+from protoken.errors import ArgumentError, LayerError, ModelError
+from protoken.models.adapters import PEFT_PREFIX
+from protoken.models.families import FAMILIES
+from protoken.models.layers import base_of, is_tied, layer_of, linear_names
+from protoken.models.patching import refuse_parallel
+from protoken.models.structure import by_structure, decoder_of, find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError
+from protoken.errors import LayerError
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from protoken.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False)

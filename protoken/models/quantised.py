@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import Layer
-from .patching import after, hooks, replaced_method
+from protoken.models.layers import Layer
+from protoken.models.patching import after, hooks, replaced_method
 
 
 def at_hand(module: nn.Module) -> AbstractContextManager[Any]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError
-from .families import FAMILIES, Family
-from .layers import layer_of, linear_names
+from protoken.errors import ModelError
+from protoken.models.families import FAMILIES, Family
+from protoken.models.layers import layer_of, linear_names
 
 # How families call what mixes positions, and its layer that writes to the residual stream.
 _MIXERS = ("attn", "attention", "mamba", "conv", "recurrent", "temporal")

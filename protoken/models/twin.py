@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import ModelError
-from .architectures import Architecture, architecture_of
-from .patching import Substitute
+from protoken.errors import ModelError
+from protoken.models.architectures import Architecture, architecture_of
+from protoken.models.patching import Substitute
 
 M = TypeVar("M", bound=nn.Module)
 

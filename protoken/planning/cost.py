@@ -15,7 +15,7 @@ round's change. Which way is cheapest is a matter of T against K, hence settled 
 
 from __future__ import annotations
 
-from .sizes import Sizes
+from protoken.planning.sizes import Sizes
 
 TANGENT = 1.6
 BACKWARD = 1.6

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..errors import ArgumentError
-from .plan import Plan
-from .sizes import LayerSize, Sizes
+from protoken.errors import ArgumentError
+from protoken.planning.plan import Plan
+from protoken.planning.sizes import LayerSize, Sizes
 
 KEPT = 1 << 30
 """Banks up to this size are read once and kept, unless a ceiling says otherwise."""

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..arguments import check_word, is_whole, listed
-from ..banks.bank import Rounds
-from ..dispatch import ORDER
-from ..errors import ArgumentError
-from ..ways.objective import Objective
+from protoken.arguments import check_word, is_whole, listed
+from protoken.banks.bank import Rounds
+from protoken.dispatch import ORDER
+from protoken.errors import ArgumentError
+from protoken.ways.objective import Objective
 
 Way = Literal["auto", "local", "reverse", "forward"]
 Granularity = Literal["auto", "sequence", "token", "layer", "position"]

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..errors import ArgumentError
-from ..methods.replayed import REPLAYED, Settings
-from ..models.architectures import Architecture
-from ..ways.objective import Objective
-from .options import Method, Options
+from protoken.errors import ArgumentError
+from protoken.methods.replayed import REPLAYED, Settings
+from protoken.models.architectures import Architecture
+from protoken.planning.options import Method, Options
+from protoken.ways.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..banks.bank import LedgerBank
-from ..models.architectures import Architecture
-from ..models.layers import Layer, layer_of
-from .plan import Plan, local_layers
+from protoken.banks.bank import LedgerBank
+from protoken.models.architectures import Architecture
+from protoken.models.layers import Layer, layer_of
+from protoken.planning.plan import Plan, local_layers
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ probe.py    at the server, and at the client; text.py, a record as the model rea
 scores.py   what comes back
 """
 
-from .probe import RecordProbe, record_probe
-from .scores import RecordScores
+from protoken.records.probe import RecordProbe, record_probe
+from protoken.records.scores import RecordScores
 
 __all__ = ["RecordProbe", "RecordScores", "record_probe"]

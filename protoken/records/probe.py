@@ -34,26 +34,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from ..arguments import check_count, check_rate
-from ..confidence import check_trace
-from ..errors import ArgumentError, LedgerMismatchError, NonFiniteError
-from ..ledger import Ledger, tensor_digest
-from ..ledger.transfer import save_tensors
-from ..methods.moved import Moved
-from ..methods.replayed import moving_parameters
-from ..methods.weights import own_names, parameter_of
-from ..models.architectures import architecture_of
-from ..models.layers import input_device
-from ..models.patching import evaluation_mode, refuse_inference_mode
-from ..origin import ids_of, origin_of
-from ..paths import file_to_read
-from ..planning.options import names_of
-from ..results import Trace
-from ..text import as_row, check_tokenizer
-from ..ways.objective import objective_values
-from ..ways.relevance import Response
-from .scores import RecordScores
-from .text import EncodedRecord, Record, encode_record
+from protoken.arguments import check_count, check_rate
+from protoken.confidence import check_trace
+from protoken.errors import ArgumentError, LedgerMismatchError, NonFiniteError
+from protoken.ledger import Ledger, tensor_digest
+from protoken.ledger.transfer import save_tensors
+from protoken.methods.moved import Moved
+from protoken.methods.replayed import moving_parameters
+from protoken.methods.weights import own_names, parameter_of
+from protoken.models.architectures import architecture_of
+from protoken.models.layers import input_device
+from protoken.models.patching import evaluation_mode, refuse_inference_mode
+from protoken.origin import ids_of, origin_of
+from protoken.paths import file_to_read
+from protoken.planning.options import names_of
+from protoken.records.scores import RecordScores
+from protoken.records.text import EncodedRecord, Record, encode_record
+from protoken.results import Trace
+from protoken.text import as_row, check_tokenizer
+from protoken.ways.objective import objective_values
+from protoken.ways.relevance import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

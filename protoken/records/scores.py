@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import finite, listed
-from ..errors import ArgumentError
-from ..paths import file_to_read, path_of, write_text, write_whole
-from ..results.checks import Array, frozen_array, utf8
+from protoken.arguments import finite, listed
+from protoken.errors import ArgumentError
+from protoken.paths import file_to_read, path_of, write_text, write_whole
+from protoken.results.checks import Array, frozen_array, utf8
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,7 +103,7 @@ class RecordScores:
         from rich.table import Table
         from rich.text import Text
 
-        from ..report.visible import name, visible
+        from protoken.report.visible import name, visible
 
         table = Table(title=f"the {min(SHOWN, len(self))} highest of {len(self)} records")
         for column in ("rank", "record", "client", "nats per token", "answer"):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ArgumentError, PromptError
-from ..text import encode_prompt, encode_text
+from protoken.errors import ArgumentError, PromptError
+from protoken.text import encode_prompt, encode_text
 
 Record = str | tuple[str, str] | Mapping[str, Any]
 """Plain text; (prompt, answer); {"prompt": ..., "response": ...}; or {"messages": [...]} that ends with the answer.

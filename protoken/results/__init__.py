@@ -6,6 +6,6 @@ checks.py   what must hold of a trace that is read from a file
 export.py   JSON, files; frame.py, tables
 """
 
-from .result import ClientScore, Objective, Token, TokenScore, Trace, TraceInfo
+from protoken.results.result import ClientScore, Objective, Token, TokenScore, Trace, TraceInfo
 
 __all__ = ["ClientScore", "Objective", "Token", "TokenScore", "Trace", "TraceInfo"]

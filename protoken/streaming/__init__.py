@@ -6,7 +6,7 @@ leaf_tap.py     gradients of the newest token; gated_tail.py, most of them in on
 handover.py     generator and caller take turns in two threads; openmp.py, whose threads compute
 """
 
-from .api import Stream, stream
-from .run import StreamedToken
+from protoken.streaming.api import Stream, stream
+from protoken.streaming.run import StreamedToken
 
 __all__ = ["Stream", "StreamedToken", "stream"]

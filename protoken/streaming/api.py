@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..arguments import check_callable
-from ..attachment import attachment_of, make_attachment
-from ..banks.bank import Rounds, select_rounds
-from ..dispatch import choose
-from ..generation import check_seed, complete_arguments, with_length
-from ..ledger import Ledger
-from ..models.layers import input_device
-from ..models.patching import refuse_inference_mode
-from ..planning.options import Options
-from ..planning.plan import make_plan
-from ..results import Trace
-from ..text import Prompt, as_row, check_ids, encode_prompt
-from ..ways.objective import Objective
-from .checks import checked_arguments
-from .handover import pulled
-from .run import StreamedToken, StreamRun
+from protoken.arguments import check_callable
+from protoken.attachment import attachment_of, make_attachment
+from protoken.banks.bank import Rounds, select_rounds
+from protoken.dispatch import choose
+from protoken.generation import check_seed, complete_arguments, with_length
+from protoken.ledger import Ledger
+from protoken.models.layers import input_device
+from protoken.models.patching import refuse_inference_mode
+from protoken.planning.options import Options
+from protoken.planning.plan import make_plan
+from protoken.results import Trace
+from protoken.streaming.checks import checked_arguments
+from protoken.streaming.handover import pulled
+from protoken.streaming.run import StreamedToken, StreamRun
+from protoken.text import Prompt, as_row, check_ids, encode_prompt
+from protoken.ways.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ArgumentError, GenerationError
-from ..generation import check_arguments
-from ..models.twin import is_compiled
+from protoken.errors import ArgumentError, GenerationError
+from protoken.generation import check_arguments
+from protoken.models.twin import is_compiled
 
 _LATER = "Use protoken.trace or protoken.tracing, which replay such a generation once it is complete"
 _BATCH = "Use protoken.tracing for several, or one stream for each"

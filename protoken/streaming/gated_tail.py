@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..dispatch import native
-from ..models.architectures import Architecture
-from ..models.patching import hooks
-from ..models.structure import decoder_of
-from ..ops.gated_tail import GatedBlock, GatedValues
+from protoken.dispatch import native
+from protoken.models.architectures import Architecture
+from protoken.models.patching import hooks
+from protoken.models.structure import decoder_of
+from protoken.ops.gated_tail import GatedBlock, GatedValues
 
 # Two fp32 ways to one gradient differ by the rounding of sums of a few thousand terms.
 _ROUNDING = 1e-5

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .openmp import release_idle_workers
+from protoken.streaming.openmp import release_idle_workers
 
 T = TypeVar("T")
 

@@ -29,16 +29,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GenerationError
-from ..generation import Generated
-from ..models.architectures import Architecture
-from ..models.layers import Layer, layer_of
-from ..models.patching import after, hooks
-from ..ways.capture import Capture, check_one_stream
-from ..ways.objective import Objective, is_last_row, is_plain, objective_values, pull_from_head, pull_through_head
-from ..ways.relevance import Response, local_relevance
-from ..ways.sites import visited
-from .gated_tail import GatedTail
+from protoken.errors import GenerationError
+from protoken.generation import Generated
+from protoken.models.architectures import Architecture
+from protoken.models.layers import Layer, layer_of
+from protoken.models.patching import after, hooks
+from protoken.streaming.gated_tail import GatedTail
+from protoken.ways.capture import Capture, check_one_stream
+from protoken.ways.objective import (
+    Objective,
+    is_last_row,
+    is_plain,
+    objective_values,
+    pull_from_head,
+    pull_through_head,
+)
+from protoken.ways.relevance import Response, local_relevance
+from protoken.ways.sites import visited
 
 # How often a pass looks whether the generation shall be abandoned.
 _CHECKS = 6

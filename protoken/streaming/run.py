@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..assembly import assemble, model_name
-from ..attachment import Attachment
-from ..banks.bank import Bank
-from ..banks.layer_bank import scores
-from ..models.patching import evaluation_mode
-from ..origin import remember
-from ..planning.plan import Plan
-from ..results import Trace
-from ..ways.projection import Scores, project_local
-from ..ways.relevance import LocalRelevance, Response
-from .handover import OwnSeed
-from .leaf_tap import LeafTap, TokenRelevance
+from protoken.assembly import assemble, model_name
+from protoken.attachment import Attachment
+from protoken.banks.bank import Bank
+from protoken.banks.layer_bank import scores
+from protoken.models.patching import evaluation_mode
+from protoken.origin import remember
+from protoken.planning.plan import Plan
+from protoken.results import Trace
+from protoken.streaming.handover import OwnSeed
+from protoken.streaming.leaf_tap import LeafTap, TokenRelevance
+from protoken.ways.projection import Scores, project_local
+from protoken.ways.relevance import LocalRelevance, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ class StreamRun:
     def __call__(self, push: Callable[[StreamedToken], object], check: Callable[[], None]) -> None:
         """Generate; `push` takes each token, `check` raises where the generation shall end early."""
         # Its classes are transformers', which is not loaded before there is a model.
-        from .step import Step
+        from protoken.streaming.step import Step
 
         architecture = self.own.architecture
         tap = LeafTap(self.model, architecture, self.plan.layers, self.plan.objective, self.plan.backend)

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..precision import warn_of_noise
-from ..text import tokens_of
-from .handover import OwnSeed
-from .leaf_tap import LeafTap
-from .run import StreamedToken, StreamRun
+from protoken.precision import warn_of_noise
+from protoken.streaming.handover import OwnSeed
+from protoken.streaming.leaf_tap import LeafTap
+from protoken.streaming.run import StreamedToken, StreamRun
+from protoken.text import tokens_of
 
 
 class Step(BaseStreamer):  # type: ignore[misc]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..models.architectures import Architecture
-from ..models.patching import after, before, hooks
+from protoken.errors import ModelError
+from protoken.models.architectures import Architecture
+from protoken.models.patching import after, before, hooks
 
 
 @dataclass

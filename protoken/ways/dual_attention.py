@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .dual import RULES, Dual, NoRule, tangent_of, value_of
+from protoken.ways.dual import RULES, Dual, NoRule, tangent_of, value_of
 
 # Elements of dS that are held at once; four such buffers are alive.
 _SCRATCH = 1 << 21

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .dual import RULES, Dual, Rule, by_autograd, tangent_of, value_of
+from protoken.ways.dual import RULES, Dual, Rule, by_autograd, tangent_of, value_of
 
 
 def _for(*functions: Any) -> Callable[[Rule], Rule]:

@@ -23,19 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..banks.layer_bank import LayerBank, directions
-from ..models.architectures import Architecture
-from ..models.layers import Layer, layer_of
-from ..models.patching import after, before, current_method, hooks, replaced_method
-from ..models.quantised import dequantised, quantised_linears, straight_through
-from . import dual_rules  # noqa: F401 - its rules are what makes tangents cheap
-from .capture import Capture, run_whole
-from .dual import Dual, NoRule, tangent_of, value_of
-from .dual_attention import only_rows
-from .forward_autograd import scores_by_autograd, use_plain_formulas
-from .relevance import LocalRelevance, Response, replay_error
-from .replay import by_position, on_hidden_states_alone, passed_through, replaced_input
-from .sites import check_first_visit, check_visited, visited
+from protoken.banks.layer_bank import LayerBank, directions
+from protoken.models.architectures import Architecture
+from protoken.models.layers import Layer, layer_of
+from protoken.models.patching import after, before, current_method, hooks, replaced_method
+from protoken.models.quantised import dequantised, quantised_linears, straight_through
+from protoken.ways import dual_rules  # noqa: F401 - its rules are what makes tangents cheap
+from protoken.ways.capture import Capture, run_whole
+from protoken.ways.dual import Dual, NoRule, tangent_of, value_of
+from protoken.ways.dual_attention import only_rows
+from protoken.ways.forward_autograd import scores_by_autograd, use_plain_formulas
+from protoken.ways.relevance import LocalRelevance, Response, replay_error
+from protoken.ways.replay import by_position, on_hidden_states_alone, passed_through, replaced_input
+from protoken.ways.sites import check_first_visit, check_visited, visited
 
 # Bytes of one activation with all its tangents: more directions at once bring no more speed, only memory.
 _AT_ONCE = 128 << 20

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..banks.layer_bank import LayerBank, directions
-from ..models.architectures import Architecture
-from ..models.layers import Layer, layer_of
-from ..models.patching import after, before, hooks, replaced_method
-from ..models.quantised import linearised, recorded
-from .capture import Capture, run_whole
-from .dual import forward_mode_of_torch
-from .relevance import LocalRelevance, Response, replay_error
-from .replay import Tap, on_hidden_states_alone, passed_through, replaced_input, replay
-from .sites import check_first_visit, check_visited, visited
+from protoken.banks.layer_bank import LayerBank, directions
+from protoken.models.architectures import Architecture
+from protoken.models.layers import Layer, layer_of
+from protoken.models.patching import after, before, hooks, replaced_method
+from protoken.models.quantised import linearised, recorded
+from protoken.ways.capture import Capture, run_whole
+from protoken.ways.dual import forward_mode_of_torch
+from protoken.ways.relevance import LocalRelevance, Response, replay_error
+from protoken.ways.replay import Tap, on_hidden_states_alone, passed_through, replaced_input, replay
+from protoken.ways.sites import check_first_visit, check_visited, visited
 
 
 class _Reached(Exception):

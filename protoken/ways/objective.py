@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..models.quantised import is_quantised
-from ..results.parts import Objective
+from protoken.models.quantised import is_quantised
+from protoken.results.parts import Objective
 
 __all__ = [
     "Objective",

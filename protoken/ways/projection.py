@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..banks.bank import Bank, BankInParts
-from ..banks.layer_bank import LayerBank, scores, totals
-from .relevance import LocalRelevance, ReverseRelevance
+from protoken.banks.bank import Bank, BankInParts
+from protoken.banks.layer_bank import LayerBank, scores, totals
+from protoken.ways.relevance import LocalRelevance, ReverseRelevance
 
 
 @dataclass(frozen=True)

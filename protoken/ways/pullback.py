@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.architectures import Architecture
-from ..models.layers import Layer, layer_of
-from ..models.patching import after, before, hooks
-from ..models.quantised import straight_through
-from .capture import Capture, run_whole
-from .relevance import LocalRelevance, Response, replay_error
-from .replay import Tap, by_position, on_hidden_states_alone, passed_through, replaced_input
-from .sites import check_first_visit, check_visited, visited
+from protoken.models.architectures import Architecture
+from protoken.models.layers import Layer, layer_of
+from protoken.models.patching import after, before, hooks
+from protoken.models.quantised import straight_through
+from protoken.ways.capture import Capture, run_whole
+from protoken.ways.relevance import LocalRelevance, Response, replay_error
+from protoken.ways.replay import Tap, by_position, on_hidden_states_alone, passed_through, replaced_input
+from protoken.ways.sites import check_first_visit, check_visited, visited
 
 
 @dataclass

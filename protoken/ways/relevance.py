@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import GenerationError
-from ..models.architectures import Architecture
-from ..models.layers import layer_of
-from .capture import Capture
-from .objective import Objective, gathered_head, is_plain, objective_values
-from .replay import Replayed, Tap, replay
+from protoken.errors import GenerationError
+from protoken.models.architectures import Architecture
+from protoken.models.layers import layer_of
+from protoken.ways.capture import Capture
+from protoken.ways.objective import Objective, gathered_head, is_plain, objective_values
+from protoken.ways.replay import Replayed, Tap, replay
 
 # A replay that differs by more than this from what generation computed is another computation, not rounding. Most
 # families compute rotary angles and norms in fp32 whatever their weights are.

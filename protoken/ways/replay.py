@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GenerationError, ProtokenError
-from ..models.architectures import Architecture
-from ..models.layers import Layer, layer_of
-from ..models.patching import after, before, hooks, replaced_method
-from ..models.quantised import straight_through
-from .capture import run_whole
-from .sites import Visit, check_first_visit, check_visited, visited
+from protoken.errors import GenerationError, ProtokenError
+from protoken.models.architectures import Architecture
+from protoken.models.layers import Layer, layer_of
+from protoken.models.patching import after, before, hooks, replaced_method
+from protoken.models.quantised import straight_through
+from protoken.ways.capture import run_whole
+from protoken.ways.sites import Visit, check_first_visit, check_visited, visited
 
 
 @dataclass

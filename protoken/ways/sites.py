@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..errors import GenerationError
-from ..models.layers import Layer, is_experts
-from ..models.patching import after, current_method, hooks, replaced_method
+from protoken.errors import GenerationError
+from protoken.models.layers import Layer, is_experts
+from protoken.models.patching import after, current_method, hooks, replaced_method
 
 # visit(layer, x, y, route) -> y; route is the expert of every slot [rows, n], or None.
 Visit = Callable[[Layer, Tensor, Tensor, Tensor | None], Tensor]
