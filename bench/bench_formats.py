@@ -23,8 +23,8 @@ import torch
 
 from protoken import _C
 from protoken.benchmarks.kernel_cases import DENSE_CLIENTS, FORMATS, SHAPES, Case, prepare
-from protoken.benchmarks.measuring import machine
-from protoken.benchmarks.turns import paired_ratio, spread_of
+from protoken.benchmarks.turns import interquartile_range, paired_ratio
+from protoken.machine import machine
 
 CPU = torch.device("cpu")
 CACHES = 24_000_000  # numbers of 4 bytes, more than any cache they pass through holds
@@ -59,7 +59,7 @@ def compare(op: str, model: str, layer: str, clients: int, seconds: float) -> di
         ratio, low, high, _ = paired_ratio(times["fp32"], taken)
         row[name] = {
             "median_s": statistics.median(taken),
-            "spread_s": spread_of(taken),
+            "spread_s": interquartile_range(taken),
             "bytes": cases[name].bytes,
             "times_as_fast": ratio,
             "interval": [low, high],

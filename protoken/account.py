@@ -23,6 +23,7 @@ from protoken.results import Trace
 from protoken.results.checks import Array
 
 EXACT_UP_TO = 12
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,10 @@ def _of_client(
             if len(trace.client_ids) > 1:
                 differences.append(own - (float(trace.totals.sum()) - own) / (len(trace.client_ids) - 1))
     values = np.array(scores)
-    sums = values[generator.integers(0, len(values), size=(draws, len(values)))].sum(axis=1)
+    resampled = (
+        values[generator.integers(0, len(values), size=(some, len(values)))] for some in _pieces(draws, values)
+    )
+    sums = np.concatenate([sample.sum(axis=1) for sample in resampled])
     tail = (1 - confidence) / 2
     low, high = np.quantile(sums, [tail, 1 - tail])
     p = sign_test(np.array(differences), draws, generator)
@@ -168,5 +172,14 @@ def sign_test(differences: Array, draws: int, generator: np.random.Generator) ->
     if count <= EXACT_UP_TO:
         signs = np.array(list(itertools.product((1, -1), repeat=count)))
         return float(np.mean(signs @ differences >= observed - slack))
-    signs = generator.integers(0, 2, size=(draws, count)) * 2 - 1
-    return float((1 + np.sum(signs @ differences >= observed - slack)) / (draws + 1))
+    reached = 0
+    for some in _pieces(draws, differences):
+        signs = generator.integers(0, 2, size=(some, count)) * 2 - 1
+        reached += int(np.sum(signs @ differences >= observed - slack))
+    return float((1 + reached) / (draws + 1))
+
+
+def _pieces(draws: int, values: Array) -> list[int]:
+    """Draws that may be in memory together, until there are all of them."""
+    piece = max(1, _NUMBERS_AT_ONCE // len(values))
+    return [min(piece, draws - start) for start in range(0, draws, piece)]

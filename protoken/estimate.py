@@ -94,7 +94,19 @@ def estimate(
     refuse_inference_mode(model)
     check_arguments(model, generate_arguments)
     check_seed(seed)
-    options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
+    options = Options(
+        rounds=rounds,
+        blocks=blocks,
+        layers=layers,
+        way=way,
+        granularity=granularity,
+        objective=objective,
+        method=method,
+        backend=backend,
+        nodes=nodes,
+        pairs=pairs,
+        memory_limit=memory_limit,
+    )
     session = Session.of(model, ledger, tokenizer, options, seed=seed)
     choose("client_scores", backend, input_device(model))
     if method != "protoken" or not isinstance(session.source, LedgerBank):

@@ -127,7 +127,19 @@ def trace(
     refuse_inference_mode(model)
     check_arguments(model, generate_arguments)
     check_seed(seed)
-    options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
+    options = Options(
+        rounds=rounds,
+        blocks=blocks,
+        layers=layers,
+        way=way,
+        granularity=granularity,
+        objective=objective,
+        method=method,
+        backend=backend,
+        nodes=nodes,
+        pairs=pairs,
+        memory_limit=memory_limit,
+    )
     session = Session.of(model, ledger, tokenizer, options, seed=seed)
     ids = encode_prompt(session.tokenizer, prompt, chat)
     check_ids(model, ids)

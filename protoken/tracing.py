@@ -92,7 +92,19 @@ def tracing(
     >>> tape.traces[0].show()
     """
     refuse_inference_mode(model)
-    options = Options(rounds, blocks, layers, way, granularity, objective, method, backend, nodes, pairs, memory_limit)
+    options = Options(
+        rounds=rounds,
+        blocks=blocks,
+        layers=layers,
+        way=way,
+        granularity=granularity,
+        objective=objective,
+        method=method,
+        backend=backend,
+        nodes=nodes,
+        pairs=pairs,
+        memory_limit=memory_limit,
+    )
     recorder = _Recorder(Session.of(model, ledger, tokenizer, options), current_method(model, "generate"))
     methods: dict[str, Callable[..., Any]] = {"generate": recorder.generate}
     if hasattr(model, "generate_batch"):

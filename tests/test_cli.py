@@ -208,10 +208,18 @@ def test_file_that_is_not_there_is_one_line(folder: Path, tmp_path: Path) -> Non
 
 def test_response_takes_no_settings_of_a_generation(folder: Path) -> None:
     asked = ["trace", "hi", "--model", str(folder / "model"), "--ledger", str(folder / "ledger"), "--response", "bye."]
-    for more in (["--max-new-tokens", "3"], ["--sample"]):
+    for more in (["--max-new-tokens", "3"], ["--max-new-tokens", "64"], ["--sample"]):
         refused = run(app, [*asked, *more])
         assert refused.exit_code == 2
         assert "--response" in refused.output
+
+
+def test_a_hyphen_is_no_name_of_a_file(folder: Path) -> None:
+    asked = ["trace", "hi", "--model", str(folder / "model"), "--ledger", str(folder / "ledger"), "--json", "-"]
+    refused = run(app, asked)
+    assert refused.exit_code == 2
+    assert "/dev/stdout" in refused.output
+    assert not Path("-").exists()
 
 
 def test_import_of_nothing_makes_no_ledger(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from transformers.generation import MaxTimeCriteria, TopKLogitsWarper, WatermarkingConfig
 
 import protoken
-from protoken.errors import ArgumentError, ProtokenWarning
+from protoken.errors import ArgumentError, ProtokenWarning, UnknownClientError
 from protoken.generation_record import recorded, replayed
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
@@ -254,3 +254,22 @@ def test_page_shows_the_beginning_of_a_long_list(federation: TinyFederation) -> 
     page = ask(federation, bad_words_ids=[[i] for i in range(3, 90)]).to_html()
     assert "[3], [4], [5]" in page
     assert "[80], [81]" not in page
+
+
+def test_a_client_whose_update_is_quarantined_is_refused_as_such(tmp_path: Path) -> None:
+    made = tiny_federation(tmp_path)
+    names = list(made.ledger.round(1).parameters)
+    before = {name: made.model.get_parameter(name).detach().clone() for name in names}
+    good = {name: torch.full_like(value, 1e-3) for name, value in before.items()}
+    bad = {name: torch.full_like(value, float("nan")) for name, value in before.items()}
+    with torch.no_grad():
+        for name in names:
+            made.model.get_parameter(name).add_(good[name])
+    after = {name: made.model.get_parameter(name).detach().clone() for name in names}
+    updates = [protoken.ClientUpdate("good", 1.0, delta=good), protoken.ClientUpdate("broken", 0.0, delta=bad)]
+    made.ledger.commit_round(before, after, updates, on_bad="quarantine")
+    trace = protoken.trace(made.model, PROMPT, ledger=made.path, max_new_tokens=3)
+    with pytest.raises(UnknownClientError, match=r"^without: .*got \['broken'\].*quarantined"):
+        trace.counterfactual("broken")
+    with pytest.raises(UnknownClientError, match=r"^without: expected clients of rounds \[2\], got \['null'\]$"):
+        trace.counterfactual("null")

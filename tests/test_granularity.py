@@ -127,6 +127,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "layers of a game": {"granularity": "layer", "method": "shapley"},
     "tokens against the way": {"granularity": "token", "way": "reverse", "method": "aumann_shapley"},
     "a word": {"granularity": "word"},
+    "nodes of the published": {"method": "paper", "nodes": 4},
+    "nodes at one point": {"nodes": 1},
+    "pairs of a path": {"method": "aumann_shapley", "pairs": 3},
     "a ceiling for a game": {"method": "leave_one_out", "memory_limit": "1GB"},
     "a ceiling for the published": {"method": "paper", "memory_limit": "1GB"},
 }
@@ -136,6 +139,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_what_is_not_offered_is_refused_with_the_reason(llama: TinyFederation, asked: dict[str, Any]) -> None:
     with pytest.raises(errors.ArgumentError, match="expected"):
         make_plan(architecture_of(llama.model), Options(**asked))
+
+
+def test_a_count_that_the_method_has_not_is_refused_by_name(llama: TinyFederation) -> None:
+    with pytest.raises(errors.ArgumentError, match=r"^pairs: .*shapley and paired_shapley.*got 3"):
+        protoken.trace(llama.model, [5, 6, 7], ledger=llama.path, method="leave_one_out", pairs=3)
 
 
 def test_way_is_the_cheaper_one_and_says_why(llama: TinyFederation) -> None:

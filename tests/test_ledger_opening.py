@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,29 @@ from protoken.ledger.verification import verify
 @pytest.fixture
 def path(tmp_path):
     return Path(small_ledger(tmp_path / "ledger", 3).path)
+
+
+def test_threads_may_read_one_ledger(tmp_path):
+    """More rounds than are kept in memory, and a switch between threads at almost every step."""
+    path = Path(small_ledger(tmp_path / "ledger", 80).path)
+    hashes = {number: Ledger.open(path).hash_of(number) for number in range(81)}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(3):
+            shared = Ledger.open(path)
+
+            def read(first: int, shared: Ledger = shared) -> None:
+                for step in range(80):
+                    number = 1 + (first + 7 * step) % 80
+                    assert shared.round(number).number == number
+                    assert shared.hash_of(number) == hashes[number]
+
+            with ThreadPoolExecutor(6) as pool:
+                for found in [pool.submit(read, 13 * n) for n in range(6)]:
+                    found.result()
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_pinning_before_the_first_round_and_hash_of_genesis(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tracemalloc
 from random import Random
 
@@ -307,6 +308,25 @@ def test_clients_may_come_and_go() -> None:
     book = protoken.account([first, second])
     assert {e.client: e.responses for e in book.clients} == {"a": 2, "b": 1, "c": 1, "d": 1, "e": 1}
     assert book["a"].total == 9
+
+
+def test_accounts_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = [noise(i, lead=0.1) for i in range(15)]
+    whole = protoken.account(traces)
+    assert 1 / 2001 < min(entry.p_value for entry in whole.clients) < 0.5
+    monkeypatch.setattr(sys.modules["protoken.account"], "_NUMBERS_AT_ONCE", 15 * 37)
+    assert protoken.account(traces) == whole
+
+
+def test_accounts_of_many_responses_need_little_memory() -> None:
+    """All signs or all draws at once would be 320 MB each."""
+    scores = np.random.default_rng(0).normal(size=(20_000, 2))
+    traces = [trace_of(row[None], clients=("a", "b")) for row in scores]
+    tracemalloc.start()
+    protoken.account(traces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
 
 
 def test_accounts_do_not_depend_on_the_order_of_responses() -> None:

@@ -286,7 +286,7 @@ def test_baselines_score_and_save(full: TinyFederation, method: str, tmp_path: P
 
 @pytest.mark.parametrize("method", ["aumann_shapley", "shapley", "paired_shapley"])
 def test_every_parameter_moves_embeddings_and_norms_too(full: TinyFederation, method: str) -> None:
-    trace = run(full, method=method, nodes=6)
+    trace = run(full, method=method, nodes=6 if method == "aumann_shapley" else None)
     assert len(trace.info.layers) == len(list(full.model.named_parameters()))
     assert abs(trace.residual) < 0.01 * abs(trace.change) + 1e-4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from tiny_models import tiny_model
 
 from protoken.benchmarks import overhead
-from protoken.benchmarks.measuring import peak_bytes, spread
+from protoken.benchmarks.measuring import peak_bytes, quartiles
 from protoken.benchmarks.overhead_cases import cases, random_ledger
 from protoken.errors import ArgumentError
 from protoken.evaluation.base_model import BaseModel
@@ -85,6 +86,34 @@ def test_rows_of_other_settings_stay_in_the_file(tmp_path: Path) -> None:
         run(path, ways=["local"])
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"rows": 1}', "no json", "kernels"])
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "figures.json"
+    if text == "kernels":
+        run(path, ways=["local"])
+        text = path.read_text().replace('"way"', '"backend"')
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match="json_path: expected a new file"):
+        run(path, ways=["local"])
+    assert path.read_text() == text
+
+
+def test_a_write_that_fails_leaves_the_rows_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "figures.json"
+    run(path, ways=["local"])
+    before = path.read_text()
+
+    def full(place: str, text: str) -> None:
+        Path(place).write_text(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("protoken.benchmarks.overhead.write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        run(path, ways=["local"], prompt_tokens=[6])
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_ledger_reaches_as_deep_as_asked(tmp_path: Path) -> None:
     model = tiny_model("smollm")
     architecture = architecture_of(model)
@@ -125,5 +154,5 @@ def test_memory_that_an_earlier_call_freed_is_not_counted_again() -> None:
 
 
 def test_spread_is_the_quartiles() -> None:
-    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == [2.0, 4.0]
-    assert spread([7.0]) == [7.0, 7.0]
+    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == [2.0, 4.0]
+    assert quartiles([7.0]) == [7.0, 7.0]

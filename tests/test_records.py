@@ -259,6 +259,13 @@ def test_a_probe_with_nan_is_refused(tmp_path: Path) -> None:
         RecordProbe.load(tmp_path / "p")
 
 
+@pytest.mark.parametrize("lost", ["clients", "texts"])
+def test_what_is_not_one_for_each_record_is_named(lost: str) -> None:
+    given = {"clients": ("a", "b"), "texts": ("x", "y"), lost: ("one",)}
+    with pytest.raises(ArgumentError, match=f"^{lost}: expected one for each of 2 records, got 1"):
+        RecordScores(("1", "2"), given["clients"], [1.0, 1.0], [2.0, 2.0], 0.01, texts=given["texts"])
+
+
 def test_hostile_names_are_drawn_not_obeyed(tmp_path: Path) -> None:
     from rich.console import Console
 

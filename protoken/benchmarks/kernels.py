@@ -31,10 +31,11 @@ from protoken.benchmarks.kernel_cases import (
     max_error,
     prepare,
 )
-from protoken.benchmarks.turns import paired_ratio, spread_of, take_turns, timed
+from protoken.benchmarks.turns import interquartile_range, paired_ratio, take_turns, timed
 from protoken.dispatch import backends_for
 from protoken.errors import ArgumentError, BackendError
-from protoken.paths import path_of, write_text
+from protoken.machine import processor
+from protoken.paths import path_of, write_text, write_whole
 
 OPS = ("client_scores", "client_scores_lowrank", "client_totals")
 LARGEST_ERROR = 1e-4  # relative; fp32 sums over tens of millions of products stay well below
@@ -95,7 +96,8 @@ def run_kernels(
         # Some runs take hours: what was measured before an interruption is kept.
         report["copy_bandwidth"] = statistics.median(copies) if copies else _copy_bandwidth(place)
         if path is not None:
-            write_text(path, json.dumps(report, indent=1) + "\n")
+            text = json.dumps(report, indent=1) + "\n"
+            write_whole(path, lambda place: write_text(place, text))
     _summary(report, console)
     return report
 
@@ -175,7 +177,7 @@ def _measure(case: Case, device: torch.device, seconds: float) -> tuple[list[dic
             | _labels(case)
             | {
                 "median_s": median,
-                "spread_s": spread_of(times[name]),
+                "spread_s": interquartile_range(times[name]),
                 "bytes": case.bytes,
                 "bandwidth_share": case.bytes / median / copy,
                 "best_torch": best,
@@ -218,18 +220,10 @@ def _describe(device: torch.device) -> dict[str, Any]:
 
     return {
         "kind": "cpu",
-        "name": _processor(),
+        "name": processor(),
         "threads": torch.get_num_threads(),
         "instruction_set": _C.instruction_set(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _versions() -> dict[str, str]:

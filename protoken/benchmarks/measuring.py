@@ -1,17 +1,14 @@
-"""Seconds, peak memory and the machine they belong to."""
+"""Seconds and peak memory of a call."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -53,27 +50,9 @@ def _give_back() -> None:
             trim(0)
 
 
-def spread(values: Sequence[float]) -> list[float]:
+def quartiles(values: Sequence[float]) -> list[float]:
     """First and third quartile."""
     if len(values) < 2:
         return [values[0], values[0]]
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return [quartiles[0], quartiles[2]]
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides versions."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]

@@ -21,12 +21,13 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from protoken.attachment import attach, detach
-from protoken.benchmarks.measuring import machine, peak_bytes, seconds, spread
+from protoken.benchmarks.measuring import peak_bytes, quartiles, seconds
 from protoken.benchmarks.overhead_cases import WAYS, Case, cases, random_ledger
 from protoken.errors import ArgumentError
 from protoken.evaluation.base_model import load_base
+from protoken.machine import machine
 from protoken.models.architectures import architecture_of
-from protoken.paths import write_text
+from protoken.paths import write_text, write_whole
 from protoken.trace import trace
 from protoken.versions import versions
 
@@ -102,7 +103,9 @@ def _write(path: Path | None, kept: Sequence[dict[str, Any]], rows: Sequence[dic
     fresh = {tuple(row[name] for name in _KEY) for row in rows}
     others = [row for row in kept if tuple(row[name] for name in _KEY) not in fresh]
     record = {"rows": [*others, *rows], "versions": versions(), "machine": machine()}
-    write_text(str(path), json.dumps(record, indent=2) + "\n")
+    # Whole or not at all: a run that is killed while it writes has rows of hours to lose.
+    text = json.dumps(record, indent=2) + "\n"
+    write_whole(str(path), lambda place: write_text(place, text))
 
 
 def _device(name: str) -> torch.device:
@@ -121,16 +124,24 @@ def _kept_rows(path: Path | None) -> list[dict[str, Any]]:
     """The rows that a file has already, if they may stand beside new ones."""
     if path is None or not path.exists():
         return []
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unusable("of this benchmark", error) from error
+    if not isinstance(record, dict) or not isinstance(record.get("rows"), list):
+        raise _unusable("of this benchmark", "something else")
     for name, own in (("machine", machine()), ("versions", versions())):
         if record.get(name) != own:
-            raise ArgumentError(
-                "json",
-                expected=f"a new file, or one with figures of this {name}",
-                got=record.get(name),
-                remedy="Name another file",
-            )
+            raise _unusable(f"of this {name}", record.get(name))
+    if not all(isinstance(row, dict) and set(_KEY) <= set(row) for row in record["rows"]):
+        raise _unusable("of this benchmark", "rows of another")
     return list(record["rows"])
+
+
+def _unusable(expected: str, got: object) -> ArgumentError:
+    return ArgumentError(
+        "json_path", expected=f"a new file, or one with figures {expected}", got=got, remedy="Name another file"
+    )
 
 
 def _time_one(
@@ -176,7 +187,7 @@ def _time_case(
         ("seconds_trace", [b for _, b in pairs]),
         ("ratio_trace_to_generate", ratios),
     ):
-        row[name], row[f"{name}_spread"] = statistics.median(values), spread(values)
+        row[name], row[f"{name}_spread"] = statistics.median(values), quartiles(values)
     # Every row has every key: None where the published algorithm was not timed.
     row |= dict.fromkeys(_OF_ORACLE)
     row["bytes_generate_peak"] = peaks[0]
@@ -189,7 +200,7 @@ _OF_ORACLE = ("seconds_oracle", "seconds_oracle_spread", "ratio_oracle_to_trace"
 
 def _add_oracle(rows: Sequence[dict[str, Any]], found: Sequence[float]) -> None:
     for row in rows:
-        row["seconds_oracle"], row["seconds_oracle_spread"] = statistics.median(found), spread(found)
+        row["seconds_oracle"], row["seconds_oracle_spread"] = statistics.median(found), quartiles(found)
         row["ratio_oracle_to_trace"] = row["seconds_oracle"] / row["seconds_trace"]
         row["ratio_oracle_to_generate"] = row["seconds_oracle"] / row["seconds_generate"]
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from protoken.benchmarks import measuring
+
 NORMAL_QUANTILE = 1.959964  # of the 95 % interval
 HOPELESS = 10.0  # times the fastest way, and over a second a call on a CPU: that call tells enough
 
@@ -46,7 +48,7 @@ def take_turns(ways: dict[str, Callable[[], object]], device: torch.device, seco
 
 
 def timed(way: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Seconds of one call; on an accelerator between two events, without what starting it takes."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
@@ -54,12 +56,10 @@ def timed(way: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
+    return measuring.seconds(way, device)
 
 
-def spread_of(taken: list[float]) -> float:
+def interquartile_range(taken: list[float]) -> float:
     """The interquartile range."""
     if len(taken) < 2:
         return 0.0

@@ -20,8 +20,6 @@ from protoken.errors import ProtokenError
 from protoken.report.encoding import take_any_encoding
 from protoken.report.visible import visible
 
-DEFAULT_NEW_TOKENS = 64
-
 app = typer.Typer(
     name="protoken",
     help="Which client taught the federated language model what it just said?",
@@ -72,7 +70,9 @@ def trace(
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="Sampled pairs of shapley and paired_shapley.")] = None,
     backend: Annotated[str, typer.Option(help="auto, cuda, triton, cpp or torch.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = DEFAULT_NEW_TOKENS,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The response's length at most.", show_default="64")
+    ] = None,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     raw: Annotated[bool, typer.Option(help="Do not wrap the prompt in the chat template.")] = False,
@@ -95,11 +95,13 @@ def trace(
     from protoken.generation import check_seed
     from protoken.planning.options import Options
 
-    if response is not None and (sample or max_new_tokens != DEFAULT_NEW_TOKENS):
+    if response is not None and (sample or max_new_tokens is not None):
         raise typer.BadParameter("is attributed as it stands, nothing is generated", param_hint="--response")
     if lineage and (rounds, objective, method, blocks, pairs) != ("last", None, "protoken", None, None):
         raise typer.BadParameter("chooses rounds, objective, method and blocks itself", param_hint="--lineage")
-    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample} if response is None else {}
+    generation: dict[str, Any] = {"do_sample": sample} if response is None else {}
+    if max_new_tokens is not None:
+        generation["max_new_tokens"] = max_new_tokens
     choices: dict[str, Any] = {
         "rounds": _rounds(rounds),
         "blocks": blocks,

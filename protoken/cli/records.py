@@ -24,6 +24,8 @@ def output_file(path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path.parent}: {error.strerror}") from error
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder; name a file")
+    if str(path) == "-":
+        raise typer.BadParameter("- would be a file of that name; /dev/stdout is the standard output")
     return path
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from protoken.errors import ArgumentError, TraceFormatError
 from protoken.evaluation.cells import SCHEMA, Cell
+from protoken.machine import machine
 from protoken.versions import versions
 
 if TYPE_CHECKING:
@@ -166,22 +166,6 @@ def read_results(file: Path) -> tuple[dict[str, Any], list[Cell]]:
         raise TraceFormatError(str(file), expected=f"results of schema {SCHEMA}", got="something else")
     cells = [Cell.from_dict(cell, f"{file.name}, cell {n}") for n, cell in enumerate(record["cells"])]
     return {name: value for name, value in record.items() if name != "cells"}, cells
-
-
-def machine() -> dict[str, Any]:
-    """Kind and number of cores: what seconds depend on, and nothing that tells one machine from its like."""
-    import torch
-
-    return {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _read(file: Path) -> Any:

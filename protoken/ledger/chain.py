@@ -1,11 +1,12 @@
 """The chain of manifests below a head: one hash fixes the whole history.
 
 HEAD names the hash of the last manifest, each manifest that of the one before, the first that of ledger.json. Manifests
-are read when they are asked for, and hashes on the way down without parsing what lies between.
+are read when they are asked for, and hashes on the way down without parsing what lies between. Threads may share one.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 from protoken.errors import ArgumentError, LedgerFormatError, StaleSnapshot
@@ -28,34 +29,39 @@ class Chain:
         self._clients: dict[int, tuple[str, ...]] = {}
         self._ids: dict[str, str] = {}
         self._kept: OrderedDict[int, m.Manifest] = OrderedDict()
+        self._lock = threading.RLock()  # over all of the above, which reading changes as well
 
     def advance(self, manifest: m.Manifest, head: m.Head) -> None:
         """Take in a round that was just committed on top."""
-        self.head = head
-        self._hashes[head.round] = head.sha256
-        self._note_clients(manifest)
+        with self._lock:
+            self.head = head
+            self._hashes[head.round] = head.sha256
+            self._note_clients(manifest)
 
     def manifest(self, number: int) -> m.Manifest:
         """A round's manifest. LedgerFormatError when it is not the one that the head fixes."""
-        self.hash_of(number)
-        return self._manifest_of_known(number)
+        with self._lock:
+            self.hash_of(number)
+            return self._manifest_of_known(number)
 
     def clients_of(self, number: int) -> tuple[str, ...]:
         """Ids in a round, in its order."""
-        if number not in self._clients:
-            self.manifest(number)
-        return self._clients[number]
+        with self._lock:
+            if number not in self._clients:
+                self.manifest(number)
+            return self._clients[number]
 
     def hash_of(self, number: int) -> str:
         """Hash of a round's manifest (0: of ledger.json), as the chain below the head fixes it."""
-        if number == 0:
-            if self.head.round:
-                self.manifest(1)
-            return self._genesis_hash
-        known = min(n for n in self._hashes if n >= number)
-        for later in range(known, number, -1):
-            self._hashes[later - 1] = self._previous_of(later)
-        return self._hashes[number]
+        with self._lock:
+            if number == 0:
+                if self.head.round:
+                    self.manifest(1)
+                return self._genesis_hash
+            known = min(n for n in self._hashes if n >= number)
+            for later in range(known, number, -1):
+                self._hashes[later - 1] = self._previous_of(later)
+            return self._hashes[number]
 
     def require_pinned(self, pinned: str | m.Head) -> None:
         """StaleSnapshot unless the pinned head is this one or an ancestor of it."""

@@ -10,7 +10,7 @@ for a model in double precision), since bf16 would round most updates away.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from protoken.errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
 from protoken.ledger import Ledger, Round
+from protoken.ledger.round_files import RoundReader, dense
 from protoken.models.adapters import PEFT_PREFIX, active_in, require_acting
 from protoken.models.quantised import is_quantised
 from protoken.models.twin import bound_otherwise, twin_of
@@ -64,27 +65,28 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
     """
     records = [ledger.round(number) for number in rounds]
     own = own_names(records, model, names)
-    present = {name for record in records for name in participants(record)}
     if len(records) == 1:
         (record,) = records
         weights = participants(record)
+        each = dict(_deltas(record, weights, names))
         return Updates(
             clients=tuple(weights),
             weights=torch.tensor(list(weights.values()), dtype=torch.float64),
             rounds=tuple(rounds),
             names=tuple(names),
             parameters=own,
-            deltas=tuple(dict(record.deltas(client, names)) for client in weights),
+            deltas=tuple(each[client] for client in weights),
             change={name: record.change(name) for name in names},
         )
-    clients = tuple(sorted(present))
+    totals = _lineages(records, names)
+    clients = tuple(sorted(totals))
     return Updates(
         clients=clients,
         weights=torch.ones(len(clients), dtype=torch.float64),
         rounds=tuple(rounds),
         names=tuple(names),
         parameters=own,
-        deltas=tuple(_lineage(records, client, names) for client in clients),
+        deltas=tuple(totals[client] for client in clients),
         change={name: torch.stack([r.change(name).float() for r in records]).sum(0) for name in names},
     )
 
@@ -112,14 +114,24 @@ def participants(record: Round) -> dict[str, float]:
     return {client.client: client.weight for client in record.clients if client.quarantined is None}
 
 
-def _lineage(records: Sequence[Round], client: str, names: Sequence[str]) -> dict[str, Tensor]:
-    total = {name: torch.zeros(records[0].parameters[name].shape) for name in names}
+def _lineages(records: Sequence[Round], names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """sum_r rho_k^r delta_k^r in fp32, by client and name."""
+    totals: dict[str, dict[str, Tensor]] = {}
     for record in records:
-        weight = participants(record).get(client)
-        if weight is not None:
-            for name, delta in record.deltas(client, names):
-                total[name].add_(delta.float(), alpha=weight)
-    return total
+        weights = participants(record)
+        for client, deltas in _deltas(record, weights, names):
+            total = totals.setdefault(client, {name: torch.zeros(delta.shape) for name, delta in deltas.items()})
+            for name, delta in deltas.items():
+                total[name].add_(delta.float(), alpha=weights[client])
+    return totals
+
+
+def _deltas(record: Round, clients: Iterable[str], names: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Clients and their updates by name, one after the other: each shard is opened once for all its parameters."""
+    with RoundReader(record) as reader:
+        for client in clients:
+            stored = reader.stored(client, names)
+            yield client, {name: dense(value) for name, value in zip(names, stored, strict=True)}
 
 
 def shift_without(
@@ -136,13 +148,20 @@ def shift_without(
 
     Raises:
         ArgumentError: nobody is absent.
-        UnknownClientError: a client took part in none of the rounds.
+        UnknownClientError: a client took part in none of the rounds, or only by updates that are quarantined.
     """
     absent = set(without)
     records = [ledger.round(number) for number in rounds]
     known = {client for record in records for client in participants(record)}
     if not absent:
         raise ArgumentError("without", expected="at least one client", got=sorted(absent))
+    if hidden := absent & {record.client for one in records for record in one.clients} - known:
+        raise UnknownClientError(
+            "without",
+            expected=f"clients whose updates in rounds {list(rounds)} can be read",
+            got=sorted(hidden),
+            remedy="Their updates are quarantined: what the model would be without them is not known",
+        )
     if absent - known:
         raise UnknownClientError("without", expected=f"clients of rounds {list(rounds)}", got=sorted(absent - known))
     shift = {name: torch.zeros(records[0].parameters[name].shape) for name in names}
@@ -150,14 +169,11 @@ def shift_without(
         weights = participants(record)
         left = sum(weight for client, weight in weights.items() if client not in absent)
         missing = sum(weight for client, weight in weights.items() if client in absent)
-        for client, weight in weights.items():
-            if client in absent:
-                alpha = -weight
-            else:
-                alpha = weight * missing / left if reaggregate and missing and left else 0.0
-            if alpha:
-                for name, delta in record.deltas(client, names):
-                    shift[name].add_(delta.float(), alpha=alpha)
+        scaled = missing / left if reaggregate and missing and left else 0.0
+        alphas = {client: -weight if client in absent else weight * scaled for client, weight in weights.items()}
+        for client, deltas in _deltas(record, [client for client, alpha in alphas.items() if alpha], names):
+            for name, delta in deltas.items():
+                shift[name].add_(delta.float(), alpha=alphas[client])
     return shift
 
 

@@ -35,16 +35,18 @@ Method = Literal[
     "tracefl",
 ]
 
+# Which methods have a choice of how many.
+_OF_METHODS = {"nodes": ("aumann_shapley",), "pairs": ("shapley", "paired_shapley")}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """The choices as the caller gave them; `protoken.trace` says what each means.
 
     Raises:
-        ArgumentError: a word that is none of those known, a count that is no whole number, one text in the place of a
-            list, or a memory limit that is no size.
+        ArgumentError: a word that is none of those known, a count that is no whole number or that the method does not
+            have, one text in the place of a list, or a memory limit that is no size.
     """
 
     rounds: Rounds = "last"
@@ -70,6 +72,14 @@ class Options:
             if value is not None and not is_whole(value):
                 raise ArgumentError(argument, expected="a whole number, or None", got=repr(value))
             object.__setattr__(self, argument, None if value is None else int(value))
+        for argument, methods in _OF_METHODS.items():
+            if getattr(self, argument) is not None and self.method not in methods:
+                raise ArgumentError(
+                    argument,
+                    expected=f"None for method {self.method!r}: it is for {' and '.join(methods)}",
+                    got=getattr(self, argument),
+                    remedy=f"Leave {argument} out, or choose method={methods[0]!r}",
+                )
         if self.layers is not None:
             object.__setattr__(self, "layers", names_of(self.layers))
         object.__setattr__(self, "memory_limit", bytes_of(self.memory_limit))

@@ -69,10 +69,8 @@ def make_plan(architecture: Architecture, options: Options, *, seed: int = 0) ->
         ArgumentError: a combination that is not exact, or not offered; the message says what is.
         LayerError: a layer pattern that names nothing.
     """
-    # Made for every method, so that a wrong choice is refused also where it is not used.
-    settings = Settings(nodes=options.nodes, pairs=options.pairs, seed=seed)
     if options.method in REPLAYED:
-        return _replay_plan(architecture, options, settings)
+        return _replay_plan(architecture, options, Settings(nodes=options.nodes, pairs=options.pairs, seed=seed))
     names = architecture.traced_layers(1 if options.blocks is None else options.blocks, options.layers)
     if options.method == "paper":
         way, granularity, reason = _published(options)

@@ -57,8 +57,9 @@ class RecordScores:
         for name in ("keys", "clients", "texts"):
             object.__setattr__(self, name, listed(name, getattr(self, name)))
         count = len(self.keys)
-        if len(self.clients) != count or len(self.texts) not in (0, count):
-            raise ArgumentError("clients", expected=f"one for each of {count} records", got=len(self.clients))
+        for name, allowed in (("clients", (count,)), ("texts", (0, count))):
+            if (got := len(getattr(self, name))) not in allowed:
+                raise ArgumentError(name, expected=f"one for each of {count} records", got=got)
         object.__setattr__(self, "keys", tuple(utf8("keys", key) for key in self.keys))
         clients = tuple(None if client is None else utf8("clients", client) for client in self.clients)
         object.__setattr__(self, "clients", clients)

@@ -128,7 +128,15 @@ def stream(
     own = attachment_of(model) if ledger is None else make_attachment(model, ledger, tokenizer)
     own.follow(model)
     tokenizer = own.tokenizer if tokenizer is None else tokenizer
-    options = Options(rounds, 1, layers, "local", "token", objective, "protoken", backend)
+    options = Options(
+        rounds=rounds,
+        blocks=1,
+        layers=layers,
+        way="local",
+        granularity="token",
+        objective=objective,
+        backend=backend,
+    )
     plan = make_plan(own.architecture, options)
     bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
     device = input_device(model)

@@ -74,8 +74,9 @@ class Scores:
         return replace(scores, residual=change - float(scores.totals.sum()))
 
     def noting(self, *, standard_errors: Tensor | None = None, **settings: Any) -> Scores:
-        """The same scores with their standard errors and the settings they came from."""
-        return replace(self, standard_errors=standard_errors, settings=settings)
+        """The same scores with more settings that they came from, and with standard errors where there are any."""
+        errors = self.standard_errors if standard_errors is None else standard_errors
+        return replace(self, standard_errors=errors, settings={**self.settings, **settings})
 
     @staticmethod
     def empty(layers: int, clients: int) -> Scores:
