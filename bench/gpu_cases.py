@@ -168,8 +168,8 @@ def _head(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Ca
     for name in FLOATS[:1] if small else FLOATS:
         for tokens, width, vocabulary in shapes[:1] if DRY_RUN else shapes:
             for norm, objective, softcap in (
-                ("rms", "logprob", None),
-                ("layer", "logprob", 2.0),
+                ("rms", "log_prob", None),
+                ("layer", "log_prob", 2.0),
                 ("none", "logit", None),
             ):
                 hidden = (normal(tokens, width, seed=2, dtype=DTYPES[name]) * 3).to(DEVICE)
@@ -184,7 +184,7 @@ def _head(backend: str, launch: Callable[..., None], small: bool) -> Iterator[Ca
                     softcap=softcap,
                     objective=objective,
                 )
-                both = objective == "logprob" and tokens <= 4
+                both = objective == "log_prob" and tokens <= 4
                 for options in paths_of(backend, "relevance_head") if both else [{}]:
 
                     def run(

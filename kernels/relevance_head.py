@@ -160,7 +160,7 @@ def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str |
 def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: Tensor, head: Head) -> None:
     normed, direction, inverse = normalise(hidden, head)
     upstream = own_rows(value, normed, targets, head)
-    if head.objective == "logprob":
+    if head.objective == "log_prob":
         mean, log_mass = _expected_row(normed.contiguous(), head.weight.detach(), head)
         upstream -= mean * head.scale
         value.sub_(log_mass)

@@ -4,7 +4,7 @@
     book.clients      ranked: total, mean per response, interval, p- and q-value
     book.flagged      clients that stand out, with the share of false ones held below the rate asked for
 
-Nothing here imports torch: saved traces are enough.
+Saved traces are enough: no model and no ledger is needed.
 """
 
 from __future__ import annotations

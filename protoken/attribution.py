@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from protoken.attachment import Attachment
-from protoken.banks.bank import Bank, BankInParts, LedgerBank, Rounds, select_rounds
+from protoken.banks.bank import Bank, BankInParts, LedgerBank, Rounds, require_usable, select_rounds
 from protoken.first_order import FirstOrder
 from protoken.generation import Generated
 from protoken.ledger import Ledger
@@ -33,6 +33,7 @@ def read_source(own: Attachment, model: PreTrainedModel, plan: Plan, rounds: Rou
     """The clients' updates that a plan needs: the traced layers' bank, or every parameter that moves."""
     uncompiled(model, own.architecture)  # What cannot be attributed is refused before it is generated.
     numbers = select_rounds(own.ledger, rounds, own.round)
+    require_usable(own.ledger, numbers)
     if not plan.replays:
         return own.ledger_bank(model, plan.layers, numbers)
     patterns = None if plan.patterns is None else list(plan.patterns)
@@ -66,7 +67,7 @@ def attribute(
     response = generated.response
     model, architecture = uncompiled(model, architecture)
     if isinstance(source, Updates):
-        return plan, replayed_scores(
+        scores = replayed_scores(
             plan.method,
             model,
             architecture,
@@ -77,6 +78,7 @@ def attribute(
             settings=plan.settings,
             backend=plan.backend,
         )
+        return plan, scores.noting(gaps=list(source.gaps)) if source.gaps else scores
     if plan.method == "paper":
         if not response.new_tokens:
             return plan, _nothing(plan, source, response)

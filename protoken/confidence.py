@@ -3,7 +3,7 @@
     intervals(trace)        per client an interval of its total and the probability of being on top: bootstrap
     Calibration.fit(...)    from a trace's margin to the probability that the named client is right
 
-Nothing here imports torch: saved traces are enough.
+Saved traces are enough: no model and no ledger is needed.
 """
 
 from __future__ import annotations

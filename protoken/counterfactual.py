@@ -23,7 +23,7 @@ from protoken.errors import ArgumentError
 from protoken.generation_record import replayed
 from protoken.ledger import Ledger
 from protoken.methods.game import Game
-from protoken.methods.replayed import moving_parameters
+from protoken.methods.replayed import recorded_parameters
 from protoken.methods.weights import at_weights, shift_without
 from protoken.models.layers import input_device
 from protoken.models.patching import evaluation_mode
@@ -126,7 +126,7 @@ def counterfactual(
     absent = _absent(without)
     given = replayed(trace.info.generate_arguments) if generate else {}
     rounds = trace.info.rounds
-    names = moving_parameters("leave_one_out", own.ledger, rounds, model, own.architecture, None, None)
+    names = recorded_parameters(own.ledger, rounds, model, own.architecture)
     updates = own.moving(model, names, rounds)
     shift = shift_without(own.ledger, rounds, names, absent, reaggregate=reaggregate)
     device = input_device(model)

@@ -3,12 +3,13 @@
 Order of ``backend="auto"``: cuda, triton, cpp, torch. A backend asked for by name raises `BackendError` with its reason
 when it cannot serve the call; an error inside a launch is raised and never turned into another backend.
 
-Contract of a launcher ---------------------- A backend is a module with one function ``launch_<op>(out...,
-operands...)`` per op it has. Operands arrive validated (`protoken.ops` raised every typed error already), all on one
-device, none of T, K, O, I is 0; the launcher fills every element of the outputs, which arrive uninitialised,
-C-contiguous and fp32. It allocates through torch, launches on the current stream, never synchronises, and keeps no
-state but compiled code and what it caches on a bank object (`DenseBank.cache`, `LowRankBank.cache`: plain dicts for
-tables living as long as the bank).
+Contract of a launcher
+----------------------
+A backend is a module with one function ``launch_<op>(out..., operands...)`` per op it has. Operands arrive validated
+(`protoken.ops` raised every typed error already), all on one device, none of T, K, O, I is 0; the launcher fills every
+element of the outputs, which arrive uninitialised, C-contiguous and fp32. It allocates through torch, launches on the
+current stream, never synchronises, and keeps no state but compiled code and what it caches on a bank object
+(`DenseBank.cache`, `LowRankBank.cache`: plain dicts for tables living as long as the bank).
 
     launch_client_scores(out, xs, grads, banks)
         out    fp32 [L, K, T]
@@ -29,18 +30,19 @@ tables living as long as the bank).
         out fp32 [L, K]; ms list of L tensors [O_l, I_l], fp32 / bf16 / fp16, any strides; banks as
         client_scores.
     launch_relevance_head(grad, value, hidden, targets, head)
-        grad fp32 [T, d], value fp32 [T]; hidden [T, d] fp32 / bf16 / fp16; targets int64 [T]; head a `Head`
-        (see protoken/ops/relevance_head.py: norm kind, weight, bias, eps, head weight [V, d], bias, scale,
-        softcap, objective).
+        grad fp32 [T, d], value fp32 [T]; hidden [T, d] fp32 / bf16 / fp16; targets int64 [T], on a GPU not
+        checked: the row of one outside the vocabulary is NaN; head a `Head` (see
+        protoken/ops/relevance_head.py: norm kind, weight, bias, eps, head weight [V, d], bias, scale, softcap,
+        objective), its tensors of any float dtype and strides.
     launch_capture_append(buffers, steps, cursor)
         in place: buffers[j][(cursor + t) % C] = steps[j][t] cast to the buffer's dtype for t < T, then cursor
-        += T; buffers [C, n_j] with stride 1 along n; steps [T, n_j] any strides; cursor int64 [1] on the same
-        device. Of T > C rows only the last C are written.
+        += T; buffers [C, n_j] with stride 1 along n; steps [T, n_j] any strides; both fp32 / bf16 / fp16 /
+        fp64, n_j may be 0; cursor int64 [1] on the same device. Of T > C rows only the last C are written.
 
 A module may also have ``why_not_<op>(*operands) -> str | None``: the reason it cannot serve these operands,
 or None. It must be cheap, since auto asks it on every call. And it may have ``serve_<op>(*operands) -> Tensor |
-None`` for a call of one layer with a bank object: the whole answer where the operands are plain (it checks
-that), or None where they need the checks and the launcher.
+None`` for a call of one layer with a bank object on the CPU: the whole answer where the operands are plain (it
+checks that), or None where they need the checks and the launcher.
 
 Where backends live (each is imported at its first use, never earlier):
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What attribution takes on top of the model and its generation. Bytes, upper bounds; formulas in `memory.py`.
+    """What attribution takes on top of the model and its generation. Bytes, upper bounds: `planning/memory.py`.
 
     way, granularity, reason     as they will stand in the trace's info
     prompt_tokens, new_tokens    P, and the T that the generation arguments allow at most
@@ -35,7 +35,7 @@ class Estimate:
     parts                        bytes by part: capture, replay, relevance, tangents, bank, result
     smallest                     the lowest memory_limit under which this can be done
     chunks                       how many tokens, clients and blocks are worked on at once
-    work                         multiplications of each way that is exact here; formulas in `cost.py`
+    work                         multiplications of each way that is exact here: `planning/cost.py`
     """
 
     way: str

@@ -138,20 +138,7 @@ def _token_range(capture: Capture, response: Response, start: int, stop: int) ->
     part = Response(response.ids[:, : prompt + stop], prompt + start)
     if capture.every:
         return capture, part
-
-    def of(kept: list[Tensor]) -> list[Tensor]:
-        return [torch.cat(kept, dim=1)[:, start:stop]]
-
-    return (
-        replace(
-            capture,
-            hidden=of(capture.hidden),
-            projection_inputs=of(capture.projection_inputs),
-            projections=of(capture.projections),
-            outputs=of(capture.outputs),
-        ),
-        part,
-    )
+    return capture.mapped(lambda kept: [torch.cat(kept, dim=1)[:, start:stop]]), part
 
 
 def _joined(found: Sequence[LocalRelevance]) -> LocalRelevance:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from protoken.arguments import is_whole
 from protoken.errors import ArgumentError, GenerationError
 from protoken.generation_record import is_setting
 from protoken.models.architectures import Architecture
@@ -57,7 +57,7 @@ def check_arguments(model: Any, arguments: Mapping[str, Any]) -> None:
             raise ArgumentError(name, expected=harmless or "nothing", got=got, remedy=remedy)
     for name in ("max_new_tokens", "max_length"):
         value = arguments.get(name)
-        if value is not None and not _is_whole(value):
+        if value is not None and not is_whole(value):
             raise ArgumentError(name, expected="a whole number of tokens", got=value)
 
 
@@ -67,12 +67,8 @@ def check_seed(seed: object) -> None:
     Raises:
         ArgumentError: neither None nor a whole number from 0 to 2^64 - 1.
     """
-    if seed is not None and not (_is_whole(seed) and 0 <= int(seed) < 2**64):  # type: ignore[call-overload]
+    if seed is not None and not (is_whole(seed) and 0 <= int(seed) < 2**64):
         raise ArgumentError("seed", expected="None, or a whole number from 0 to 2^64 - 1", got=seed)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def refuse_paged(model: Any, arguments: Mapping[str, Any]) -> None:

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protoken.attachment import Attachment
-from protoken.banks.bank import select_rounds
+from protoken.banks.bank import require_usable, select_rounds
 from protoken.errors import ArgumentError
 from protoken.ledger import Ledger
 from protoken.methods.aumann_shapley import aumann_shapley_scores
 from protoken.methods.game import Game
 from protoken.methods.placement import ASKED_FOR
-from protoken.methods.replayed import moving_parameters
-from protoken.methods.weights import Updates, read_updates
+from protoken.methods.replayed import recorded_parameters
+from protoken.methods.weights import Updates, read_updates, warned_of_gaps
 from protoken.models.layers import input_device
 from protoken.models.patching import evaluation_mode, refuse_inference_mode
 from protoken.models.twin import uncompiled
@@ -56,6 +56,8 @@ class History:
     values        [R + 1, T] objective of each token under the model before the first round, then after each
     scores        [R, K] contribution of each client's weighted update; 0 for a round without the client
     residuals     [R] what the clients' scores leave of the round's change: quadrature, and the server's own part
+    gaps          rounds that do not start where the one before ended; the values before them are of models without
+                  what changed in between
     """
 
     rounds: tuple[int, ...]
@@ -69,6 +71,7 @@ class History:
     prompt: str = ""
     model: str = ""
     ledger: str = ""
+    gaps: tuple[int, ...] = ()
 
     @property
     def response(self) -> str:
@@ -100,7 +103,7 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's own types."""
-        lists = {name: list(getattr(self, name)) for name in ("rounds", "client_ids", "tokens")}
+        lists = {name: list(getattr(self, name)) for name in ("rounds", "client_ids", "tokens", "gaps")}
         plain = {name: getattr(self, name) for name in ("objective", "unit", "nodes", "prompt", "model", "ledger")}
         arrays = {name: getattr(self, name).tolist() for name in ("values", "scores", "residuals", "changes", "totals")}
         return plain | lists | arrays
@@ -168,13 +171,16 @@ def history(
     if since is not None:
         (since,) = select_rounds(own.ledger, (since,), own.round)
         numbers = tuple(number for number in numbers if number >= since)
+    require_usable(own.ledger, numbers)
+    names = recorded_parameters(own.ledger, numbers, model, own.architecture)
+    gaps = warned_of_gaps([own.ledger.round(number) for number in numbers], names)
     response = Response(as_row(ids, input_device(model)), prompt_length)
     with evaluation_mode(model):
         before, found = walk(
             model,
             own,
             response,
-            stretches(model, own, numbers),
+            stretches(model, own, numbers, names),
             objective=options.resolved_objective,
             nodes=points,
         )
@@ -194,15 +200,17 @@ def history(
         prompt=trace.prompt,
         model=trace.info.model,
         ledger=trace.info.ledger,
+        gaps=gaps,
     )
 
 
-def stretches(model: PreTrainedModel, own: Attachment, numbers: Sequence[int]) -> Iterator[Updates]:
+def stretches(
+    model: PreTrainedModel, own: Attachment, numbers: Sequence[int], names: Sequence[str]
+) -> Iterator[Updates]:
     """The updates of consecutive rounds that end with the model's own, the last round first, each read when it is due.
 
-    What moves is all that every one of the rounds records.
+    What moves are these parameters, which every one of the rounds records.
     """
-    names = moving_parameters("aumann_shapley", own.ledger, numbers, model, own.architecture, None, None)
     if own.verify:
         own.check_weights(model, names)
     for number in reversed(numbers):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,16 +97,7 @@ def gradient_noise(
 
 
 def _wide(capture: Capture) -> Capture:
-    def of(kept: list[Tensor]) -> list[Tensor]:
-        return [tensor.float() for tensor in kept]
-
-    return replace(
-        capture,
-        hidden=of(capture.hidden),
-        projection_inputs=of(capture.projection_inputs),
-        projections=of(capture.projections),
-        outputs=of(capture.outputs),
-    )
+    return capture.mapped(lambda kept: [tensor.float() for tensor in kept])
 
 
 @contextmanager

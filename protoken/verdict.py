@@ -3,7 +3,7 @@
     leading(totals)               the clients above the widest gap of the ranked scores: one, or several together
     Abstention.fit(null_traces)   a threshold at a chosen false-alarm rate; .judge(trace) names clients or abstains
 
-Nothing here imports torch: saved traces are enough. What both are worth on real federations: docs/results.md.
+Saved traces are enough: no model and no ledger is needed. What both are worth on real federations: docs/results.md.
 """
 
 from __future__ import annotations

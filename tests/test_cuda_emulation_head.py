@@ -86,7 +86,7 @@ def test_relevance_head(cuda: ModuleType, name: str, tokens: int, width: int, vo
 @pytest.mark.usefixtures("poisoned_workspace")
 @pytest.mark.parametrize("path", [1, 2], ids=["once", "twice"])
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
-@pytest.mark.parametrize("objective", ["logprob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "logit"])
 @pytest.mark.parametrize("softcap", [None, 1.5], ids=["plain", "capped"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "bare"])
 def test_relevance_head_of_every_norm_and_objective(

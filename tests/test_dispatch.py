@@ -158,7 +158,7 @@ def operands(op: str) -> tuple[object, ...]:
         "client_scores": ([x, x], [grad, grad], [eight, *bank], [-1, 3], [scale, None], "auto"),
         "client_scores_lowrank": ([x], [grad], [a], [b], [-1], [factor], "auto"),
         "client_totals": ([grad.T @ x], [bank], [-1], [None], "auto"),
-        "relevance_head": (x, targets, weight, None, None, None, "rms", 1e-6, 1.0, None, "logprob", "auto"),
+        "relevance_head": (x, targets, weight, None, None, None, "rms", 1e-6, 1.0, None, "log_prob", "auto"),
         "capture_append": ([torch.zeros(4, 12)], [x], torch.zeros(1, dtype=torch.int64), "auto"),
     }[op]
 

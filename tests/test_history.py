@@ -191,13 +191,22 @@ def drawn(found: Any, width: int = 80) -> str:
 def test_the_finding_in_words() -> None:
     found = made([[1.0, 0.5, -0.25], [4.0, 5.0, 0.0]], ("ada", "bob", "cleo"))
     for text in (drawn(found, 200), found.to_html()):
-        assert "Round 2 did most for this answer: +9.000 nats of log-odds of +10.250." in text
-        assert "Most came from bob with +5.500, then ada with +5.000." in text
+        assert (
+            "Round 2 did most for this answer: +9.000 nats of log-odds; all rounds together changed it by +10.250."
+            in text
+        )
+        assert "Of the clients, bob raised it most, by +5.500, then ada by +5.000." in text
+    # The same words where the answer became less likely as a whole.
+    fallen = drawn(made([[0.5, 1.0, 0.0], [-9.0, -8.0, 0.25]], ("ada", "bob", "cleo")), 200)
+    assert (
+        "Round 1 did most for this answer: +1.50 nats of log-odds; all rounds together changed it by -15.25" in fallen
+    )
+    assert "Of the clients, cleo raised it most, by +0.25" in fallen
     assert found.ranking == [("bob", 5.5), ("ada", 5.0), ("cleo", -0.25)]
     assert repr(found) == "History(2 rounds, 3 clients, top 'bob' +5.5 nats of log-odds)"
     against = made([[-1.0, -2.0]], ("ada", "bob"))
     assert "No round made this answer likelier." in drawn(against)
-    assert "Most came" not in against.to_html()
+    assert "raised it most" not in against.to_html()
 
 
 def test_a_table_of_six_clients_fits_a_terminal() -> None:

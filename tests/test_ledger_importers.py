@@ -316,6 +316,20 @@ def test_folder_of_rounds_is_imported_and_an_interrupted_import_goes_on(ledger, 
     assert max(max(r.relative_residual.values()) for r in ledger.select("all")) < 1e-5
 
 
+def test_files_that_file_browsers_leave_behind_are_no_clients(ledger, tmp_path):
+    write_federation(tmp_path / "federation", 1)
+    clients = tmp_path / "federation/round-1/clients"
+    shutil.copytree(clients, tmp_path / "alone")
+    (clients / "bob.safetensors").unlink()
+    (clients / "bob").mkdir()
+    shutil.copy(tmp_path / "alone/bob.safetensors", clients / "bob/weights.safetensors")
+    for stray in (".DS_Store", "._alice.safetensors", "bob/._weights.safetensors"):
+        (clients / stray).write_bytes(b"notes")
+    (clients / ".ipynb_checkpoints").mkdir()
+    (read,) = import_folder(ledger, tmp_path / "federation")
+    assert {c.client for c in read.clients} == set(WEIGHTS)
+
+
 def test_rounds_without_notes_weigh_every_client_the_same(ledger, tmp_path):
     write_federation(tmp_path / "federation", 1)
     (tmp_path / "federation/round-1/round.json").unlink()

@@ -181,8 +181,43 @@ def test_exported_files_hold_the_updates(varied, tmp_path):
     loaded = load_file(tmp_path / "out/round-3/clients/dave.safetensors")
     assert list(loaded) == [NAMES[0]]
     assert torch.equal(loaded[NAMES[0]], ledger.round(3).delta("dave", NAMES[0]))
-    with pytest.raises(FileExistsError):
-        export_rounds(ledger, tmp_path / "out", rounds=2)
+
+
+def test_export_onto_rounds_that_are_there_is_refused_and_writes_nothing(varied, tmp_path):
+    ledger, _, _ = varied
+    export_rounds(ledger, tmp_path / "out", rounds=2)
+    before = contents(tmp_path / "out")
+    for chosen in (2, [1, 2]):
+        with pytest.raises(ArgumentError, match=r"^path: expected a folder without a round-2, got .*another folder"):
+            export_rounds(ledger, tmp_path / "out", rounds=chosen)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out/round-1").mkdir()
+    assert export_rounds(ledger, tmp_path / "out", rounds=1)
+
+
+def test_nothing_is_exported_or_copied_into_the_ledger(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 1)
+    before = contents(ledger.path)
+    (tmp_path / "link").symlink_to("ledger/staging")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/round-1").symlink_to("../ledger/staging")
+    root = Path(ledger.path)
+    inside = (root, root / "rounds/00000001/clients", root / "new/deep", root / "rounds/..", tmp_path / "link/new")
+    for target in (*inside, tmp_path / "out"):
+        with pytest.raises(ArgumentError, match=r"^path: expected a folder outside the ledger"):
+            export_rounds(ledger, target)
+    for target in inside:
+        with pytest.raises(ArgumentError, match=r"^path: expected a folder outside the ledger"):
+            copy_ledger(ledger, target)
+    assert contents(ledger.path) == before
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["rounds", "staging"]
+    assert export_rounds(ledger, tmp_path / "ledger-beside")  # a name that begins as the ledger's does
+
+
+def test_export_below_a_file_names_what_refused(varied, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DurabilityError, match=r"file/round-2/clients: expected mkdir to succeed, got Not a directory"):
+        export_rounds(varied[0], tmp_path / "file", rounds=2)
 
 
 def test_export_to_a_full_disk_is_refused_and_leaves_no_torn_file(varied, tmp_path):
@@ -214,7 +249,7 @@ def test_pruned_rounds_keep_their_place_and_free_their_bytes(tmp_path):
         ledger.round(2).change(NAMES[0])
     check_round(again.round(3))
     report = verify(ledger.path, pinned=pin)
-    assert (report.ok, report.pruned, report.rounds) == (True, 2, 3)
+    assert (report.ok, report.pruned, report.rounds) == (True, [1, 2], 3)
     commit_next(reopen(Path(ledger.path)))
     assert copy_ledger(Ledger.open(ledger.path), tmp_path / "copy").round(1).pruned
     assert verify(tmp_path / "copy").ok

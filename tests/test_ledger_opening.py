@@ -119,6 +119,34 @@ def test_a_creator_that_comes_second_to_the_lock_leaves_the_ledger_alone(tmp_pat
     commit_next(ledger)  # and the lock is free
 
 
+@pytest.mark.parametrize("moment", ["before create looks", "while create waits"])
+def test_a_ledger_that_somebody_else_makes_meanwhile_is_opened(tmp_path, monkeypatch, moment):
+    place, create = tmp_path / "ledger", Ledger.create
+    assert Ledger.open_or_create(tmp_path / "new", model="m").model == "m"
+    assert Ledger.open_or_create(tmp_path / "new", model="other").model == "m"
+
+    class Late(FileLayer):
+        def lock(self, name: str) -> int:
+            small_ledger(place, 1)
+            return super().lock(name)
+
+    def second(path, **arguments):
+        monkeypatch.undo()
+        if moment == "before create looks":
+            small_ledger(place, 1)
+            return create(path, **arguments)
+        return create(path, files=Late(place), **arguments)
+
+    monkeypatch.setattr(Ledger, "create", second)
+    check_round(Ledger.open_or_create(place).round(1))
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_ledger(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArgumentError, match=r"a new or empty folder, got one with 'notes.txt' in it"):
+        Ledger.open_or_create(tmp_path)
+
+
 def test_head_replaced_between_open_and_fstat_is_still_read(path):
     """A reader may hold the HEAD of a moment ago; it has no name any more and is whole."""
 

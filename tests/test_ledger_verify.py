@@ -133,6 +133,27 @@ def test_large_shards_are_checked_by_threads_and_small_ones_here(path, monkeypat
         assert (threading.get_ident() in seen) == (small > 0)
 
 
+def test_rounds_that_are_named_as_pruned_are_told_and_the_last_one_is_a_problem(path):
+    for numbers, problems in (("1,2", []), ("1,2,3", ["round 3"])):
+        (path / "PRUNED").write_text(f'{{"rounds":[{numbers}]}}\n')
+        report = verify(path, conservation=True)
+        assert report.pruned == [int(number) for number in numbers.split(",")]
+        assert [problem.where for problem in report.problems] == problems
+    assert "before the last, got the last, 3" in str(report.problems[0])
+    (path / "PRUNED").write_text('{"rounds":[1]}\n')
+    assert [problem.where for problem in verify(path, complete=True).problems] == ["round 1"]
+    (path / "PRUNED").unlink()
+    assert verify(path, complete=True).ok
+
+
+@pytest.mark.parametrize("place", ["", "clients/"])
+def test_a_foreign_file_in_a_pruned_round_is_a_problem(path, place):
+    (path / "PRUNED").write_text('{"rounds":[1]}\n')
+    assert verify(path).ok  # the shards of a prune() that was interrupted
+    (path / "rounds" / "00000001" / f"{place}evil.pkl").write_bytes(b"x")
+    assert [problem.where for problem in verify(path).problems] == ["round 1"]
+
+
 def test_a_broken_manifest_ends_the_chain_and_says_so(path):
     place = path / "rounds/00000002/manifest.json"
     place.write_bytes(place.read_bytes().replace(b"fedavg", b"fedsgd"))

@@ -192,7 +192,8 @@ def test_a_loaded_trace_needs_its_model_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "record",
-    ["", "a", ("q", ""), ("q", 3), ("q",), 7, {"prompt": "q"}, {"messages": []}, ("", "a"),
+    ["", "a", {"text": 7}, {"text": "a", "prompt": "q", "response": "a"}, {"text": "abc", "messages": []},
+     ("q", ""), ("q", 3), ("q",), 7, {"prompt": "q"}, {"messages": []}, ("", "a"),
      {"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "q"}]},
      {"messages": [{"content": "q"}, {"role": "assistant", "content": "a"}]}],
     ids=repr,
@@ -203,6 +204,27 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, record: Any) -> N
         tokenizer.eos_token = None  # else the end of the turn is the answer
     with pytest.raises(ArgumentError, match=r"records\[5\]"):
         encode_record(tokenizer, record, 5, max_tokens=512, chat=None)
+
+
+def test_a_text_in_a_mapping_is_the_text_and_keeps_its_names() -> None:
+    plain, named = (
+        encode_record(TOKENIZER, record, 3, max_tokens=512, chat=None)
+        for record in ("abc def", {"text": "abc def", "id": "row-17", "client": "ada", "prompt": None})
+    )
+    assert (named.ids, named.answer_start, named.text) == (plain.ids, plain.answer_start, plain.text)
+    assert [(r.key, r.client) for r in (plain, named)] == [("3", None), ("row-17", "ada")]
+    unnamed = encode_record(TOKENIZER, {"text": "abc def", "id": None}, 3, max_tokens=512, chat=None)
+    assert unnamed.key == "3"
+
+
+def test_a_record_of_text_and_of_a_conversation_is_refused() -> None:
+    for other in (
+        {"prompt": "q", "response": "a"},
+        {"messages": [{"role": "user", "content": "q"}] * 2},
+        {"prompt": ""},
+    ):
+        with pytest.raises(ArgumentError, match=r'^records\[0\]: expected either "text" or .*, got "text" and'):
+            encode_record(TOKENIZER, {"text": "abc", **other}, 0, max_tokens=512, chat=None)
 
 
 def test_a_long_record_is_cut_and_one_without_room_refused() -> None:

@@ -27,7 +27,7 @@ def case(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("objective", ["logprob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "logit"])
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_relevance_equals_autograd(backend: str, objective: str, norm: str, softcap: float | None) -> None:
@@ -50,7 +50,7 @@ def test_relevance_equals_autograd(backend: str, objective: str, norm: str, soft
         close(value, expected_value, torch.float32)
 
 
-@pytest.mark.parametrize("objective", ["logprob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "logit"])
 def test_many_tokens(objective: str) -> None:
     hidden, targets, head = case(40, 30, 5000, objective=objective)
     for got, expected in zip(
@@ -119,7 +119,7 @@ def test_bad_input_is_named() -> None:
         relevance_head(hidden, torch.tensor([0, 10, 1]), head)
     with pytest.raises(ArgumentError, match=r"head\.norm: expected one of rms, layer, none"):
         relevance_head(hidden, targets, Head(head.weight, norm="batch"))
-    with pytest.raises(ArgumentError, match=r"head\.objective: expected one of logprob, logit"):
+    with pytest.raises(ArgumentError, match=r"head\.objective: expected one of log_prob, logit"):
         relevance_head(hidden, targets, Head(head.weight, objective="loss"))
     with pytest.raises(ShapeError, match="norm_weight"):
         relevance_head(hidden, targets, Head(head.weight, norm_weight=torch.ones(3)))
@@ -153,7 +153,7 @@ def test_rows_that_a_bias_masks_weigh_nothing_even_when_they_come_first(backend:
     close(value, expected_value, torch.float32)
 
 
-@pytest.mark.parametrize("objective", ["logprob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "logit"])
 def test_the_torch_launcher_answers_a_target_outside_the_vocabulary_with_nan(objective: str) -> None:
     """On a GPU nobody looks at the targets beforehand, and a row that is not there would end the process."""
     from protoken.ops.relevance_head import launch_relevance_head

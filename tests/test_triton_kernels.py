@@ -204,7 +204,7 @@ def test_client_totals(name: str, clients: int, rows: int, columns: int) -> None
 
 
 @here
-@pytest.mark.parametrize("objective", ["logprob", "logit"])
+@pytest.mark.parametrize("objective", ["log_prob", "logit"])
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcap"])
 def test_relevance_head(norm: str, objective: str, softcap: float | None) -> None:

@@ -240,6 +240,19 @@ def select_rounds(ledger: Ledger, rounds: Rounds, last: int) -> tuple[int, ...]:
     return tuple(sorted(set(chosen)))
 
 
+def require_usable(ledger: Ledger, rounds: Sequence[int]) -> None:
+    """ArgumentError where none of the rounds has an update that can be used: there is nobody to attribute to."""
+    records = [ledger.round(number) for number in rounds]
+    if not any(record.usable for record in records):
+        count = sum(len(record.clients) for record in records)
+        raise ArgumentError(
+            "rounds",
+            expected="a round with an update that can be used",
+            got=f"{list(rounds)}, whose {count} updates are all quarantined",
+            remedy='Ask about other rounds; rounds="all" leaves such ones to the residual',
+        )
+
+
 def check_shape(record: Round, layer: Layer, recorded: Recorded) -> None:
     """LedgerMismatchError when the round's parameter has another shape than the model's layer."""
     if recorded.direct is None:

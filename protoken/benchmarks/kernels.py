@@ -31,6 +31,7 @@ from protoken.benchmarks.kernel_cases import (
     max_error,
     prepare,
 )
+from protoken.benchmarks.measuring import device_of
 from protoken.benchmarks.turns import interquartile_range, paired_ratio, take_turns, timed
 from protoken.dispatch import backends_for
 from protoken.errors import ArgumentError, BackendError
@@ -43,7 +44,7 @@ COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of each side, beyond any cac
 
 
 def run_kernels(
-    device: str = "cpu",
+    device: str = "auto",
     json_path: str | Path | None = None,
     *,
     models: Sequence[str] | None = None,
@@ -70,7 +71,7 @@ def run_kernels(
 
     Errors: `ArgumentError` for an unknown device or choice; `BackendError` when a backend's result is wrong.
     """
-    place = _device(device)
+    place = device_of(device)
     _check_choices(models=models or (), formats=formats, clients=clients, ops=ops or (), tokens=tokens)
     console = console or Console()
     path = path_of("json_path", json_path) if json_path is not None else None
@@ -100,14 +101,6 @@ def run_kernels(
             write_whole(path, lambda place: write_text(place, text))
     _summary(report, console)
     return report
-
-
-def _device(device: str) -> torch.device:
-    if device not in ("cpu", "cuda"):
-        raise ArgumentError("device", expected="cpu or cuda", got=repr(device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device", expected="a machine with a CUDA device", got="none", remedy="Use cpu.")
-    return torch.device(device)
 
 
 def _check_choices(**chosen: Sequence[object]) -> None:

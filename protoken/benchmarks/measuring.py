@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a call."""
+"""Where a call runs, how long it takes, and its peak memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from protoken.arguments import check_word
+from protoken.errors import ArgumentError
+
+
+def device_of(name: str) -> torch.device:
+    """ "cpu", "cuda", or "auto": cuda if there. ArgumentError for another word, or for cuda where there is none."""
+    there = torch.cuda.is_available()
+    check_word("device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not there:
+        raise ArgumentError("device", expected="cpu: no CUDA device is there", got=name, remedy="Use cpu, or auto")
+    return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from protoken.attachment import attach, detach
-from protoken.benchmarks.measuring import peak_bytes, quartiles, seconds
+from protoken.benchmarks.measuring import device_of, peak_bytes, quartiles, seconds
 from protoken.benchmarks.overhead_cases import WAYS, Case, cases, random_ledger
 from protoken.errors import ArgumentError
 from protoken.evaluation.base_model import load_base
@@ -60,7 +60,7 @@ def run_overhead(
     Raises:
         ArgumentError: an unknown way or device, a count below 1, or a file with figures of another machine.
     """
-    where = _device(device)
+    where = device_of(device)
     for name, counts in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("clients", clients)):
         if any(count < 1 for count in counts):
             raise ArgumentError(name, expected="1 or more", got=min(counts))
@@ -106,13 +106,6 @@ def _write(path: Path | None, kept: Sequence[dict[str, Any]], rows: Sequence[dic
     # Whole or not at all: a run that is killed while it writes has rows of hours to lose.
     text = json.dumps(record, indent=2) + "\n"
     write_whole(str(path), lambda place: write_text(place, text))
-
-
-def _device(name: str) -> torch.device:
-    there = torch.cuda.is_available()
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not there):
-        raise ArgumentError("device", expected="auto, cpu" + (" or cuda" if there else ""), got=name)
-    return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
 
 
 def _advanced(progress: Progress, bar: TaskID) -> None:

@@ -198,7 +198,7 @@ def bench_overhead(
 
 @bench.command("kernels")
 def bench_kernels(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto is cuda if there.")] = "auto",
     models: Annotated[list[str] | None, typer.Option(help="Shapes of these models; all if left out.")] = None,
     ops: Annotated[list[str] | None, typer.Option(help="client_scores, client_scores_lowrank, client_totals.")] = None,
     formats: Annotated[list[str] | None, typer.Option(help="fp32, bf16, int8, fp8.")] = None,

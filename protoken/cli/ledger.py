@@ -45,7 +45,7 @@ def list_rounds(ledger: LedgerPath, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rounds)
         return
-    flagged = any(row["quarantined"] for row in rounds)
+    flagged, gaps = any(row["quarantined"] for row in rounds), any(row["gap"] for row in rounds)
     rows = [
         {
             "round": row["round"],
@@ -54,6 +54,7 @@ def list_rounds(ledger: LedgerPath, as_json: AsJson = False) -> None:
             "codec": row["codec"],
             "clients": row["clients"],
             **({"flagged": row["quarantined"]} if flagged else {}),
+            **({"start": "after a gap" if row["gap"] else ""} if gaps else {}),
             "tensors": row["parameters"],
             "residual": row["largest_relative_residual"],
             "size": "pruned" if row["pruned"] else decimal(row["bytes"]),
@@ -93,6 +94,7 @@ def verify(
     pinned: Annotated[str | None, typer.Option(help="A head you noted down earlier.")] = None,
     server_key: Annotated[str | None, typer.Option(help="The server's public key, hex.")] = None,
     conservation: Annotated[bool, typer.Option(help="Add up all updates again.")] = False,
+    complete: Annotated[bool, typer.Option("--complete", help="Pruned rounds are problems, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every hash, signature and shard; exit status 1 if anything is wrong."""
@@ -103,10 +105,14 @@ def verify(
             pinned=pinned,
             server_key=server_key,
             conservation=conservation,
+            complete=complete,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     if as_json:
-        _print_json({"ok": report.ok, "rounds": report.rounds, "problems": [str(p) for p in report.problems]})
+        counts = ("rounds", "shards", "bytes", "signed", "pruned", "gaps", "leftovers")
+        found = {name: getattr(report, name) for name in counts}
+        head = None if report.head is None else str(report.head)
+        _print_json({"ok": report.ok, "head": head, **found, "problems": [str(p) for p in report.problems]})
     else:
         console = Console()
         for problem in report.problems:
@@ -115,6 +121,12 @@ def verify(
             f"{'sound' if report.ok else 'NOT SOUND'}: {report.rounds} rounds, {report.shards} shards, "
             f"{report.bytes:,} bytes, {report.signed} signatures, {len(report.leftovers)} leftovers"
         )
+        if report.pruned:
+            rounds = ", ".join(map(str, report.pruned))
+            console.print(f"NOT CHECKED: the tensors of round {rounds}, which PRUNED names: they are gone.")
+        if report.gaps:
+            rounds = ", ".join(map(str, report.gaps))
+            console.print(f"Allowed to start from other weights than the round before ended with: round {rounds}.")
         if report.ok and pinned is None and server_key is None:
             console.print(
                 "Sound means that everything here fits together. Whether somebody has rewritten all of it, only a head "
@@ -134,7 +146,7 @@ def import_folder(
 ) -> None:
     """Commit every round of a folder; rounds that are there already are left out."""
     ledgers.round_folders(folder)  # Before a ledger is made of nothing.
-    opened = ledgers.Ledger.open(ledger) if (ledger / "HEAD").exists() else ledgers.Ledger.create(ledger, model=model)
+    opened = ledgers.Ledger.open_or_create(ledger, model=model)
     with _progress() as progress:
         bar = progress.add_task("import", total=None)
         rounds = ledgers.import_folder(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from protoken.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from protoken.records.text import PlacedRecord
 
 app = typer.Typer(help="Drill down from a response to training records.", no_args_is_help=True)
 
@@ -78,14 +81,16 @@ def score_records(
     Console().print(scores)
 
 
-def read_records(path: Path) -> list[Any]:
-    """One record per line: a JSON string, or an object as `protoken.records.Record` takes it, or with a "text".
+def read_records(path: Path) -> list[PlacedRecord]:
+    """One record per line, a JSON string or an object as `records.text.Record` says, placed by the file's line.
 
     Raises:
-        ArgumentError: not a readable file, or a line that is no JSON.
+        ArgumentError: not a readable file, one without records, or a line that is no JSON.
     """
+    from protoken.records.text import PlacedRecord
+
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError("records", expected="a readable UTF-8 JSONL file", got=f"{path}: {error}") from error
     rows = []
@@ -95,5 +100,7 @@ def read_records(path: Path) -> list[Any]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ArgumentError(f"{path}:{number}", expected="a JSON string or object", got=str(error)) from error
-            rows.append(row["text"] if isinstance(row, dict) and isinstance(row.get("text"), str) else row)
+            rows.append(PlacedRecord(row, f"{path}:{number}"))
+    if not rows:
+        raise ArgumentError("records", expected="at least one record, one per line", got=f"{path}, which has none")
     return rows

@@ -20,7 +20,7 @@ from protoken.errors import ArgumentError, PromptError
 from protoken.evaluation.corpora import ChatRow
 from protoken.models.architectures import Architecture, architecture_of
 from protoken.models.layers import is_linear
-from protoken.models.patching import evaluation_mode, hooks, replaced_method
+from protoken.models.patching import evaluation_mode, hidden_of, hooks, replaced_method
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ class LocalTrainer:
             self._tuples = isinstance(result, tuple)
 
         def take(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
+            seen.append(hidden_of(args, kwargs))
 
         blocks = self._architecture.blocks
         handles = (
@@ -238,7 +238,7 @@ class LocalTrainer:
     @contextmanager
     def _passed_through(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden_of(args, kwargs)
             return (hidden, None) if self._tuples else hidden
 
         with ExitStack() as stack:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -79,12 +78,7 @@ def record(
         raise ArgumentError("strategy", expected="a strategy of Flower", got=type(strategy).__name__)
     if not isinstance(ledger, Ledger):
         path_of("ledger", ledger)
-        there = os.path.exists(Path(ledger) / "HEAD")
-        ledger = (
-            Ledger.open(ledger, signing_key=signing_key)
-            if there
-            else Ledger.create(ledger, model=model, signing_key=signing_key)
-        )
+        ledger = Ledger.open_or_create(ledger, model=model, signing_key=signing_key)
     recorder = Recorder(ledger, rule_of(strategy), parameters, names, client_id, codec, allow_gap, on_error)
     return kind(strategy, recorder)
 

@@ -15,7 +15,14 @@ many clients  round_files.py, read_ahead.py, templates.py, small_factors.py: sma
 from protoken.ledger.estimate import estimate_bytes
 from protoken.ledger.importers import import_folder, import_round, round_folders
 from protoken.ledger.ledger import Ledger
-from protoken.ledger.lineage import lineage_change, lineage_clients, lineage_delta, lineage_factors, lineage_residual
+from protoken.ledger.lineage import (
+    lineage_change,
+    lineage_clients,
+    lineage_delta,
+    lineage_factors,
+    lineage_gaps,
+    lineage_residual,
+)
 from protoken.ledger.manifest import ClientRecord, Head, ParameterSpec
 from protoken.ledger.rounds import Round
 from protoken.ledger.summary import list_ledger, show_round
@@ -44,6 +51,7 @@ __all__ = [
     "lineage_clients",
     "lineage_delta",
     "lineage_factors",
+    "lineage_gaps",
     "lineage_residual",
     "list_ledger",
     "parameter_digest",

@@ -179,7 +179,8 @@ def _places(path: Path) -> dict[str, Path]:
     for name in ("model.safetensors", "pytorch_model.safetensors"):
         if (path / name).exists():
             return dict.fromkeys(_keys(path / name), path / name)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    # macOS puts a ._model.safetensors beside model.safetensors where it cannot keep its notes elsewhere.
+    files = sorted(path.glob("[!.]*.safetensors")) if path.is_dir() else []
     if len(files) == 1:
         return dict.fromkeys(_keys(files[0]), files[0])
     if path.is_dir() and any(file.suffix in PICKLES for file in path.iterdir()):

@@ -173,6 +173,8 @@ def _import_one(
     notes = _notes(path / "round.json")
     clients = {}
     for child in sorted((path / "clients").iterdir()) if (path / "clients").is_dir() else ():
+        if child.name.startswith("."):  # no client's id does: what a file browser left behind
+            continue
         client = child.stem if child.suffix == ".safetensors" else child.name
         if client in clients:
             raise ArgumentError(

@@ -150,6 +150,24 @@ class Ledger:
             require_server(ledger, server_key)
         return ledger
 
+    @classmethod
+    def open_or_create(
+        cls, path: str | os.PathLike[str], *, model: str = "", signing_key: SigningKey | None = None
+    ) -> Ledger:
+        """The ledger at a path, or an empty one made there, unless somebody else has made it meanwhile.
+
+        ``model`` is of a new one. With ``signing_key`` a ledger that is there must be signed by it (SignatureError).
+        Errors are those of create and open.
+        """
+        files = FileLayer(path)
+        if not files.exists("HEAD"):
+            try:
+                return cls.create(path, model=model, signing_key=signing_key)
+            except (ArgumentError, CommitConflict):
+                if not files.exists("HEAD"):
+                    raise
+        return cls.open(path, signing_key=signing_key)
+
     def refresh(self) -> Ledger:
         """A new snapshot of the same ledger, pinned to this one: StaleSnapshot if the ledger went back."""
         return Ledger.open(

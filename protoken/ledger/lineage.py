@@ -12,7 +12,8 @@ pretraining's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -73,6 +74,22 @@ def lineage_residual(rounds: Sequence[Round], parameter: str) -> Tensor:
     for current in rounds[1:]:
         total += current.residual(parameter)
     return total
+
+
+def lineage_gaps(rounds: Sequence[Round], parameters: Iterable[str]) -> tuple[int, ...]:
+    """Numbers of the rounds that do not start where the one before ended, in any of these parameters.
+
+    Of neighbouring rounds alone: between others, rounds that were left out changed the model. By digests; no tensor is
+    read. What happened in a gap is in nobody's update: it is not recorded.
+    """
+    names = tuple(parameters)
+    found = []
+    for before, current in itertools.pairwise(sorted(rounds, key=lambda one: one.number)):
+        shared = [name for name in names if name in before.parameters and name in current.parameters]
+        same = all(before.parameters[name].aggregate == current.parameters[name].base for name in shared)
+        if current.number == before.number + 1 and not same:
+            found.append(current.number)
+    return tuple(found)
 
 
 def _rounds_of(rounds: Sequence[Round], client: str) -> list[Round]:

@@ -18,6 +18,7 @@ recorded, and what differs is residual. Clipping is applied before recording; no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -31,8 +32,11 @@ from protoken.ledger.updates import ClientUpdate, Value, deltas_of
 
 if TYPE_CHECKING:
     from protoken.ledger.ledger import Ledger
+    from protoken.ledger.rounds import Round
 
 SECURE_AGGREGATION = "secure-aggregation"
+SERVER_OPTIMISERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+"""Rules whose rounds record contributions of weight 1."""
 Buffers = dict[str, dict[str, Tensor]]
 
 
@@ -189,6 +193,28 @@ def group_update(
     return ClientUpdate(group, weight, delta=delta), {group: list(members)}
 
 
+def shares(record: Round) -> dict[str, float] | None:
+    """Each client's share of what the server averaged in a round, quarantined updates included; they sum to 1.
+
+        weighted means      rho_k / sum_j rho_j
+        server optimisers   the same of metadata["server"]["weights"]; 0 for clients whose momentum alone still acts
+
+    None where a server optimiser's round does not record them, or nobody has any weight.
+    """
+    weights: dict[str, float] = {client.client: client.weight for client in record.clients}
+    if record.rule in SERVER_OPTIMISERS:
+        server = record.metadata.get("server")
+        found = server.get("weights") if isinstance(server, dict) else None
+        # Metadata is what the server wrote: anything that JSON can hold.
+        if not isinstance(found, dict) or not all(type(weight) in (int, float) for weight in found.values()):
+            return None
+        weights = {client: float(found.get(client, 0.0)) for client in weights}
+    total = sum(weights.values())
+    if not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
+        return None
+    return {client: weight / total for client, weight in weights.items()}
+
+
 def check_groups(rule: str, clients: Sequence[str], metadata: Mapping[str, object]) -> None:
     """ArgumentError when a secure-aggregation round claims to know single clients."""
     if rule != SECURE_AGGREGATION:
@@ -239,11 +265,13 @@ def _split(name: str, before: LowRank, after: LowRank, mine: LowRank) -> LowRank
         )
     mean_a = (after.a.float() + before.a.float()) / 2
     mean_b = (after.b.float() + before.b.float()) / 2
-    return LowRank(
-        torch.cat([mean_a, mine.a.float() - before.a.float()]),
-        torch.cat([mine.b.float() - before.b.float(), mean_b], dim=1),
-        before.scale,
-    )
+    moved_a, moved_b = mine.a.float() - before.a.float(), mine.b.float() - before.b.float()
+    return factor_contribution(mean_a, mean_b, moved_a, moved_b, before.scale)
+
+
+def factor_contribution(mean_a: Tensor, mean_b: Tensor, da: Tensor, db: Tensor, scale: float) -> LowRank:
+    """c = s [ dB mean_A + mean_B dA ] of rank 2 r; a mean is (X_r + X_{r-1}) / 2 of A [r, I] or B [O, r]."""
+    return LowRank(torch.cat([mean_a, da.float()]), torch.cat([db.float(), mean_b], dim=1), scale)
 
 
 def _accumulate(

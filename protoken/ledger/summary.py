@@ -37,7 +37,6 @@ def show_round(current: Round) -> dict[str, object]:
         **_row(current),
         "previous": current.manifest.previous,
         "base_hash": current.base_hash,
-        "gap": current.manifest.gap,
         "metadata": dict(current.metadata),
         "clients": [
             {
@@ -80,6 +79,7 @@ def _row(current: Round) -> dict[str, object]:
         "largest_relative_residual": _largest(current),
         "bytes": 0 if current.pruned else sum(shard.size for shard in shards),
         "pruned": current.pruned,
+        "gap": manifest.gap,
     }
 
 

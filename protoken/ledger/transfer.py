@@ -29,9 +29,10 @@ def copy_ledger(ledger: Ledger, path: str | os.PathLike[str], *, upto: int | Non
     """Copy a snapshot byte for byte, hashes checked on the way: the first ``upto`` rounds, or all. Signatures stay
     valid.
 
-    Safe while a writer goes on. ArgumentError when the target is not a new or empty folder.
+    Safe while a writer goes on. ArgumentError when the target is not a new or empty folder, or lies in the ledger.
     """
     check_ledger(ledger)
+    _refuse_inside(ledger, path_of("path", path))
     last = ledger.head.round if upto is None else upto
     if not is_whole(last) or not 0 <= last <= ledger.head.round:
         raise UnknownRoundError("upto", expected=f"0 to {ledger.head.round}", got=last)
@@ -64,17 +65,29 @@ def export_rounds(
     """Write updates as plain safetensors for other tools: PATH/round-N/{change,residual}.safetensors and
     PATH/round-N/clients/ID.safetensors, dense, keyed by parameter, with round.json beside them. Returns the files.
 
-    Quarantined and absent clients are left out; round.json names the former. DurabilityError when the file system
-    refuses.
+    Quarantined and absent clients are left out; round.json names the former.
+
+    Raises:
+        ArgumentError: PATH lies in the ledger, or holds one of the rounds already. Nothing was written.
+        DurabilityError: the file system refused.
     """
     check_ledger(ledger)
     root = Path(path_of("path", path))
     clients = None if clients is None else listed("clients", clients)
     parameters = None if parameters is None else listed("parameters", parameters)
+    places = [(root / f"round-{current.number}", current) for current in ledger.select(rounds)]
+    for place, _ in places:
+        _refuse_inside(ledger, place)
+        if os.path.lexists(place) and not (os.path.isdir(place) and not os.listdir(place)):
+            raise ArgumentError(
+                "path",
+                expected=f"a folder without a {place.name}",
+                got=ascii(str(root)),
+                remedy="Export to another folder, or remove what was exported before",
+            )
     written = []
-    for current in ledger.select(rounds):
-        place = root / f"round-{current.number}"
-        (place / "clients").mkdir(parents=True, exist_ok=False)
+    for place, current in places:
+        _make_folder(place / "clients")
         names = list(current.parameters) if parameters is None else list(parameters)
         chosen = [c for c in current.clients if c.quarantined is None and (clients is None or c.client in clients)]
         written.append(save_tensors(place / "change.safetensors", {n: current.change(n) for n in names}))
@@ -112,6 +125,27 @@ def prune(ledger: Ledger, rounds: RoundChoice) -> int:
         os.close(lock)
     ledger.forget_pruned()
     return freed
+
+
+def _refuse_inside(ledger: Ledger, path: str | os.PathLike[str]) -> None:
+    """ArgumentError when what is written there would lie in the ledger's folder, which only its writer changes."""
+    own, target = (Path(os.path.realpath(place)) for place in (ledger.path, path))
+    if target.is_relative_to(own):
+        raise ArgumentError(
+            "path",
+            expected="a folder outside the ledger",
+            got=f"{str(path)!a}, which lies in {str(own)!a}",
+            remedy="Name a folder beside the ledger",
+        )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DurabilityError(
+            str(path), expected="mkdir to succeed", got=error.strerror, remedy=remedy_of(error)
+        ) from error
 
 
 def _copy_round(ledger: Ledger, current: Round, target: FileLayer) -> None:

@@ -48,7 +48,12 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """What verify() found. ``leftovers`` are files of unfinished writers: harmless, gone with the next commit."""
+    """What verify() found.
+
+    ``pruned``: numbers of the rounds whose tensors are gone, and so were not checked. ``gaps``: of those that were
+    allowed to start from other weights than the round before ended with. ``leftovers``: files of unfinished writers,
+    harmless, gone with the next commit.
+    """
 
     path: str
     head: m.Head | None = None
@@ -56,7 +61,8 @@ class VerifyReport:
     shards: int = 0
     bytes: int = 0
     signed: int = 0
-    pruned: int = 0
+    pruned: list[int] = field(default_factory=list)
+    gaps: list[int] = field(default_factory=list)
     seconds: float = 0.0
     problems: list[Problem] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
@@ -73,6 +79,7 @@ def verify(
     server_key: bytes | str | None = None,
     client_keys: Mapping[str, bytes | str] | None = None,
     conservation: bool = False,
+    complete: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
@@ -80,7 +87,8 @@ def verify(
 
     ``pinned``, ``server_key`` and ``client_keys`` are what you know from elsewhere: without them a ledger
     rewritten from the start in a consistent way cannot be told from the true one. ``conservation=True`` adds
-    up all updates again. ``progress(rounds done, rounds)`` is called after each round.
+    up all updates again. ``complete=True`` takes a round whose tensors were pruned for a problem: nothing signs PRUNED,
+    and what it names is not checked. ``progress(rounds done, rounds)`` is called after each round.
 
     Raises:
         ArgumentError: there is no ledger at that path, or what was to be known from elsewhere is no head or no key.
@@ -94,6 +102,7 @@ def verify(
         raise ArgumentError("client_keys", expected="public keys by client", got=f"a {type(client_keys).__name__}")
     known = {client: key_hex(f"client_keys[{client!a}]", key) for client, key in (client_keys or {}).items()}
     check_flag("conservation", conservation)
+    check_flag("complete", complete)
     check_callable("progress", progress)
     if workers is not None:
         check_count("workers", workers, 1)
@@ -116,7 +125,7 @@ def verify(
                 report.problems.append(Problem(f"round {number} and all before", error))
                 break
             report.rounds += 1
-            _verify_round(ledger, current, report, (pool, waiting), known, conservation)
+            _verify_round(ledger, current, report, (pool, waiting), known, conservation, complete)
             if progress is not None:
                 progress(report.rounds, len(ledger.rounds))
     report.seconds = time.perf_counter() - start
@@ -145,9 +154,12 @@ def _verify_round(
     pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
     known: dict[str, str],
     conservation: bool,
+    complete: bool,
 ) -> None:
     where = f"round {current.number}"
     problems = report.problems
+    if current.manifest.gap:
+        report.gaps.insert(0, current.number)
     problems += _collect(where, lambda: _check_continuity(ledger, current))
     problems += _collect(where, lambda: _check_files(ledger, current))
     report.signed += ledger.genesis.server_key is not None
@@ -160,7 +172,8 @@ def _verify_round(
             lambda record=record: _check_key(record, known),  # type: ignore[misc]
         )
     if current.pruned:
-        report.pruned += 1
+        report.pruned.insert(0, current.number)
+        problems += _collect(where, lambda: _check_pruned(current, ledger.head, complete))
         return
     for label, found in _checked_shards(current, *pools):
         report.shards += 1
@@ -225,12 +238,19 @@ def _check_continuity(ledger: Ledger, current: Round) -> None:
 def _check_files(ledger: Ledger, current: Round) -> None:
     manifest, place = current.manifest, folder(current.number)
     listed = {"manifest.json", *(() if ledger.genesis.server_key is None else ("manifest.sig",))}
-    if not current.pruned:
-        listed |= {"clients", manifest.change.file, *((manifest.residual.file,) if manifest.residual else ())}
-        clients = {record.shard.file.partition("/")[2] for record in current.clients}
-        _require_names(f"{place}/clients", ledger.files.names(f"{place}/clients"), clients)
-        _require_names(place, ledger.files.names(place), listed)
     # Shards of a pruned round may still lie there when prune() was interrupted.
+    listed |= {"clients", manifest.change.file, *((manifest.residual.file,) if manifest.residual else ())}
+    clients = {record.shard.file.partition("/")[2] for record in current.clients}
+    _require_names(f"{place}/clients", ledger.files.names(f"{place}/clients"), clients)
+    _require_names(place, ledger.files.names(place), listed)
+
+
+def _check_pruned(current: Round, head: m.Head, complete: bool) -> None:
+    """PRUNED is not signed: anybody who can write to the folder can name a round there, and its shards go unchecked."""
+    if current.number == head.round:
+        raise LedgerFormatError("PRUNED", expected="rounds before the last", got=f"the last, {current.number}")
+    if complete:
+        raise LedgerFormatError("PRUNED", expected="no round, for every tensor to be checked", got=current.number)
 
 
 def _require_names(place: str, found: Iterable[str], listed: set[str]) -> None:

@@ -2,7 +2,8 @@
 
 replayed.py         all that replay the finished response at other weights, by name: the others' way in
 aumann_shapley.py   the path integral; placement.py, where its nodes go; spline.py
-shapley.py          exact or sampled; paired_shapley.py, nearly as good for about 3 K evaluations
+shapley.py          exact or sampled; paired_shapley.py, nearly as good for about 3 K evaluations;
+                    coalitions.py, what both ask of the game
 leave_one_out.py    one client taken out
 baselines.py        what simpler rules would say
 paper.py            the published loop, the oracle of the tests

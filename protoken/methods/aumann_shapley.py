@@ -75,7 +75,7 @@ def averaged_gradient(game: Game, positions: list[float], weights: list[float]) 
 
 
 def project(game: Game, gradient: dict[str, Tensor], backend: str = "auto") -> Tensor:
-    """rho_k * < delta_k, gradient > by parameter and client, fp64 [L, K]."""
+    """< delta_k, gradient > by parameter and client, fp64 [L, K]: without the aggregation weights."""
     updates = game.updates
     rows = []
     for name in updates.names:
@@ -85,11 +85,11 @@ def project(game: Game, gradient: dict[str, Tensor], backend: str = "auto") -> T
             rows.append(client_totals_reference(matrix, torch.stack(bank)))
         else:
             rows.append(client_totals(matrix, bank, backend=backend).double())
-    return torch.stack(rows).cpu() * updates.weights
+    return torch.stack(rows).cpu()
 
 
 def _totals(game: Game, positions: list[float], weights: list[float], backend: str) -> Tensor:
-    return project(game, averaged_gradient(game, positions, weights), backend)
+    return project(game, averaged_gradient(game, positions, weights), backend) * game.updates.weights
 
 
 def _tokens(game: Game, positions: list[float], weights: list[float]) -> Tensor:

@@ -53,8 +53,7 @@ def cosine(game: Game, ledger: Ledger) -> Tensor:
     """[K] in [-1, 1]; 0 for a client without an update."""
     _, grads = game.gradient(game.end)
     size = torch.stack([grad.double().norm() for grad in grads.values()]).norm().cpu()
-    products = project(game, grads).sum(0) / game.updates.weights
-    return _ratio(products, _norms(game) * size)
+    return _ratio(project(game, grads).sum(0), _norms(game) * size)
 
 
 def client_log_prob(game: Game, ledger: Ledger) -> Tensor:
@@ -82,7 +81,7 @@ def head_only(game: Game, ledger: Ledger) -> Tensor:
 def tracefl(game: Game, ledger: Ledger) -> Tensor:
     """[K], the mean over layers of scores that are standardised within their layer."""
     _, grads = game.gradient(game.end)
-    scores = project(game, grads) / game.updates.weights  # [L, K]
+    scores = project(game, grads)  # [L, K]
     centred = scores - scores.mean(1, keepdim=True)
     return _ratio(centred, centred.std(1, correction=0, keepdim=True).expand_as(centred)).mean(0)
 

@@ -4,6 +4,7 @@
 
 reaggregate=True   G without k = FedAvg of the others, their weights scaled up to sum to 1: what the server would have
                    made of the round. A client that did nothing still has an effect, since the others gain its weight.
+                   Where a server optimiser's round does not record the weights, as below; the settings say so.
 reaggregate=False  G without k = G - rho_k delta_k: the last term of the Shapley sum alone; a client that did nothing
                    scores exactly 0.
 
@@ -23,9 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from protoken.ledger import Ledger
+from protoken.ledger import Ledger, Round
+from protoken.ledger.rules import shares
 from protoken.methods.game import Game
-from protoken.methods.weights import Updates, participants
+from protoken.methods.weights import Updates, deltas, gain, participants
 from protoken.ways.projection import Scores
 
 
@@ -34,6 +36,7 @@ def leave_one_out_scores(game: Game, ledger: Ledger, *, reaggregate: bool = True
     updates = game.updates
     end = game.value_at_end()
     columns = []
+    reaggregate = reaggregate and all(shares(ledger.round(number)) is not None for number in updates.rounds)
     for shift in _shifts(updates, ledger, reaggregate):
         moved = {name: value + shift[name].to(value) for name, value in game.end.items()}
         columns.append(end - game.value_at(moved))
@@ -51,42 +54,44 @@ def leave_one_out_scores(game: Game, ledger: Ledger, *, reaggregate: bool = True
 def _shifts(updates: Updates, ledger: Ledger, reaggregate: bool) -> Iterator[dict[str, Tensor]]:
     """`shift_without` of each client in turn, every update being read once.
 
-    With A_r = sum_j rho_j delta_j and c = rho_k / (1 - rho_k) a round without k is shifted by c (A_r - rho_k delta_k)
-    - rho_k delta_k; without the others' gain c is 0. Where all rounds have the same participants at the same weights,
-    c is one number, and the clients' sums over the rounds are all that is needed.
+    With A_r = sum_j rho_j delta_j a round without k is shifted by c (A_r - rho_k delta_k) - rho_k delta_k, where c is
+    the others' `gain`, or 0. Where all rounds have the same participants at the same weights, c is one number, and the
+    clients' sums over the rounds are all that is needed.
     """
-    shares = [participants(ledger.round(number)) for number in updates.rounds]
-    if all(own == shares[0] for own in shares):
-        weights = updates.weights.tolist()
-        total = _weighted_sum(updates.deltas, weights)
-        for client, delta, weight in zip(updates.clients, updates.deltas, weights, strict=True):
-            gain = _gain(shares[0][client], reaggregate)
-            yield {name: _shift(total[name], delta[name], weight, gain) for name in updates.names}
+    records = [ledger.round(number) for number in updates.rounds]
+    weights = [participants(record) for record in records]
+    gains = [_gains(record, reaggregate) for record in records]
+    if all(own == weights[0] for own in weights) and all(own == gains[0] for own in gains):
+        own = updates.weights.tolist()
+        total = _weighted_sum(updates, updates.deltas, own)
+        for client, delta, weight in zip(updates.clients, updates.deltas, own, strict=True):
+            yield {name: _shift(total[name], delta[name], weight, gains[0][client]) for name in updates.names}
         return
     shifts = {client: {n: torch.zeros(updates.change[n].shape) for n in updates.names} for client in updates.clients}
-    for number, own in zip(updates.rounds, shares, strict=True):
-        record = ledger.round(number)
-        deltas = [dict(record.deltas(client, updates.names)) for client in own]
-        total = _weighted_sum(deltas, list(own.values()))
-        for (client, weight), delta in zip(own.items(), deltas, strict=True):
-            gain = _gain(weight, reaggregate)
+    for record, present, gained in zip(records, weights, gains, strict=True):
+        each = dict(deltas(record, present, updates.names))
+        total = _weighted_sum(updates, list(each.values()), list(present.values()))
+        for client, delta in each.items():
             for name in updates.names:
-                shifts[client][name].add_(_shift(total[name], delta[name], weight, gain))
+                shifts[client][name].add_(_shift(total[name], delta[name], present[client], gained[client]))
     for client in updates.clients:
         yield shifts.pop(client)
 
 
-def _weighted_sum(deltas: Sequence[Mapping[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    found = {name: torch.zeros(value.shape) for name, value in deltas[0].items()}
-    for delta, weight in zip(deltas, weights, strict=True):
+def _weighted_sum(
+    updates: Updates, each: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    found = {name: torch.zeros(updates.change[name].shape) for name in updates.names}
+    for delta, weight in zip(each, weights, strict=True):
         for name, value in delta.items():
             found[name].add_(value.float(), alpha=weight)
     return found
 
 
-def _gain(weight: float, reaggregate: bool) -> float:
-    """c = rho_k / (1 - rho_k); nobody gains where the absent was alone in its round."""
-    return weight / (1 - weight) if reaggregate and weight < 1 else 0.0
+def _gains(record: Round, reaggregate: bool) -> dict[str, float]:
+    """By client what the others gain without it."""
+    known = shares(record) if reaggregate else None
+    return {client: 0.0 if known is None else gain(known, {client}) for client in participants(record)}
 
 
 def _shift(total: Tensor, delta: Tensor, weight: float, gain: float) -> Tensor:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from protoken.methods.weights import wide
 from protoken.models.architectures import Architecture, architecture_of
-from protoken.models.patching import after, before, hooks
+from protoken.models.patching import Stopped, after, before, hidden_of, hooks
 from protoken.models.twin import twin_of
 from protoken.ways.replay import passed_through, replaced_input
 
@@ -64,14 +64,14 @@ class Moved:
             tuples.append(isinstance(output, tuple))
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept.append((args[0] if args else kwargs["hidden_states"]).detach())
-            raise _Entered
+            kept.append(hidden_of(args, kwargs).detach())
+            raise Stopped
 
         handles = [
             after(blocks[self.first_block - 1], leave),
             before(blocks[self.first_block], stop),
         ]
-        with torch.no_grad(), hooks(*handles), suppress(_Entered):
+        with torch.no_grad(), hooks(*handles), suppress(Stopped):
             self._call(self.values, ids)
         return Entry(ids, kept[0], tuples[0])
 
@@ -95,10 +95,6 @@ class Moved:
                 stack.enter_context(hooks(replaced_input(self.architecture.blocks[self.first_block], entry.hidden)))
                 stack.enter_context(passed_through(self.architecture, self.first_block, entry.tuples))
             yield
-
-
-class _Entered(Exception):
-    """The first moving block was reached: nothing above it needs to run."""
 
 
 def _widened(model: nn.Module, moving: set[int]) -> dict[str, Tensor]:

@@ -22,7 +22,18 @@ import torch
 from torch import Tensor
 
 from protoken.errors import ArgumentError
-from protoken.methods.shapley import Value
+from protoken.methods.coalitions import Coalitions, Value
+from protoken.methods.game import Game
+from protoken.ways.projection import Scores
+
+
+def paired_shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0) -> Scores:
+    """Shapley values per token by `paired_shapley`: `pairs` sampled coalitions with their complements, K if None."""
+    coalitions = Coalitions(game)
+    count = len(coalitions.players)
+    sampled = count if pairs is None else pairs
+    tokens, errors = paired_shapley(coalitions, count, sampled, seed)
+    return coalitions.scores(tokens, errors, pairs=sampled)
 
 
 def paired_shapley(value: Value, count: int, pairs: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:

@@ -83,7 +83,8 @@ def objective_and_taps(
 
     def tap(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            # Frozen models carry no gradient: adding a zero that wants one starts the graph here.
+            # Frozen models carry no gradient: adding a zero that wants one starts the graph here. `Game.taps` does the
+            # same; the oracle shares no code with what is held against it.
             output = output + torch.zeros_like(output).requires_grad_()
             taps[name] = (args[0].detach(), output)
             return output.clone()

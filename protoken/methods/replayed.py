@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ from protoken.methods.aumann_shapley import aumann_shapley_scores
 from protoken.methods.baselines import BASELINES, baseline_scores
 from protoken.methods.game import Game
 from protoken.methods.leave_one_out import leave_one_out_scores
+from protoken.methods.paired_shapley import paired_shapley_scores
 from protoken.methods.placement import gauss_legendre
-from protoken.methods.shapley import paired_shapley_scores, shapley_scores
+from protoken.methods.shapley import shapley_scores
 from protoken.methods.weights import Updates, parameter_of
 from protoken.models.adapters import recorded_as
 from protoken.models.architectures import Architecture
@@ -64,18 +66,36 @@ def moving_parameters(
     blocks: int | None,
     layers: list[str] | None,
 ) -> tuple[str, ...]:
-    """The parameters in a method's game: all that every round of the ledger holds, unless blocks or layers are chosen.
+    """The parameters in a method's game: `recorded_parameters`, or what the method looks at by itself.
 
     Raises:
-        LayerError: the ledger does not hold the head, for head_only.
+        LayerError: the rounds have no parameter in common, or no head, for head_only.
     """
-    recorded = set.intersection(*(set(ledger.round(number).parameters) for number in rounds))
     if method == "head_only":
-        return (_head_parameter(model, architecture, recorded),)
-    if blocks is None and layers is None and method not in TRACED_LAYERS_ONLY:
+        return (_head_parameter(model, architecture, _in_every_round(ledger, rounds)),)
+    if blocks is None and layers is None and method in TRACED_LAYERS_ONLY:
+        blocks = 1
+    return recorded_parameters(ledger, rounds, model, architecture, blocks, layers)
+
+
+def recorded_parameters(
+    ledger: Ledger,
+    rounds: Sequence[int],
+    model: nn.Module,
+    architecture: Architecture,
+    blocks: int | None = None,
+    layers: list[str] | None = None,
+) -> tuple[str, ...]:
+    """All that every one of the rounds holds, or of that the traced layers of some blocks, or layers by pattern.
+
+    Raises:
+        LayerError: the rounds have no parameter in common, or do not hold a layer.
+    """
+    recorded = _in_every_round(ledger, rounds)
+    if blocks is None and layers is None:
         return _in_the_models_order(model, recorded)
     if blocks is None:
-        blocks = 1 if layers is None else len(architecture.blocks)
+        blocks = len(architecture.blocks)
     found = [
         recorded_as(model, layer_of(model, name), recorded, f"rounds {list(rounds)}").names
         for name in architecture.traced_layers(blocks, layers)
@@ -114,6 +134,20 @@ def replayed_scores(
     if method == "leave_one_out":
         return leave_one_out_scores(game, ledger)
     return baseline_scores(method, game, ledger)
+
+
+def _in_every_round(ledger: Ledger, rounds: Sequence[int]) -> set[str]:
+    held = {number: set(ledger.round(number).parameters) for number in rounds}
+    common = set.intersection(*held.values())
+    if not common:
+        first, other = next((a, b) for a, b in itertools.pairwise(held) if held[a] != held[b])
+        raise LayerError(
+            "rounds",
+            expected="rounds that record some parameter in common, to move it over all of them",
+            got=f"none in {list(rounds)}: round {first} has {min(held[first])}, round {other} {min(held[other])}",
+            remedy="Ask about the rounds one by one, rounds=1, say",
+        )
+    return common
 
 
 def _in_the_models_order(model: nn.Module, recorded: set[str]) -> tuple[str, ...]:

@@ -19,28 +19,25 @@ sampling).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from protoken.errors import ArgumentError
+from protoken.methods.coalitions import Coalitions, Value
 from protoken.methods.game import Game
 from protoken.ways.projection import Scores
 
 EXACT_UP_TO = 8
 DEFAULT_PAIRS = 16
 
-Value = Callable[[int], Tensor]
-"""v of a coalition given as a bit mask, fp64 [T]."""
 
-
-def shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0, exact_up_to: int = EXACT_UP_TO) -> Scores:
+def shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0) -> Scores:
     """Shapley values per token; with standard errors of the totals when they are sampled.
 
     Args:
-        pairs: sampled orders, each with its reverse; None for exact values up to `exact_up_to` clients and
-            DEFAULT_PAIRS above.
+        pairs: sampled orders, each with its reverse; None for exact values up to EXACT_UP_TO clients and DEFAULT_PAIRS
+            above.
         seed: of the orders.
 
     Returns:
@@ -48,62 +45,11 @@ def shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0, exact
     """
     coalitions = Coalitions(game)
     count = len(coalitions.players)
-    if pairs is None and count <= exact_up_to:
+    if pairs is None and count <= EXACT_UP_TO:
         return coalitions.scores(exact_shapley(coalitions, count), None, pairs=0)
     orders = DEFAULT_PAIRS if pairs is None else pairs
     tokens, errors = sampled_shapley(coalitions, count, orders, seed)
     return coalitions.scores(tokens, errors, pairs=orders)
-
-
-def paired_shapley_scores(game: Game, *, pairs: int | None = None, seed: int = 0) -> Scores:
-    """Shapley values per token by `paired_shapley`: `pairs` sampled coalitions with their complements, K if None."""
-    from protoken.methods.paired_shapley import paired_shapley
-
-    coalitions = Coalitions(game)
-    count = len(coalitions.players)
-    sampled = count if pairs is None else pairs
-    tokens, errors = paired_shapley(coalitions, count, sampled, seed)
-    return coalitions.scores(tokens, errors, pairs=sampled)
-
-
-class Coalitions:
-    """v over the clients that changed anything; each coalition is evaluated once.
-
-    A client without any update is a null player: its value is exactly 0, and leaving it out halves an exact game.
-    """
-
-    def __init__(self, game: Game) -> None:
-        self.game, self.memo = game, {0: game.value_at_start()}
-        updates = game.updates
-        self.players = [
-            k
-            for k, delta in enumerate(updates.deltas)
-            if updates.weights[k] and any(bool(tensor.any()) for tensor in delta.values())
-        ]
-
-    def __call__(self, mask: int) -> Tensor:
-        """v of the players in a bit mask, fp64 [T]."""
-        if mask not in self.memo:
-            members = torch.zeros(len(self.game.updates.clients))
-            members[[k for place, k in enumerate(self.players) if (mask >> place) & 1]] = 1
-            self.memo[mask] = self.game.coalition(members)
-        return self.memo[mask]
-
-    def scores(self, tokens: Tensor, errors: Tensor | None, *, pairs: int) -> Scores:
-        """The players' values [T, players], put back among all clients."""
-        clients = len(self.game.updates.clients)
-        every = torch.zeros(len(tokens), clients, dtype=torch.float64)
-        every[:, self.players] = tokens
-        spread = None
-        if errors is not None:
-            spread = torch.zeros(clients, dtype=torch.float64)
-            spread[self.players] = errors
-        end = self.game.value_at_end()
-        change = end - self(0)
-        found = Scores.of_weighted_deltas(
-            tokens=every, layer_totals=None, change_tokens=change, change=float(change.sum()), objective=end
-        )
-        return found.noting(standard_errors=spread, pairs=pairs, evaluations=len(self.memo) + 1)
 
 
 def exact_shapley(value: Value, count: int) -> Tensor:

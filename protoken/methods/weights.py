@@ -10,6 +10,7 @@ for a model in double precision), since bf16 would round most updates away.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,9 +18,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from protoken.errors import ArgumentError, LayerError, LedgerMismatchError, ModelError, UnknownClientError
-from protoken.ledger import Ledger, Round
+from protoken.errors import (
+    ArgumentError,
+    LayerError,
+    LedgerMismatchError,
+    ModelError,
+    ProtokenWarning,
+    UnknownClientError,
+)
+from protoken.ledger import Ledger, Round, lineage_gaps
 from protoken.ledger.round_files import RoundReader, dense
+from protoken.ledger.rules import shares
 from protoken.models.adapters import PEFT_PREFIX, active_in, require_acting
 from protoken.models.quantised import is_quantised
 from protoken.models.twin import bound_otherwise, twin_of
@@ -39,6 +48,7 @@ class Updates:
         parameters: recorded name -> the model's own name for it (PEFT wraps and renames).
         deltas: per client name -> delta_k as stored (one round) or sum_r rho_k^r delta_k^r in fp32 (several).
         change: name -> the rounds' changes summed, fp32.
+        gaps: rounds that do not start where the one before ended.
     """
 
     clients: tuple[str, ...]
@@ -48,6 +58,7 @@ class Updates:
     parameters: Mapping[str, str]
     deltas: tuple[Mapping[str, Tensor], ...]
     change: Mapping[str, Tensor]
+    gaps: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -68,7 +79,7 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
     if len(records) == 1:
         (record,) = records
         weights = participants(record)
-        each = dict(_deltas(record, weights, names))
+        each = dict(deltas(record, weights, names))
         return Updates(
             clients=tuple(weights),
             weights=torch.tensor(list(weights.values()), dtype=torch.float64),
@@ -88,7 +99,23 @@ def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names:
         parameters=own,
         deltas=tuple(totals[client] for client in clients),
         change={name: torch.stack([r.change(name).float() for r in records]).sum(0) for name in names},
+        gaps=warned_of_gaps(records, names),
     )
+
+
+def warned_of_gaps(records: Sequence[Round], names: Sequence[str]) -> tuple[int, ...]:
+    """`lineage_gaps` of the rounds, said aloud: the path over them does not begin at a model that was."""
+    found = lineage_gaps(records, names)
+    if found:
+        rounds = ", ".join(map(str, found))
+        warnings.warn(
+            f"round {rounds} of the ledger does not start from the weights that the round before ended with: what "
+            "changed in between is in nobody's update. Scores and changes are those of the recorded rounds; the models "
+            "before it are taken without what changed in between",
+            ProtokenWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def parameter_of(model: nn.Module, recorded: str, known: Collection[str] | None = None) -> str | None:
@@ -119,14 +146,14 @@ def _lineages(records: Sequence[Round], names: Sequence[str]) -> dict[str, dict[
     totals: dict[str, dict[str, Tensor]] = {}
     for record in records:
         weights = participants(record)
-        for client, deltas in _deltas(record, weights, names):
-            total = totals.setdefault(client, {name: torch.zeros(delta.shape) for name, delta in deltas.items()})
-            for name, delta in deltas.items():
+        for client, own in deltas(record, weights, names):
+            total = totals.setdefault(client, {name: torch.zeros(delta.shape) for name, delta in own.items()})
+            for name, delta in own.items():
                 total[name].add_(delta.float(), alpha=weights[client])
     return totals
 
 
-def _deltas(record: Round, clients: Iterable[str], names: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def deltas(record: Round, clients: Iterable[str], names: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Clients and their updates by name, one after the other: each shard is opened once for all its parameters."""
     with RoundReader(record) as reader:
         for client in clients:
@@ -139,15 +166,17 @@ def shift_without(
 ) -> dict[str, Tensor]:
     """What is to be added to G when these clients had not taken part, fp32 by parameter name.
 
-        reaggregate      sum_r sum_j (rho'_j - rho_j) delta_j,  rho'_j = rho_j / (1 - sum of the absent's weights)
+        reaggregate      sum_r sum_j (rho'_j - rho_j) delta_j,  rho'_j = rho_j / (1 - the absent's shares)
         otherwise        - sum_r sum_{k absent} rho_k delta_k
 
     The first is FedAvg over the others, the second takes the contribution out and puts nothing in its place. The
     server's residual stays, and so do the others' updates, which without the absent would have been others. A round
-    in which only the absent took part is left without any update.
+    in which only the absent took part is left without any update. Of a server optimiser the others' recorded
+    contributions grow alike (`protoken.ledger.rules.shares`): exact for momentum where everybody took part in every
+    round with the same weight; FedAdam's v stays as it was.
 
     Raises:
-        ArgumentError: nobody is absent.
+        ArgumentError: nobody is absent, or a round does not record the shares that reaggregating asks for.
         UnknownClientError: a client took part in none of the rounds, or only by updates that are quarantined.
     """
     absent = set(without)
@@ -167,14 +196,35 @@ def shift_without(
     shift = {name: torch.zeros(records[0].parameters[name].shape) for name in names}
     for record in records:
         weights = participants(record)
-        left = sum(weight for client, weight in weights.items() if client not in absent)
-        missing = sum(weight for client, weight in weights.items() if client in absent)
-        scaled = missing / left if reaggregate and missing and left else 0.0
-        alphas = {client: -weight if client in absent else weight * scaled for client, weight in weights.items()}
-        for client, deltas in _deltas(record, [client for client, alpha in alphas.items() if alpha], names):
-            for name, delta in deltas.items():
+        gained = 0.0
+        if reaggregate and not absent.isdisjoint(weights):
+            known_shares = shares(record)
+            if known_shares is None:
+                raise ArgumentError(
+                    "reaggregate",
+                    expected=f"False: round {record.number} ({record.rule}) does not record what share of the average "
+                    "each client had",
+                    got=True,
+                    remedy="With reaggregate=False the contribution is taken out and nothing put in its place",
+                )
+            gained = gain(known_shares, absent)
+        alphas = {client: -weight if client in absent else weight * gained for client, weight in weights.items()}
+        for client, own in deltas(record, [client for client, alpha in alphas.items() if alpha], names):
+            for name, delta in own.items():
                 shift[name].add_(delta.float(), alpha=alphas[client])
     return shift
+
+
+def gain(known: Mapping[str, float], absent: Collection[str]) -> float:
+    """c with rho'_j = (1 + c) rho_j, what the others gain when a round is averaged without the absent.
+
+        c = a / (1 - a),   a = the absent's shares
+
+    0 where nobody else has a share.
+    """
+    gone = sum(share for client, share in known.items() if client in absent)
+    left = sum(share for client, share in known.items() if client not in absent)
+    return gone / left if left > 0 else 0.0
 
 
 def at_weights(model: M, shift: Mapping[str, Tensor]) -> M:

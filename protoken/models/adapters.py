@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from protoken.errors import LayerError, LedgerMismatchError, ModelError
 from protoken.ledger import Ledger, LowRank, Round
+from protoken.ledger.rules import factor_contribution
 from protoken.models.layers import Layer, is_tied
 from protoken.models.quantised import dense_weight
 
@@ -223,8 +224,7 @@ class Split:
 
     def contribution(self, da: Tensor, db: Tensor) -> LowRank:
         """c_k of a client, of rank 2 r."""
-        a, b = torch.cat([self.mean_a, da.float()]), torch.cat([db.float(), self.mean_b], dim=1)
-        return LowRank(a, b, self.scale)
+        return factor_contribution(self.mean_a, self.mean_b, da, db, self.scale)
 
     @property
     def change(self) -> LowRank:

@@ -7,7 +7,7 @@ there, so that nobody else's generation is recorded, cut short or computed anoth
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -180,6 +180,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 for module in state.training:
                     module.training = True
                 del _evaluations[model]
+
+
+class Stopped(Exception):
+    """Raised in a hook to leave a model's forward once it has computed all it is for: ``with suppress(Stopped)``."""
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states that a block is called with."""
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 @contextmanager

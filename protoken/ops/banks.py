@@ -28,6 +28,9 @@ from protoken.ops.checks import (
     short,
 )
 
+# What the native modules call the dtypes they read: DtypeCode of csrc/dtypes.h, Format of csrc/cuda_tiles.cuh.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+
 
 @dataclass(frozen=True, eq=False)
 class DenseBank:

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from protoken import _C
 from protoken.errors import ArgumentError
-from protoken.ops.banks import DenseBank, LowRankBank
+from protoken.ops.banks import CODES, DenseBank, LowRankBank
 from protoken.ops.gated_tail import GatedBlock, GatedValues
 from protoken.ops.relevance_head import Head, normalise, own_rows, pull_through_norm
 
 FLOAT32, STRIDED = torch.float32, torch.strided
 MOST_SCORES = 1 << 40  # that a call answers at once: where sizes could overflow they are looked at one by one
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 
 
 def launch_client_scores(out: Tensor, xs: list[Tensor], grads: list[Tensor], banks: list[DenseBank]) -> None:
@@ -107,7 +106,7 @@ def _ready(value: object, rows: int, columns: int) -> bool:
 
 
 def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str | None:
-    if hidden.shape[0] > _C.head_tokens and head.objective == "logprob":
+    if hidden.shape[0] > _C.head_tokens and head.objective == "log_prob":
         return f"reads the head once for up to {_C.head_tokens} tokens; more are work for torch's matmul"
     if head.weight.dtype == torch.float64:
         return "takes fp32, bf16 and fp16 heads, not float64"
@@ -119,7 +118,7 @@ def why_not_relevance_head(hidden: Tensor, targets: Tensor, head: Head) -> str |
 def launch_relevance_head(grad: Tensor, value: Tensor, hidden: Tensor, targets: Tensor, head: Head) -> None:
     normed, direction, inverse = normalise(hidden, head)
     upstream = own_rows(value, normed, targets, head)
-    if head.objective == "logprob":
+    if head.objective == "log_prob":
         mean, mass, normed = torch.empty_like(normed), torch.empty_like(value), normed.contiguous()
         weight = head.weight.detach()
         bias = None if head.bias is None else _plain(head.bias.detach())

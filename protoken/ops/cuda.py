@@ -16,11 +16,10 @@ from torch import Tensor
 
 import protoken._C_cuda as native
 from protoken.errors import ArgumentError
-from protoken.ops.banks import DenseBank, LowRankBank, read_here
+from protoken.ops.banks import CODES, DenseBank, LowRankBank, read_here
 from protoken.ops.checks import narrow
 from protoken.ops.relevance_head import NORMS, Head
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 FLOAT64 = 6  # capture_append alone
 HALF = 5  # fp16 bank and fp16 tokens: multiplied as they are; any other fp16 bank is split into two bf16 planes
 ALONG_INNER, ALONG_RANK, ANYWHERE = 0, 1, 2  # LoadMode of csrc/client_scores_lowrank.cu
@@ -215,7 +214,7 @@ def launch_relevance_head(
     for vector in held:
         row += [0, 0, 0] if vector is None else _matrix(vector)
     table = array("q", [*row, grad.data_ptr(), value.data_ptr(), *hidden.shape, weight.shape[0]])
-    kinds = CODES[weight.dtype], vectors, NORM_CODES[head.norm], head.objective == "logprob", path
+    kinds = CODES[weight.dtype], vectors, NORM_CODES[head.norm], head.objective == "log_prob", path
     numbers = head.eps, head.scale, head.softcap or 0.0
     _run("relevance_head", table, hidden.device, *kinds, *numbers)
 

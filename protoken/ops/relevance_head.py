@@ -22,7 +22,7 @@ from protoken.errors import ArgumentError, ShapeError
 from protoken.ops.checks import FLOATS, check_device, check_dtype, check_matrix, check_tensor, narrow
 
 NORMS = ("rms", "layer", "none")
-OBJECTIVES = ("logprob", "logit")
+OBJECTIVES = ("log_prob", "logit")
 CHUNK = 2048  # vocabulary rows that the torch way holds at once
 
 
@@ -43,7 +43,7 @@ class Head:
     eps: float = 1e-6
     scale: float = 1.0
     softcap: float | None = None
-    objective: str = "logprob"
+    objective: str = "log_prob"
 
 
 def relevance_head_reference(
@@ -67,7 +67,7 @@ def relevance_head_reference(
         logits = head.scale * torch.nn.functional.linear(normed, head.weight.detach().to(dtype), cast(head.bias))
         if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
-        if head.objective == "logprob":
+        if head.objective == "log_prob":
             logits = logits.log_softmax(-1)
         value = logits.gather(1, targets[:, None]).squeeze(1)
         grad = torch.autograd.grad(value.sum(), leaf)[0] if value.numel() else torch.zeros_like(leaf)
@@ -78,7 +78,7 @@ def relevance_head(hidden: Tensor, targets: Tensor, head: Head, *, backend: str 
     """Relevance at the last block's output, and the objective itself.
 
     hidden [T, d]: output of the last block, before the final norm; fp32, bf16, fp16 or fp64. targets int64
-    [T]: the generated tokens' ids. Returns fp32 (grad [T, d], value [T]); value in nats for "logprob".
+    [T]: the generated tokens' ids. Returns fp32 (grad [T, d], value [T]); value in nats for "log_prob".
 
     Errors: `ShapeError`, `DtypeError`, `DeviceError`, `ArgumentError` (unknown norm or objective, a target outside the
     vocabulary, checked on the CPU only since a look at a GPU's memory would wait for it), `BackendError`.

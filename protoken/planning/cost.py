@@ -1,12 +1,16 @@
 """How much work each exact way is, in multiplications; what "auto" goes by.
 
-With S positions, T new tokens, K clients, L deeper layers, N traced blocks of W multiplications per position, d width,
-V vocabulary, and one pass through the traced blocks P = N (S W + S^2 d):
+With S positions, T new tokens, K clients, N traced blocks of W multiplications per position, d width, V vocabulary, and
+one pass through the traced blocks P = N (S W + S^2 d); sums over traced layers: `near` those whose output reaches no
+other position, `deep` the L others, no index all of them; |W_l| the numbers of a layer's weight, O I unless it has
+experts or is an embedding:
 
-    local       3 T W + H + K T sum O I          H = 3 T V d for the log-probability, T d for the logit
-    forward     P + (K + 1) D S            + local                    by layer: P + L (K + 1) D P
-    reverse     2 P + S sum O I + H        + K sum O I                totals
-                P + T B P + (K + 1) S (sum O I + T sum O) + local     per token, by layer as well
+    local       3 T W + H + (K + 1) T sum_near O I        H = 3 T V d; T d for the logit of a plain head
+    forward     P + (K + 1) D P   + (K + 1) S sum_deep O I + local                   per token
+                P + L (K + 1) D P + (K + 1) S sum_deep O I + local                   per token and layer
+    reverse     2 P + S sum O I + H + (K + 1) sum |W_l|                              totals
+                P + B P   + (K + 1) S sum_deep O I + local                           per position
+                P + T B P + (K + 1) S (sum_deep O I + T sum_deep O) + local          per token, by layer as well
 
 D and B: what one tangent, among several pushed as one batch, and one backward pass with its graph kept cost in passes,
 as measured on SmolLM2-135M (`protoken bench overhead` shows what they amount to on a machine). The K + 1st is the

@@ -40,7 +40,7 @@ from protoken.errors import ArgumentError, LedgerMismatchError, NonFiniteError
 from protoken.ledger import Ledger, tensor_digest
 from protoken.ledger.transfer import save_tensors
 from protoken.methods.moved import Moved
-from protoken.methods.replayed import moving_parameters
+from protoken.methods.replayed import recorded_parameters
 from protoken.methods.weights import own_names, parameter_of
 from protoken.models.architectures import architecture_of
 from protoken.models.layers import input_device
@@ -232,7 +232,7 @@ def record_probe(
     refuse_inference_mode(model)
     own.follow(model)
     start, stop = _checked_span(span, len(trace.token_list))
-    names = moving_parameters("records", own.ledger, trace.info.rounds, model, own.architecture, blocks, layers)
+    names = recorded_parameters(own.ledger, trace.info.rounds, model, own.architecture, blocks, layers)
     parameters = own_names([own.ledger.round(number) for number in trace.info.rounds], model, names)
     if own.verify:
         own.check_weights(model, names)

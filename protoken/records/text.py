@@ -7,13 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from protoken.errors import ArgumentError, PromptError
+from protoken.results.checks import utf8
 from protoken.text import encode_prompt, encode_text
 
-Record = str | tuple[str, str] | Mapping[str, Any]
-"""Plain text; (prompt, answer); {"prompt": ..., "response": ...}; or {"messages": [...]} that ends with the answer.
 
-A mapping may carry an "id" and a "client" to find the record again; other keys are ignored.
+@dataclass(frozen=True)
+class PlacedRecord:
+    """A record with the words by which errors name it: the line of its file, say."""
+
+    record: str | tuple[str, str] | Mapping[str, Any]
+    where: str
+
+
+Record = str | tuple[str, str] | Mapping[str, Any] | PlacedRecord
+"""Plain text or {"text": ...}; (prompt, answer) or {"prompt": ..., "response": ...}; or {"messages": [...]} that ends
+with the answer.
+
+A mapping may carry an "id" and a "client" to find the record again; other keys are ignored, and so are nulls. Errors
+name a record by its place in the sequence, a PlacedRecord by its own words.
 """
+
+_CONVERSATION = ("prompt", "response", "messages")
 
 
 @dataclass(frozen=True)
@@ -33,12 +47,15 @@ def encode_record(tokenizer: Any, record: Record, index: int, *, max_tokens: int
     Plain text carries its loss from the second token on, a conversation on its last turn. `chat` is as in `trace`.
 
     Raises:
-        ArgumentError: a record of another form, without an answer, or whose prompt leaves no room for one.
+        ArgumentError: a record of another form or of two, without an answer, or whose prompt leaves no room for one.
     """
-    where = f"records[{index}]"
+    placed = record if isinstance(record, PlacedRecord) else PlacedRecord(record, f"records[{index}]")
+    record, where = placed.record, placed.where
     prompt, answer = _parts(record, where)
     named = record if isinstance(record, Mapping) else {}
-    key, client = str(named.get("id", index)), named.get("client")
+    found, holder = named.get("id"), named.get("client")
+    key = utf8(where, str(index if found is None else found))
+    client = None if holder is None else utf8(where, str(holder))
     if prompt is None:
         ids = _encoded(where, tokenizer, answer)
         start, shown = 1, answer
@@ -57,7 +74,7 @@ def encode_record(tokenizer: Any, record: Record, index: int, *, max_tokens: int
             got=f"{len(ids)} tokens, {start} before the answer",
             remedy="Leave the record out, shorten its prompt, or raise max_tokens",
         )
-    return EncodedRecord(tuple(ids[:max_tokens]), start, key, None if client is None else str(client), shown)
+    return EncodedRecord(tuple(ids[:max_tokens]), start, key, client, shown)
 
 
 def _encoded(where: str, tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -70,6 +87,8 @@ def _encoded(where: str, tokenizer: Any, text: str, **options: Any) -> list[int]
 def _parts(record: Any, where: str) -> tuple[str | Sequence[Mapping[str, str]] | None, str]:
     if isinstance(record, str):
         return None, record
+    if isinstance(record, Mapping) and record.get("text") is not None:
+        return None, _text(record, where)
     prompt: Any = None
     answer: Any = None
     if isinstance(record, tuple) and len(record) == 2:
@@ -83,7 +102,24 @@ def _parts(record: Any, where: str) -> tuple[str | Sequence[Mapping[str, str]] |
         held = f" with {sorted(map(str, record))[:5]}" if isinstance(record, Mapping) else ""
         raise ArgumentError(
             where,
-            expected='text, (prompt, answer), {"prompt", "response"}, or {"messages"} that ends with the assistant',
+            expected=(
+                'text, {"text"}, (prompt, answer), {"prompt", "response"}, or {"messages"} that ends with the assistant'
+            ),
             got=f"{type(record).__name__}{held}",
         )
     return prompt, answer
+
+
+def _text(record: Mapping[str, Any], where: str) -> str:
+    others = [key for key in _CONVERSATION if record.get(key) is not None]
+    if others:
+        raise ArgumentError(
+            where,
+            expected='either "text" or a prompt and its answer',
+            got=f'"text" and {", ".join(others)}',
+            remedy="Leave out what the model was not trained on",
+        )
+    text = record["text"]
+    if not isinstance(text, str):
+        raise ArgumentError(where, expected='"text" to be a string', got=type(text).__name__)
+    return text

@@ -135,7 +135,7 @@ def history_html(found: History, path: str | os.PathLike[str] | None = None) -> 
 
 
 def finding(found: History) -> str:
-    """The finding in two sentences."""
+    """The finding in a few sentences, true whether the answer became likelier as a whole or not."""
     changes = found.changes
     best = int(np.argmax(changes))
     number = number_format([*changes, *found.totals])
@@ -143,12 +143,12 @@ def finding(found: History) -> str:
     if changes[best] <= 0:
         return "No round made this answer likelier."
     text = f"Round {found.rounds[best]} did most for this answer: {number(float(changes[best]))} {found.unit}"
-    text += f" of {number(float(changes.sum()))}. " if len(found.rounds) > 1 else ". "
+    text += f"; all rounds together changed it by {number(float(changes.sum()))}. " if len(found.rounds) > 1 else ". "
     if total <= 0:
         return text + "No client raised it as a whole."
-    text += f"Most came from {name(first)} with {number(total)}"
+    text += f"Of the clients, {name(first)} raised it most, by {number(total)}"
     if others and others[0][1] > 0:
-        text += f", then {name(others[0][0])} with {number(others[0][1])}"
+        text += f", then {name(others[0][0])} by {number(others[0][1])}"
     return text + "."
 
 

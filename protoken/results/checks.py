@@ -1,6 +1,6 @@
 """What a result may hold: finite float64 arrays of the right shape, and text that UTF-8 can carry.
 
-Kept apart from results.py so that the dataclasses there read as the contract they are.
+Kept apart from result.py so that the dataclasses there read as the contract they are.
 """
 
 from __future__ import annotations

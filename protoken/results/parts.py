@@ -1,4 +1,4 @@
-"""The small records a `Trace` is made of and gives out. See results.py."""
+"""The small records a `Trace` is made of and gives out. See result.py."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class Trace:
         kept = self.token_list[i:j]
         totals, residual = scores[i:j].sum(axis=0), float(residuals[i:j].sum())
         apart = None if self.token_layer_scores is None else self.token_layer_scores[i:j]
-        return replace(
+        part = replace(
             self,
             response="".join(token.text for token in kept),
             token_list=kept,
@@ -219,6 +219,10 @@ class Trace:
             standard_errors=None,
             start=self.start + i,
         )
+        # What is no field is left behind by replace(): where the trace came from (origin.py).
+        beside = {name: value for name, value in vars(self).items() if name not in vars(part)}
+        vars(part).update(beside)
+        return part
 
     def sentences(self) -> list[Trace]:
         """One `span` per sentence; every token is in exactly one. ArgumentError for a totals-only trace."""

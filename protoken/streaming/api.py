@@ -20,7 +20,7 @@ import torch
 
 from protoken.arguments import check_callable
 from protoken.attachment import attachment_of, make_attachment
-from protoken.banks.bank import Rounds, select_rounds
+from protoken.banks.bank import Rounds, require_usable, select_rounds
 from protoken.dispatch import choose
 from protoken.generation import check_seed, complete_arguments, with_length
 from protoken.ledger import Ledger
@@ -138,7 +138,9 @@ def stream(
         backend=backend,
     )
     plan = make_plan(own.architecture, options)
-    bank = own.bank(model, plan.layers, select_rounds(own.ledger, rounds, own.round))
+    numbers = select_rounds(own.ledger, rounds, own.round)
+    require_usable(own.ledger, numbers)
+    bank = own.bank(model, plan.layers, numbers)
     device = input_device(model)
     choose("client_scores", backend, device)
     ids = encode_prompt(tokenizer, prompt, chat)

@@ -33,7 +33,7 @@ from protoken.errors import GenerationError
 from protoken.generation import Generated
 from protoken.models.architectures import Architecture
 from protoken.models.layers import Layer, layer_of
-from protoken.models.patching import after, hooks
+from protoken.models.patching import after, hidden_of, hooks
 from protoken.streaming.gated_tail import GatedTail
 from protoken.ways.capture import Capture, check_one_stream
 from protoken.ways.objective import (
@@ -197,7 +197,7 @@ class LeafTap:
     def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._own_thread:
             return
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden_of(args, kwargs)
         check_one_stream(hidden)
         batch, length = hidden.shape[:2]
         if batch != 1:

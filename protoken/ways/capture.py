@@ -8,7 +8,7 @@ P - 1 + T positions are seen. Left padding keeps this true for every row of a ba
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from protoken.errors import ModelError
 from protoken.models.architectures import Architecture
-from protoken.models.patching import after, before, hooks
+from protoken.models.patching import after, before, hidden_of, hooks
 
 
 @dataclass
@@ -58,6 +58,16 @@ class Capture:
         first = prompt_length - 1 if self.every else 0
         return torch.cat(kept, dim=1)[:, first : first + new_tokens]
 
+    def mapped(self, fn: Callable[[list[Tensor]], list[Tensor]]) -> Capture:
+        """The same with `fn` of each list of rows; what entered the first traced block stays as it is."""
+        return replace(
+            self,
+            hidden=fn(self.hidden),
+            projection_inputs=fn(self.projection_inputs),
+            projections=fn(self.projections),
+            outputs=fn(self.outputs),
+        )
+
     def row(self, number: int, padding: int) -> Capture:
         """What was recorded of one row of the batch, as if it had run alone and without its left padding."""
 
@@ -65,14 +75,7 @@ class Capture:
             return [tensor[number : number + 1] for tensor in kept]
 
         whole = [torch.cat(of(self.sequence_hidden), dim=1)[:, padding:]] if self.sequence_hidden else []
-        return replace(
-            self,
-            sequence_hidden=whole,
-            hidden=of(self.hidden),
-            projection_inputs=of(self.projection_inputs),
-            projections=of(self.projections),
-            outputs=of(self.outputs),
-        )
+        return replace(self.mapped(of), sequence_hidden=whole)
 
     def sequence(self, length: int) -> Tensor:
         """Hidden states entering the first traced block at the first `length` positions, [B, length, d]."""
@@ -98,10 +101,10 @@ def capturing(
         return (tensor if every else tensor[:, -1:]).detach().clone()
 
     def enter_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.sequence_hidden.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+        kept.sequence_hidden.append(hidden_of(args, kwargs).detach().clone())
 
     def enter_last(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden_of(args, kwargs)
         check_one_stream(hidden)
         kept.steps.append((hidden.shape[0], hidden.shape[1]))
         kept.hidden.append(rows(hidden))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from protoken.banks.layer_bank import LayerBank, directions
 from protoken.models.architectures import Architecture
 from protoken.models.layers import Layer, layer_of
-from protoken.models.patching import after, before, current_method, hooks, replaced_method
+from protoken.models.patching import Stopped, after, before, current_method, hidden_of, hooks, replaced_method
 from protoken.models.quantised import dequantised, quantised_linears, straight_through
 from protoken.ways import dual_rules  # noqa: F401 - its rules are what makes tangents cheap
 from protoken.ways.capture import Capture, run_whole
@@ -39,10 +39,6 @@ from protoken.ways.sites import check_first_visit, check_visited, visited
 
 # Bytes of one activation with all its tangents: more directions at once bring no more speed, only memory.
 _AT_ONCE = 128 << 20
-
-
-class _Reached(Exception):
-    """The pass has computed all it is for; ends the model's forward from inside a hook."""
 
 
 @dataclass
@@ -136,12 +132,12 @@ def _pushed(
         return Dual.of(value_of(y), moved if before is None else before + moved)
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arrived.h.append(args[0] if args else kwargs["hidden_states"])
+        arrived.h.append(hidden_of(args, kwargs))
         stack.enter_context(only_rows(slice(response.prompt_length - 1, length)))
 
     def stop(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         arrived.a.append(args[0].reshape(*hidden.shape[:2], -1))
-        raise _Reached
+        raise Stopped
 
     with ExitStack() as stack:
         if architecture.embeddings_name not in layers:
@@ -154,7 +150,7 @@ def _pushed(
             stack.enter_context(replaced_method(module, "forward", _with_tangents(module)))
         for block in running:
             use_plain_formulas(block, stack)
-        with suppress(_Reached), on_hidden_states_alone():
+        with suppress(Stopped), on_hidden_states_alone():
             run_whole(model, response.seen)
     check_visited(layers, met)
     return arrived

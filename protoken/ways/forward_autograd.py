@@ -17,17 +17,13 @@ from torch import Tensor, nn
 from protoken.banks.layer_bank import LayerBank, directions
 from protoken.models.architectures import Architecture
 from protoken.models.layers import Layer, layer_of
-from protoken.models.patching import after, before, hooks, replaced_method
+from protoken.models.patching import Stopped, after, before, hidden_of, hooks, replaced_method
 from protoken.models.quantised import linearised, recorded
 from protoken.ways.capture import Capture, run_whole
 from protoken.ways.dual import forward_mode_of_torch
 from protoken.ways.relevance import LocalRelevance, Response, replay_error
 from protoken.ways.replay import Tap, on_hidden_states_alone, passed_through, replaced_input, replay
 from protoken.ways.sites import check_first_visit, check_visited, visited
-
-
-class _Reached(Exception):
-    """The pass has computed all it is for; ends the model's forward from inside a hook."""
 
 
 def scores_by_autograd(
@@ -110,11 +106,11 @@ def _push(
         met: set[str] = set()
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reached["h"] = args[0] if args else kwargs["hidden_states"]
+            reached["h"] = hidden_of(args, kwargs)
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             reached["y"] = output.reshape(*hidden.shape[:2], -1)
-            raise _Reached
+            raise Stopped
 
         values = dict(zip(layers, added, strict=True))
 
@@ -133,7 +129,7 @@ def _push(
             stack.enter_context(hooks(after(projection, leave)))
             for block in architecture.blocks[first:]:
                 use_plain_formulas(block, stack)
-            with suppress(_Reached), on_hidden_states_alone():
+            with suppress(Stopped), on_hidden_states_alone():
                 run_whole(model, response.seen)
         check_visited(layers, met)
         return reached["h"], reached["y"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from protoken.models.architectures import Architecture
 from protoken.models.layers import Layer, layer_of
-from protoken.models.patching import after, before, hooks
+from protoken.models.patching import Stopped, after, before, hidden_of, hooks
 from protoken.models.quantised import straight_through
 from protoken.ways.capture import Capture, run_whole
 from protoken.ways.relevance import LocalRelevance, Response, replay_error
@@ -38,10 +38,6 @@ class LayerRows:
     layer: Layer
     tap: Tap
     grads: Tensor
-
-
-class _Reached(Exception):
-    """The piece has run to its end; leaves the model's forward from inside a hook."""
 
 
 @dataclass
@@ -111,9 +107,9 @@ class PulledBack:
         kept: list[Tensor] = []
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+            kept.append(hidden_of(args, kwargs).detach().clone())
             if len(kept) == len(starts) - 1:
-                raise _Reached
+                raise Stopped
 
         blocks = self.architecture.blocks
         handles = [before(blocks[n], enter) for n in starts[1:]]
@@ -129,13 +125,13 @@ class PulledBack:
         piece = _Piece(leaf, [], {})
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            piece.ends.append(args[0] if args else kwargs["hidden_states"])
+            piece.ends.append(hidden_of(args, kwargs))
             if stop is not None:
-                raise _Reached
+                raise Stopped
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             piece.ends.append(output.reshape(*shape, -1))
-            raise _Reached
+            raise Stopped
 
         def visit(layer: Layer, x: Tensor, y: Tensor, route: Tensor | None) -> Tensor:
             check_first_visit(layer.name, piece.taps)
@@ -178,7 +174,7 @@ class PulledBack:
             if end is not None:
                 stack.enter_context(hooks(before(*end)))
             stack.enter_context(passed_through(architecture, start, self.capture.returns_tuples))
-            with suppress(_Reached), on_hidden_states_alone():
+            with suppress(Stopped), on_hidden_states_alone():
                 run_whole(self.model, self.response.seen)
 
     def _pull(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from protoken.errors import GenerationError, ProtokenError
 from protoken.models.architectures import Architecture
 from protoken.models.layers import Layer, layer_of
-from protoken.models.patching import after, before, hooks, replaced_method
+from protoken.models.patching import after, before, hidden_of, hooks, replaced_method
 from protoken.models.quantised import straight_through
 from protoken.ways.capture import run_whole
 from protoken.ways.sites import Visit, check_first_visit, check_visited, visited
@@ -183,7 +183,7 @@ def passed_through(architecture: Architecture, count: int, as_tuple: bool) -> It
     """The first `count` blocks return what they are given, in the form in which this family's blocks return it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden_of(args, kwargs)
         return (hidden, None) if as_tuple else hidden
 
     with ExitStack() as stack:

@@ -17,8 +17,9 @@ from protoken.attribution import read_source
 from protoken.evaluation.base_model import BaseModel
 from protoken.evaluation.scoring import Answer
 from protoken.ledger import Ledger
+from protoken.methods.coalitions import Coalitions
 from protoken.methods.game import Game
-from protoken.methods.shapley import Coalitions, shapley_by_order
+from protoken.methods.shapley import shapley_by_order
 from protoken.methods.weights import Updates
 from protoken.models.patching import evaluation_mode
 from protoken.planning.options import Options

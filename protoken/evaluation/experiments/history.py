@@ -29,6 +29,7 @@ from protoken.evaluation.scoring import answer
 from protoken.evaluation.workbench import Workbench
 from protoken.evaluation.zoo import SHAPES
 from protoken.history import stretches, walk
+from protoken.methods.replayed import recorded_parameters
 from protoken.models.patching import evaluation_mode
 
 DEFAULTS = Settings(models=tuple(SHAPES), domains=("medical", "finance"))
@@ -87,7 +88,9 @@ def _unit(model: str, domain: str, kind: str, bench: Workbench) -> Outcome:
     seconds, residuals = [], []
     with evaluation_mode(base.model):
         # Read once for all answers: `Trace.history` reads them for each call.
-        rounds = list(stretches(base.model, own, select_rounds(stored.ledger, "all", last)))
+        numbers = select_rounds(stored.ledger, "all", last)
+        names = recorded_parameters(stored.ledger, numbers, base.model, own.architecture)
+        rounds = list(stretches(base.model, own, numbers, names))
         for n, one in enumerate(refusals):
             began = time.perf_counter()
             before, found = walk(base.model, own, one.response, rounds)
