@@ -31,10 +31,9 @@ from protoken.ways.relevance import Response
 
 @dataclass(frozen=True)
 class Scorer:
-    """One way to attribute, by the arguments of `protoken.trace`.
+    """One way to attribute, by the arguments of `protoken.trace`; refused at once where `trace` would refuse them.
 
     name     what the results call it
-    nodes    of a path; None for as many as it asks for, as `protoken.trace` takes by itself
     limit    score only so many of the samples (slow methods); None for all
     """
 
@@ -45,9 +44,26 @@ class Scorer:
     way: Way = "auto"
     objective: Objective | None = None
     rounds: Rounds = "last"
-    nodes: int | None = 4
+    nodes: int | None = None
     pairs: int | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.options
+
+    @property
+    def options(self) -> Options:
+        """What `protoken.trace` would make of the arguments."""
+        return Options(
+            rounds=self.rounds,
+            blocks=self.blocks,
+            layers=self.layers,
+            way=self.way,
+            objective=self.objective,
+            method=self.method,
+            nodes=self.nodes,
+            pairs=self.pairs,
+        )
 
 
 @dataclass(frozen=True)
@@ -144,17 +160,7 @@ def score(
     captures = _Captures(base.model, own.architecture)
     found = []
     for scorer in scorers:
-        options = Options(
-            rounds=scorer.rounds,
-            blocks=scorer.blocks,
-            layers=scorer.layers,
-            way=scorer.way,
-            objective=scorer.objective,
-            method=scorer.method,
-            nodes=scorer.nodes,
-            pairs=scorer.pairs,
-        )
-        plan = make_plan(own.architecture, options)
+        plan = make_plan(own.architecture, scorer.options)
         source = read_source(own, base.model, plan, scorer.rounds)
         chosen = answers[: scorer.limit]
         scored = Scored(scorer, source.clients, np.zeros((len(chosen), len(source.clients))))

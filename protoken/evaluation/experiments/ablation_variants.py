@@ -47,7 +47,7 @@ class Variant:
             "gradient": self.gradient,
             "objective": self.scorer.objective or "log_prob",
             "rounds": str(self.scorer.rounds),
-            "nodes": self.scorer.nodes if self.scorer.method == "aumann_shapley" else None,
+            "nodes": self.scorer.nodes,
             "forward_passes": self.passes,
             **self.extra,
         }
@@ -107,7 +107,7 @@ def _cost(count: int, clients: int, suffix: str, shared: Mapping[str, Any]) -> l
         for m in NODES
     ]
     found += [
-        Variant(Scorer(f"path, last {n} blocks{suffix}", "aumann_shapley", blocks=n, **shared), "cost")
+        Variant(Scorer(f"path, last {n} blocks{suffix}", "aumann_shapley", nodes=4, blocks=n, **shared), "cost")
         for n in sorted({1, count})
     ]
     for pairs in PAIRS:

@@ -87,7 +87,7 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
         Scorer("shapley, all rounds", "shapley", rounds="all", limit=few),
         Scorer("leave_one_out, all rounds", "leave_one_out", rounds="all", limit=few),
         Scorer("aumann_shapley m=4, all rounds", "aumann_shapley", nodes=4, rounds="all", limit=few),
-        Scorer("aumann_shapley", "aumann_shapley", limit=few),
+        Scorer("aumann_shapley", "aumann_shapley", nodes=4, limit=few),
         Scorer("paper", "paper", limit=few // 2),
         Scorer("cosine", "cosine", limit=few),
         Scorer("activation_only", "activation_only", limit=few),

@@ -126,7 +126,7 @@ def scorers(model: str) -> list[Scorer]:
         Scorer("update_norm", "update_norm", rounds=whole, limit=1),
         Scorer("cosine", "cosine", rounds=whole, limit=FEW),
         Scorer("shapley, last round", "shapley", limit=FEW),
-        Scorer("aumann_shapley, last round", "aumann_shapley"),
+        Scorer("aumann_shapley, last round", "aumann_shapley", nodes=4),
         Scorer("protoken, last round"),
         Scorer("protoken all blocks, last round", blocks=blocks, way="reverse"),
         Scorer("paper, last round", "paper", limit=2),
@@ -144,7 +144,7 @@ def _log_odds(blocks: int) -> list[Scorer]:
         Scorer("protoken, log-odds", rounds="all", objective=odds),
         Scorer("protoken all blocks, log-odds", blocks=blocks, way="reverse", rounds="all", objective=odds),
         Scorer("shapley, log-odds, last round", "shapley", objective=odds, limit=FEW),
-        Scorer("aumann_shapley, log-odds, last round", "aumann_shapley", objective=odds),
+        Scorer("aumann_shapley, log-odds, last round", "aumann_shapley", nodes=4, objective=odds),
         Scorer("protoken, log-odds, last round", objective=odds),
         Scorer("protoken all blocks, log-odds, last round", blocks=blocks, way="reverse", objective=odds),
     ]

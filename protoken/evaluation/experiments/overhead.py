@@ -49,7 +49,7 @@ def scorers(blocks: int) -> list[Scorer]:
     for n in sorted({1, blocks}):
         found.append(Scorer("paper", "paper", blocks=n, limit=SLOW))
     for n in range(1, blocks + 1):
-        found.append(Scorer("aumann_shapley, m = 4", "aumann_shapley", blocks=n, limit=SLOW))
+        found.append(Scorer("aumann_shapley, m = 4", "aumann_shapley", nodes=4, blocks=n, limit=SLOW))
     return found
 
 

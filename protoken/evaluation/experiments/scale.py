@@ -76,8 +76,8 @@ def scorers(model: str, *, last: bool) -> list[Scorer]:
         ]
         if last:
             found += [
-                Scorer("aumann_shapley", "aumann_shapley", rounds=rounds),
-                Scorer("aumann_shapley, log-odds", "aumann_shapley", objective="log_odds", rounds=rounds),
+                Scorer("aumann_shapley", "aumann_shapley", nodes=4, rounds=rounds),
+                Scorer("aumann_shapley, log-odds", "aumann_shapley", nodes=4, objective="log_odds", rounds=rounds),
                 Scorer("update_norm", "update_norm", rounds=rounds, limit=1),
             ]
     return found
