@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from protoken.banks.bank import Bank, LedgerBank
 from protoken.dispatch import choose
 from protoken.generation_record import recorded
-from protoken.methods.weights import Updates
+from protoken.ledger import Ledger, Round
+from protoken.methods.weights import Updates, participants
 from protoken.planning.plan import Plan
 from protoken.results import Trace, TraceInfo
+from protoken.results.checks import Array
 from protoken.text import tokens_of
 from protoken.versions import versions
 from protoken.ways.projection import Scores
@@ -29,6 +32,7 @@ def assemble(
     bank: Bank | LedgerBank | Updates,
     scores: Scores,
     plan: Plan,
+    ledger: Ledger,
     *,
     generate_arguments: Mapping[str, Any],
     **measured: Any,
@@ -47,6 +51,7 @@ def assemble(
         rounds=bank.rounds,
         settings=scores.settings,
         backend=_picked(plan, response.ids.device),
+        ledger=ledger.run,
         versions=versions(),
         generate_arguments=recorded(generate_arguments),
         **measured,
@@ -57,7 +62,7 @@ def assemble(
         response="".join(token.text for token in tokens),
         token_list=tokens,
         client_ids=bank.clients,
-        weights=bank.weights.numpy(),
+        weights=_average_weights([ledger.round(number) for number in bank.rounds], bank.clients),
         token_scores=_array(scores.tokens),
         totals=scores.totals.numpy(),
         objective_values=scores.objective.numpy(),
@@ -70,6 +75,16 @@ def assemble(
         position_scores=_array(scores.positions),
         info=info,
     )
+
+
+def _average_weights(rounds: Sequence[Round], clients: Sequence[str]) -> Array:
+    """[K] mean of rho_k^r over the rounds, 0 for a round without the client; of one round, its own weights.
+
+    Not those of the bank: sums over several rounds hold the weights already.
+    """
+    by_round = [participants(record) for record in rounds]
+    mean: Array = np.array([[weights.get(client, 0.0) for client in clients] for weights in by_round]).mean(axis=0)
+    return mean
 
 
 def _array(values: Tensor | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny_model
 from torch import Tensor
 
 import protoken
 from protoken.errors import ArgumentError, LayerError, ProtokenWarning
+from protoken.history import History
 from protoken.ledger import ClientUpdate, Ledger
 from protoken.ledger.rules import FedAdam, FedAvgM, shares
 
@@ -146,6 +149,13 @@ def test_leaving_one_out_is_its_counterfactual_beside_a_quarantined_update(made:
 # ---- gaps ----------------------------------------------------------------------------------------------------
 
 
+def printed(found: protoken.Trace | History) -> str:
+    file = io.StringIO()
+    console = Console(file=file, width=200)
+    found.show(console) if isinstance(found, protoken.Trace) else console.print(found)
+    return file.getvalue()
+
+
 def test_a_gap_is_said_aloud_wherever_rounds_are_walked_over(made: Federation) -> None:
     made.round()
     made.move(made.like(made.now(), 0.1))
@@ -157,12 +167,37 @@ def test_a_gap_is_said_aloud_wherever_rounds_are_walked_over(made: Federation) -
     assert history.gaps == (2,)
     assert history.to_dict()["gaps"] == [2]
     with pytest.warns(ProtokenWarning, match="round 2 of the ledger does not start"):
-        assert trace.lineage(nodes=None).info.settings["gaps"] == [2]
+        lineage = trace.lineage(nodes=None)
+    assert lineage.info.settings["gaps"] == [2]
+    for found in (history, lineage):
+        assert "Round 2 does not start where the round before ended" in found.to_html()
+        assert "Round 2 does not start where the round before ended" in printed(found)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ProtokenWarning)
-        assert trace.history(since=2).gaps == ()
+        after = trace.history(since=2)
+        assert after.gaps == ()
+        assert "does not start" not in after.to_html() + printed(after) + trace.to_html() + printed(trace)
         assert "gaps" not in made.ask(method="aumann_shapley", rounds=[2, 3]).info.settings
         assert "gaps" not in made.ask(method="aumann_shapley", rounds=[1, 3]).info.settings
+
+
+# ---- other clients, other weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["protoken", "aumann_shapley"])
+def test_weights_over_several_rounds_are_their_mean(made: Federation, method: Any) -> None:
+    made.round()
+    made.round({"a": 0.4, "d": 0.6})
+    several = made.ask(method=method, rounds="all")
+    assert dict(zip(several.client_ids, several.weights, strict=True)) == pytest.approx(
+        {"a": 0.6, "b": 0.075, "c": 0.025, "d": 0.3}
+    )
+    assert {client.client: client.weight for client in several.clients}["d"] == pytest.approx(0.3)
+    assert "mean weight" in printed(several)
+    assert "Mean weight" in several.to_html()
+    last = made.ask(method=method)
+    assert dict(zip(last.client_ids, last.weights, strict=True)) == {"a": 0.4, "d": 0.6}
+    assert "mean weight" not in printed(last)
 
 
 # ---- nobody, and nothing in common -------------------------------------------------------------------------------

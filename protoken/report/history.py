@@ -16,7 +16,7 @@ from protoken.report.fitting import Fitted
 from protoken.report.page import rendered, style
 from protoken.report.palette import COLOURS, GREY, colour_slots
 from protoken.report.sections import OBJECTIVES, slot_name
-from protoken.report.view import number_format, percent
+from protoken.report.view import gaps_note, number_format, percent
 from protoken.report.visible import name, pieces, visible
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class HistoryTable:
             if table.fits(options.max_width):
                 break
         yield Text(view.lede)
+        if self.found.gaps:
+            yield Text(gaps_note(self.found.gaps))
         yield Text()
         yield table
         about = f"{OBJECTIVES[self.found.objective]} of the whole answer under that round's model, in {self.found.unit}"
@@ -119,6 +121,7 @@ def history_html(found: History, path: str | os.PathLike[str] | None = None) -> 
         "title": "protoken history: " + " ".join(name(found.response.strip())[:60].split()),
         "style": style(),
         "lede": view.lede,
+        "gaps": gaps_note(found.gaps),
         "prompt": list(pieces(found.prompt.strip("\n"))),
         "answer": list(pieces(found.response.strip("\n"))),
         "objective": OBJECTIVES[found.objective],

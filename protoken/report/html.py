@@ -16,7 +16,7 @@ from markupsafe import Markup
 from protoken.report.page import framed, read, rendered, style
 from protoken.report.palette import COLOURS
 from protoken.report.sections import OBJECTIVES, facts, figures, grids, sentences, slot_name, slotted
-from protoken.report.view import TokenView, View, accounting, build_view
+from protoken.report.view import TokenView, View, accounting, build_view, gaps_of, weight_heading
 from protoken.report.visible import name, pieces, visible
 from protoken.results import Trace
 
@@ -47,7 +47,9 @@ def _context(trace: Trace, view: View) -> dict[str, Any]:
         "leader": slotted(view.clients[0]),
         "second": slotted(view.clients[1]) if len(view.clients) > 1 else None,
         "accounting": accounting(trace)[:1].upper() + accounting(trace)[1:] + ".",
+        "gaps": gaps_of(trace),
         "unit": trace.unit,
+        "weight": weight_heading(trace).capitalize(),
         "forced": info.forced,
         "objective_name": OBJECTIVES[info.objective],
         "prompt": list(pieces(trace.prompt.strip("\n"))),

@@ -22,7 +22,7 @@ from protoken.errors import ArgumentError
 from protoken.report.encoding import any_encoding
 from protoken.report.fitting import Column, Fitted
 from protoken.report.palette import COLOURS, GREY, mix
-from protoken.report.view import ClientRow, TokenView, View, accounting, build_view, timing
+from protoken.report.view import ClientRow, TokenView, View, accounting, build_view, gaps_of, timing, weight_heading
 from protoken.report.visible import name, visible
 from protoken.results import Trace
 
@@ -135,7 +135,7 @@ def ranking(trace: Trace, view: View, top: int | None) -> Fitted:
             Column(f"score ({trace.unit})", scores, right=True),
             Column("", bars, drop=3),
             Column("share", shares, right=True, drop=1),
-            Column("weight", weights, right=True, drop=2, style="dim"),
+            Column(weight_heading(trace), weights, right=True, drop=2, style="dim"),
         ]
     )
 
@@ -166,6 +166,8 @@ def _facts(trace: Trace, view: View) -> Iterator[tuple[str, str]]:
     yield "change", f"{view.number(trace.change)} {trace.unit}; all scores and the residual together"
     if trace.info.objective == "log_prob" and len(trace.objective_values):
         yield "answer", f"log-probability {trace.objective_values.sum():+.4g} nats"
+    if gaps := gaps_of(trace):
+        yield "gap", gaps
     yield "time", timing(trace)
 
 

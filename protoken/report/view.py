@@ -7,7 +7,7 @@ taught the same thing (a colluding pair), since each keeps the other's lead near
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor, log10
@@ -168,6 +168,29 @@ def timing(trace: Trace) -> str:
         return f"attributed in {seconds(whole)}" if whole > 0 else "not timed"
     extra = f" ({(whole / plain - 1) * 100:+.0f} %)" if 0 < plain <= whole else ""
     return f"generated in {seconds(plain)}, traced in {seconds(whole)}{extra}"
+
+
+def weight_heading(trace: Trace) -> str:
+    """Of the column of aggregation weights."""
+    return "mean weight" if len(trace.info.rounds) > 1 else "weight"
+
+
+def gaps_note(rounds: Sequence[int]) -> str:
+    """What the record lacks, in a sentence; empty where it lacks nothing."""
+    if not rounds:
+        return ""
+    several = ", ".join(map(str, rounds))
+    who = f"Round {several} does" if len(rounds) == 1 else f"Rounds {several} do"
+    return (
+        f"{who} not start where the round before ended: what changed in between is on no record, and in no client's "
+        "score."
+    )
+
+
+def gaps_of(trace: Trace) -> str:
+    """`gaps_note` of a trace over several rounds; its settings may come from a file, so anything may be in them."""
+    found = trace.info.settings.get("gaps")
+    return gaps_note([number for number in found if isinstance(number, int)]) if isinstance(found, list) else ""
 
 
 def accounting(trace: Trace) -> str:

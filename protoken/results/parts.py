@@ -108,7 +108,7 @@ class ClientScore:
     score       raw and additive, in the objective's unit, aggregation weight included
     share       softmax of the scores over the clients, 0 to 1
     rank        from 1
-    weight      rho_k
+    weight      rho_k; of several rounds its mean over them, 0 for a round without the client
     confidence  how often this client is on top, 0 to 1, when the response's tokens are drawn again (of a sampled
                 method: the totals, within their standard errors). It says how much the rank rests on few tokens, not
                 how true the method is; see `protoken.confidence.intervals`. None for totals alone and for one token

@@ -48,7 +48,7 @@ class Trace:
     response          exactly the tokens' texts one after the other, special tokens included
     token_list        [T] ids and texts; ``tokens`` has them with their scores
     client_ids        [K] in the order of all arrays; ``clients`` has them ranked
-    weights           [K] aggregation weights
+    weights           [K] aggregation weights; of several rounds their mean, 0 for a round without the client
     token_scores      [T, K], or None when only sequence totals were computed (then token_residual too)
     totals            [K] = token_scores summed over tokens
     objective_values  [T] log-probability, log-odds or logit of each generated token under the model
