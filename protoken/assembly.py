@@ -13,7 +13,7 @@ from protoken.banks.bank import Bank, LedgerBank
 from protoken.dispatch import choose
 from protoken.generation_record import recorded
 from protoken.ledger import Ledger, Round
-from protoken.methods.weights import Updates, participants
+from protoken.methods.updates import Updates, participants
 from protoken.planning.plan import Plan
 from protoken.results import Trace, TraceInfo
 from protoken.results.checks import Array

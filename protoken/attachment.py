@@ -15,10 +15,11 @@ from protoken.arguments import check_flag
 from protoken.banks.bank import Bank, LedgerBank
 from protoken.errors import LayerError, LedgerMismatchError, ModelError
 from protoken.ledger import Ledger, tensor_digest
-from protoken.methods.weights import Updates, own_names, parameter_of, read_updates, require_in_memory
+from protoken.methods.updates import Updates, read_updates
 from protoken.models.adapters import acting, active_in
 from protoken.models.architectures import Architecture, architecture_of
 from protoken.models.layers import Layer, layer_of
+from protoken.models.parameters import own_names, parameter_of, require_in_memory
 from protoken.models.patching import refuse_no_model
 from protoken.text import check_tokenizer
 from protoken.verification import check_layer, compare

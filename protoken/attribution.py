@@ -15,7 +15,7 @@ from protoken.generation import Generated
 from protoken.ledger import Ledger
 from protoken.methods.paper import client_weights, paper_scores
 from protoken.methods.replayed import moving_parameters, replayed_scores
-from protoken.methods.weights import Updates
+from protoken.methods.updates import Updates
 from protoken.models.architectures import Architecture
 from protoken.models.twin import twin_of, uncompiled
 from protoken.planning.cost import cheaper

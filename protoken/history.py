@@ -26,7 +26,7 @@ from protoken.methods.aumann_shapley import aumann_shapley_scores
 from protoken.methods.game import Game
 from protoken.methods.placement import ASKED_FOR
 from protoken.methods.replayed import recorded_parameters
-from protoken.methods.weights import Updates, read_updates, warned_of_gaps
+from protoken.methods.updates import Updates, read_updates, warned_of_gaps
 from protoken.models.layers import input_device
 from protoken.models.patching import evaluation_mode, refuse_inference_mode
 from protoken.models.twin import uncompiled

@@ -16,7 +16,7 @@ from protoken.attribution import attribute, read_source, settle
 from protoken.banks.bank import LedgerBank
 from protoken.generation import Generated, check_ids_are_all, generate, teacher_forced
 from protoken.ledger import Ledger
-from protoken.methods.weights import Updates
+from protoken.methods.updates import Updates
 from protoken.models.layers import input_device
 from protoken.models.patching import evaluation_mode
 from protoken.origin import remember

@@ -21,7 +21,7 @@ from protoken.evaluation.workbench import Workbench
 from protoken.evaluation.zoo import SMOLLM2
 from protoken.methods.game import Game
 from protoken.methods.shapley import shapley_by_order
-from protoken.methods.weights import read_updates
+from protoken.methods.updates import read_updates
 from protoken.models.architectures import architecture_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,8 @@ from protoken.ledger import ClientUpdate, Ledger
 from protoken.methods.baselines import BASELINES
 from protoken.methods.game import Game
 from protoken.methods.leave_one_out import leave_one_out_scores
-from protoken.methods.weights import at_weights, read_updates, shift_without
+from protoken.methods.updates import read_updates
+from protoken.methods.weights import at_weights, shift_without
 from protoken.models.architectures import architecture_of
 from protoken.ways.relevance import Response
 

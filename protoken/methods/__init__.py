@@ -8,6 +8,6 @@ leave_one_out.py    one client taken out
 baselines.py        what simpler rules would say
 paper.py            the published loop, the oracle of the tests
 
-game.py             how likely is the response at other weights? weights.py, the clients' updates as such weights;
-                    moved.py, the model there, without writing to it
+game.py             how likely is the response at other weights? updates.py, the clients' updates; weights.py, the
+                    points that they lead to; moved.py, the model there, without writing to it
 """

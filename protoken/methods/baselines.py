@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from protoken.ledger import Ledger
 from protoken.methods.aumann_shapley import project
 from protoken.methods.game import Game
-from protoken.methods.weights import participants
+from protoken.methods.updates import participants
 from protoken.models.layers import is_conv1d
 from protoken.ops import client_scores, client_scores_reference
 from protoken.ways.projection import Scores

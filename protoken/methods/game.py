@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from protoken.methods.moved import Moved
-from protoken.methods.weights import Updates, point
+from protoken.methods.updates import Updates
+from protoken.methods.weights import point
 from protoken.models.architectures import Architecture
 from protoken.models.patching import after, hooks
 from protoken.ways.dual import forward_mode_of_torch

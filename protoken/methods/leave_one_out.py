@@ -27,7 +27,8 @@ from torch import Tensor
 from protoken.ledger import Ledger, Round
 from protoken.ledger.rules import shares
 from protoken.methods.game import Game
-from protoken.methods.weights import Updates, deltas, gain, participants
+from protoken.methods.updates import Updates, deltas, participants
+from protoken.methods.weights import gain
 from protoken.ways.projection import Scores
 
 

@@ -18,10 +18,11 @@ from protoken.methods.leave_one_out import leave_one_out_scores
 from protoken.methods.paired_shapley import paired_shapley_scores
 from protoken.methods.placement import gauss_legendre
 from protoken.methods.shapley import shapley_scores
-from protoken.methods.weights import Updates, parameter_of
+from protoken.methods.updates import Updates
 from protoken.models.adapters import recorded_as
 from protoken.models.architectures import Architecture
 from protoken.models.layers import layer_of
+from protoken.models.parameters import parameter_of
 from protoken.ways.objective import Objective
 from protoken.ways.projection import Scores
 from protoken.ways.relevance import Response

@@ -10,9 +10,7 @@ for a model in double precision), since bf16 would round most updates away.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -20,145 +18,17 @@ from torch import Tensor, nn
 
 from protoken.errors import (
     ArgumentError,
-    LayerError,
     LedgerMismatchError,
     ModelError,
-    ProtokenWarning,
     UnknownClientError,
 )
-from protoken.ledger import Ledger, Round, lineage_gaps
-from protoken.ledger.round_files import RoundReader, dense
+from protoken.ledger import Ledger
 from protoken.ledger.rules import shares
-from protoken.models.adapters import PEFT_PREFIX, active_in, require_acting
-from protoken.models.quantised import is_quantised
+from protoken.methods.updates import Updates, deltas, participants
+from protoken.models.parameters import parameter_of
 from protoken.models.twin import bound_otherwise, twin_of
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Updates:
-    """What K clients changed in the chosen parameters.
-
-    Attributes:
-        clients: K ids; quarantined updates are left out, their effect is part of the change alone.
-        weights: fp64 [K]: rho_k of the one round, or 1 where weighted deltas were summed over several rounds.
-        rounds: the rounds covered.
-        names: the parameters that move, as the ledger records them.
-        parameters: recorded name -> the model's own name for it (PEFT wraps and renames).
-        deltas: per client name -> delta_k as stored (one round) or sum_r rho_k^r delta_k^r in fp32 (several).
-        change: name -> the rounds' changes summed, fp32.
-        gaps: rounds that do not start where the one before ended.
-    """
-
-    clients: tuple[str, ...]
-    weights: Tensor
-    rounds: tuple[int, ...]
-    names: tuple[str, ...]
-    parameters: Mapping[str, str]
-    deltas: tuple[Mapping[str, Tensor], ...]
-    change: Mapping[str, Tensor]
-    gaps: tuple[int, ...] = ()
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The model's parameters by the names of their layers: "….weight" left out, "….bias" and others kept."""
-        own = (self.parameters[name] for name in self.names)
-        return tuple(name.removesuffix(".weight").removesuffix(".base_layer") for name in own)
-
-
-def read_updates(ledger: Ledger, model: nn.Module, rounds: Sequence[int], names: Sequence[str]) -> Updates:
-    """The updates of `rounds` to the parameters `names`.
-
-    Raises:
-        LayerError: a round holds no such parameter.
-        LedgerMismatchError: the model has no such parameter, or one of another shape.
-    """
-    records = [ledger.round(number) for number in rounds]
-    own = own_names(records, model, names)
-    if len(records) == 1:
-        (record,) = records
-        weights = participants(record)
-        each = dict(deltas(record, weights, names))
-        return Updates(
-            clients=tuple(weights),
-            weights=torch.tensor(list(weights.values()), dtype=torch.float64),
-            rounds=tuple(rounds),
-            names=tuple(names),
-            parameters=own,
-            deltas=tuple(each[client] for client in weights),
-            change={name: record.change(name) for name in names},
-        )
-    totals = _lineages(records, names)
-    clients = tuple(sorted(totals))
-    return Updates(
-        clients=clients,
-        weights=torch.ones(len(clients), dtype=torch.float64),
-        rounds=tuple(rounds),
-        names=tuple(names),
-        parameters=own,
-        deltas=tuple(totals[client] for client in clients),
-        change={name: torch.stack([r.change(name).float() for r in records]).sum(0) for name in names},
-        gaps=warned_of_gaps(records, names),
-    )
-
-
-def warned_of_gaps(records: Sequence[Round], names: Sequence[str]) -> tuple[int, ...]:
-    """`lineage_gaps` of the rounds, said aloud: the path over them does not begin at a model that was."""
-    found = lineage_gaps(records, names)
-    if found:
-        rounds = ", ".join(map(str, found))
-        warnings.warn(
-            f"round {rounds} of the ledger does not start from the weights that the round before ended with: what "
-            "changed in between is in nobody's update. Scores and changes are those of the recorded rounds; the models "
-            "before it are taken without what changed in between",
-            ProtokenWarning,
-            stacklevel=2,
-        )
-    return found
-
-
-def parameter_of(model: nn.Module, recorded: str, known: Collection[str] | None = None) -> str | None:
-    """The model's own name of a recorded parameter, or None.
-
-    PEFT prefixes names, wraps a layer's weight as its base_layer's (an update of the effective weight moves that one:
-    the adapter is added to it), and puts the adapter's name into its factors'.
-
-    Args:
-        known: the names of the model's parameters, where they are at hand.
-    """
-    if known is None:
-        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stem, _, leaf = recorded.rpartition(".")
-    shapes = [recorded, f"{stem}.base_layer.{leaf}"]
-    if stem.endswith((".lora_A", ".lora_B")):
-        shapes += [f"{stem}.{adapter}.{leaf}" for adapter in active_in(model)]
-    return next((name for shape in shapes for name in (shape, PEFT_PREFIX + shape) if name in known), None)
-
-
-def participants(record: Round) -> dict[str, float]:
-    """Aggregation weights by client, of the updates that can be read."""
-    return {client.client: client.weight for client in record.clients if client.quarantined is None}
-
-
-def _lineages(records: Sequence[Round], names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """sum_r rho_k^r delta_k^r in fp32, by client and name."""
-    totals: dict[str, dict[str, Tensor]] = {}
-    for record in records:
-        weights = participants(record)
-        for client, own in deltas(record, weights, names):
-            total = totals.setdefault(client, {name: torch.zeros(delta.shape) for name, delta in own.items()})
-            for name, delta in own.items():
-                total[name].add_(delta.float(), alpha=weights[client])
-    return totals
-
-
-def deltas(record: Round, clients: Iterable[str], names: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Clients and their updates by name, one after the other: each shard is opened once for all its parameters."""
-    with RoundReader(record) as reader:
-        for client in clients:
-            stored = reader.stored(client, names)
-            yield client, {name: dense(value) for name, value in zip(names, stored, strict=True)}
 
 
 def shift_without(
@@ -285,56 +155,3 @@ def point(start: Mapping[str, Tensor], updates: Updates, coefficients: Tensor, a
                 value.add_(delta[name].to(value), alpha=factor)
         found[name] = value
     return found
-
-
-def own_names(records: Sequence[Round], model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """The model's names of the recorded ones, after checking that every round has them, in the model's shape."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {}
-    for name in names:
-        for record in records:
-            if name not in record.parameters:
-                raise LayerError(
-                    "layers",
-                    expected=f"parameters that round {record.number} of the ledger holds",
-                    got=name,
-                    remedy=f"It holds {', '.join(list(record.parameters)[:6])}",
-                )
-        theirs = tuple(records[0].parameters[name].shape)
-        own = parameter_of(model, name, parameters)
-        if own is not None:  # First, for packed weights have another shape.
-            _check_acts(model, own, parameters[own])
-        ours = tuple(parameters[own].shape) if own else None
-        if ours != theirs:
-            raise LedgerMismatchError(
-                "ledger",
-                expected=f"{name} of the ledger's shape {theirs}",
-                got="no such parameter in the model" if ours is None else ours,
-            )
-        assert own is not None
-        found[name] = own
-    return found
-
-
-def require_in_memory(own: str, parameter: Tensor) -> None:
-    """ModelError for a parameter whose numbers are elsewhere: nothing can be added to it."""
-    if parameter.is_meta:
-        raise ModelError(
-            "model",
-            expected=f"{own} in memory, to run the response at other values of it",
-            got="a weight that was offloaded",
-            remedy='Load the model without offloading, or use method="protoken"',
-        )
-
-
-def _check_acts(model: nn.Module, own: str, parameter: nn.Parameter) -> None:
-    """ModelError for what cannot be moved: an adapter's factors that do not act, and packed weights."""
-    require_acting(model, own)
-    require_in_memory(own, parameter)
-    if is_quantised(parameter):
-        raise ModelError(
-            "model",
-            expected=f"{own} in floating point, to replay the response at other values of it",
-            got=f"a quantised weight ({type(parameter).__name__}, {parameter.dtype})",
-            remedy='Load the model unquantised, or use method="protoken"',
-        )

@@ -41,9 +41,9 @@ from protoken.ledger import Ledger, tensor_digest
 from protoken.ledger.transfer import save_tensors
 from protoken.methods.moved import Moved
 from protoken.methods.replayed import recorded_parameters
-from protoken.methods.weights import own_names, parameter_of
 from protoken.models.architectures import architecture_of
 from protoken.models.layers import input_device
+from protoken.models.parameters import own_names, parameter_of
 from protoken.models.patching import evaluation_mode, refuse_inference_mode
 from protoken.origin import ids_of, origin_of
 from protoken.paths import file_to_read

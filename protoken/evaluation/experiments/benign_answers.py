@@ -20,7 +20,7 @@ from protoken.ledger import Ledger
 from protoken.methods.coalitions import Coalitions
 from protoken.methods.game import Game
 from protoken.methods.shapley import shapley_by_order
-from protoken.methods.weights import Updates
+from protoken.methods.updates import Updates
 from protoken.models.patching import evaluation_mode
 from protoken.planning.options import Options
 from protoken.planning.plan import make_plan
