@@ -107,6 +107,13 @@ def test_trace_takes_a_response_from_a_log_and_its_lineage(folder: Path, tmp_pat
         trace = protoken.Trace.load(file)
         assert (trace.response, trace.info.forced) == ("bye.", True)
     assert (trace.info.method, trace.info.rounds, trace.info.settings["nodes"]) == ("aumann_shapley", (1, 2), 1)
+    result = run(app, [*arguments, "--response", "bye.", "--lineage", "--nodes", "2", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert protoken.Trace.load(file).info.settings["nodes"] == 2
+    for wrong in (["--nodes", "0"], ["--pairs", "2"]):
+        refused = run(app, [*arguments, "--lineage", *wrong])
+        assert refused.exit_code != 0
+        assert wrong[0].removeprefix("--") in f"{refused.output}{refused.exception}"
     refused = run(app, [*arguments, "--lineage", "--method", "shapley"])
     assert refused.exit_code == 2
     assert "--lineage" in refused.output

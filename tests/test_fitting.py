@@ -53,7 +53,7 @@ def test_the_ranking_is_whole_at_every_width(top: int | None) -> None:
 def test_shares_go_last_and_never_without_a_word() -> None:
     assert all("%" in line for line in lines_of_clients(ranked(33)))
     narrow = ranked(24)
-    assert "no room for share, weight" in " ".join(narrow.split())
+    assert "no room for share, mean weight" in " ".join(narrow.split())
     assert all("…" not in line for line in lines_of_clients(narrow))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -37,6 +38,15 @@ from protoken.ledger.verification import verify
 @pytest.fixture
 def path(tmp_path):
     return Path(small_ledger(tmp_path / "ledger", 3).path)
+
+
+def test_a_copy_of_an_open_ledger_stays_at_its_rounds(path):
+    ledger = Ledger.open(path)
+    taken = copy.deepcopy(ledger)
+    commit_next(ledger)
+    assert (taken.head.round, ledger.head.round) == (3, 4)
+    assert [taken.hash_of(number) for number in range(4)] == [ledger.hash_of(number) for number in range(4)]
+    assert taken.round(2).clients == ledger.round(2).clients
 
 
 def test_threads_may_read_one_ledger(tmp_path):

@@ -121,3 +121,12 @@ def test_sentences_are_spans_that_add_up() -> None:
     assert [part.response for part in parts] == ["Yes.", " But why?"]
     assert sum(part.totals for part in parts) == pytest.approx(trace.totals)
     assert make([], scores=np.zeros((0, 3))).sentences() == []
+
+
+def test_a_part_has_confidences_of_its_own() -> None:
+    """Also where those of the whole were looked at first."""
+    read, fresh = make(clients=12), make(clients=12)
+    whole = [client.confidence for client in read.clients]
+    part = [client.confidence for client in read.span(0, 2).clients]
+    assert part == [client.confidence for client in fresh.span(0, 2).clients]
+    assert part != whole

@@ -98,7 +98,7 @@ def trace(
     if response is not None and (sample or max_new_tokens is not None):
         raise typer.BadParameter("is attributed as it stands, nothing is generated", param_hint="--response")
     if lineage and (rounds, objective, method, blocks, pairs) != ("last", None, "protoken", None, None):
-        raise typer.BadParameter("chooses rounds, objective, method and blocks itself", param_hint="--lineage")
+        raise typer.BadParameter("chooses rounds, objective, method, blocks and pairs itself", param_hint="--lineage")
     generation: dict[str, Any] = {"do_sample": sample} if response is None else {}
     if max_new_tokens is not None:
         generation["max_new_tokens"] = max_new_tokens
@@ -108,11 +108,14 @@ def trace(
         "objective": objective,
         "method": method,
         "backend": backend,
-        "nodes": nodes,
+        "nodes": None if lineage else nodes,
         "pairs": pairs,
     }
     # What can be refused at once is refused before the model is loaded.
     Options(**choices)
+    steps = 1 if nodes is None else nodes
+    if lineage:
+        Options(method="aumann_shapley", nodes=steps)
     check_seed(seed)
     opened = protoken.Ledger.open(ledger)
     base = load_base(model)
@@ -128,7 +131,7 @@ def trace(
         **generation,
     )
     if lineage:
-        result = result.lineage(nodes=nodes or 1)
+        result = result.lineage(nodes=steps)
     rounds_of_it = None
     # Files first, since whoever reads the output may stop before its end; and the output whatever became of them.
     try:

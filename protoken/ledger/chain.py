@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from copy import copy
 
 from protoken.errors import ArgumentError, LedgerFormatError, StaleSnapshot
 from protoken.ledger import manifest as m
@@ -30,6 +31,14 @@ class Chain:
         self._ids: dict[str, str] = {}
         self._kept: OrderedDict[int, m.Manifest] = OrderedDict()
         self._lock = threading.RLock()  # over all of the above, which reading changes as well
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but the lock, as one moment saw it: a copied ledger stays at its rounds."""
+        with self._lock:
+            return {name: copy(value) for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     def advance(self, manifest: m.Manifest, head: m.Head) -> None:
         """Take in a round that was just committed on top."""

@@ -219,9 +219,9 @@ class Trace:
             standard_errors=None,
             start=self.start + i,
         )
-        # What is no field is left behind by replace(): where the trace came from (origin.py).
-        beside = {name: value for name, value in vars(self).items() if name not in vars(part)}
-        vars(part).update(beside)
+        # replace() leaves behind what is no field: where the trace came from (origin.py).
+        if "_origin" in vars(self):
+            vars(part)["_origin"] = vars(self)["_origin"]
         return part
 
     def sentences(self) -> list[Trace]:
