@@ -114,10 +114,11 @@ def counterfactual(
     Raises:
         ArgumentError: the trace is a part of an answer that does not begin where the answer does; nobody is absent;
             or, with `generate`, an argument that changes the answer is not in the record (a processor, a criterion, a
-            function; a list, in a trace from an earlier version), or is not what its name asks for.
+            function; a list, in a trace from an earlier version), or is not what its name asks for; or a server
+            optimiser's round does not record the shares that `reaggregate` asks for (`protoken.ledger.rules.shares`).
         ModelError: the trace does not know its model, or that model is gone; its weights were offloaded; or, with
             `generate`, it has no twin (a module has a forward that is bound to it by more than its method).
-        UnknownClientError: a client took part in none of the rounds.
+        UnknownClientError: a client took part in none of the rounds, or only by updates that are quarantined.
         LedgerMismatchError: the model is not the one that the ledger was written for.
     """
     ids, prompt_length = ids_of(trace)

@@ -107,10 +107,11 @@ def estimate(
         pairs=pairs,
         memory_limit=memory_limit,
     )
+    if method != "protoken":
+        raise ArgumentError("method", expected='"protoken", whose parts are known', got=method)
     session = Session.of(model, ledger, tokenizer, options, seed=seed)
     choose("client_scores", backend, input_device(model))
-    if method != "protoken" or not isinstance(session.source, LedgerBank):
-        raise ArgumentError("method", expected='"protoken", whose parts are known', got=method)
+    assert isinstance(session.source, LedgerBank), "the scores of this method are projections onto a bank"
     ids = encode_prompt(session.tokenizer, prompt, chat)
     check_ids(model, ids)
     arguments = complete_arguments(model, with_length(generate_arguments), len(ids), session.tokenizer)

@@ -24,7 +24,7 @@ from torch import Tensor
 from protoken.banks.bank import Rounds
 from protoken.continuous import ContinuousBatches
 from protoken.errors import GenerationError
-from protoken.generation import bound_of, refuse_paged, setting, stop_tokens
+from protoken.generation import bound_of, check_seed, refuse_paged, setting, stop_tokens
 from protoken.ledger import Ledger
 from protoken.models.patching import current_method, refuse_inference_mode, replaced_method
 from protoken.planning.options import Granularity, Method, Options, Way
@@ -78,13 +78,15 @@ def tracing(
     nodes: int | None = None,
     pairs: int | None = None,
     memory_limit: int | str | None = None,
+    seed: int | None = None,
 ) -> Iterator[Tape]:
     """Trace every `model.generate(...)` and `model.generate_batch(...)` inside the `with`.
 
-    Args and errors are those of `protoken.trace`. A call that cannot be traced (embeddings instead of ids, an encoder,
-    padding on the right, a manager of continuous batching that outlives its call) raises `GenerationError` before
-    anything is generated. Where a call is interrupted, its error goes through, the traces of earlier calls stay on the
-    tape, and the model is as it was.
+    Args and errors are those of `protoken.trace`; `seed` is that of the sampled methods' coalitions alone, since the
+    calls draw their tokens as they would without protoken. A call that cannot be traced (embeddings instead of ids, an
+    encoder, padding on the right, a manager of continuous batching that outlives its call) raises `GenerationError`
+    before anything is generated. Where a call is interrupted, its error goes through, the traces of earlier calls stay
+    on the tape, and the model is as it was.
 
     >>> with protoken.tracing(model) as tape:
     ...     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -92,6 +94,7 @@ def tracing(
     >>> tape.traces[0].show()
     """
     refuse_inference_mode(model)
+    check_seed(seed)
     options = Options(
         rounds=rounds,
         blocks=blocks,
@@ -105,7 +108,7 @@ def tracing(
         pairs=pairs,
         memory_limit=memory_limit,
     )
-    recorder = _Recorder(Session.of(model, ledger, tokenizer, options), current_method(model, "generate"))
+    recorder = _Recorder(Session.of(model, ledger, tokenizer, options, seed=seed), current_method(model, "generate"))
     methods: dict[str, Callable[..., Any]] = {"generate": recorder.generate}
     if hasattr(model, "generate_batch"):
         methods |= ContinuousBatches(recorder.session, recorder.tape.calls).methods()

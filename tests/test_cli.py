@@ -119,6 +119,24 @@ def test_trace_takes_a_response_from_a_log_and_its_lineage(folder: Path, tmp_pat
     assert "--lineage" in refused.output
 
 
+def test_trace_takes_what_is_traced_and_how(folder: Path, tmp_path: Path) -> None:
+    arguments = ["trace", "hello", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
+    arguments += ["--max-new-tokens", "3", "--json", str(tmp_path / "t.json")]
+    chosen = ["--layers", "*o_proj", "--way", "reverse", "--granularity", "layer", "--memory-limit", "1GB"]
+    result = run(app, [*arguments, *chosen])
+    assert result.exit_code == 0, result.output
+    trace = protoken.Trace.load(tmp_path / "t.json")
+    assert (trace.info.way, trace.info.granularity) == ("reverse", "layer")
+    assert trace.info.layers
+    assert all(layer.endswith("o_proj") for layer in trace.info.layers)
+    for option, value in (("--way", "sideways"), ("--granularity", "client"), ("--memory-limit", "much")):
+        refused = run(app, [*arguments, option, value])
+        assert refused.exit_code != 0
+        assert option[2:].replace("-", "_") in f"{refused.output}{refused.exception}"
+        refused = run(app, [*arguments, "--lineage", option, value])
+        assert refused.exit_code != 0
+
+
 def test_trace_follows_the_answer_through_the_rounds(folder: Path, tmp_path: Path) -> None:
     arguments = ["trace", "hello", "--model", str(folder / "model"), "--ledger", str(folder / "ledger")]
     page = tmp_path / "history.html"

@@ -154,6 +154,17 @@ def test_copy_is_the_same_bytes_and_a_prefix_is_a_ledger(tmp_path):
         copy_ledger(ledger, tmp_path / "other", upto=4)
 
 
+def test_no_copy_ends_with_a_pruned_round(tmp_path):
+    ledger = small_ledger(tmp_path / "ledger", 5)
+    prune(ledger, [2, 3])
+    with pytest.raises(UnknownRoundError, match=r"^upto: expected a round with its tensors, got round 2.* with is 4"):
+        copy_ledger(ledger, tmp_path / "copy", upto=2)
+    assert not (tmp_path / "copy").exists()
+    copy = copy_ledger(ledger, tmp_path / "copy", upto=4)
+    assert [copy.round(number).pruned for number in copy.rounds] == [False, True, True, False]
+    assert verify(tmp_path / "copy").ok
+
+
 def test_copy_of_a_damaged_ledger_fails(tmp_path):
     ledger = small_ledger(tmp_path / "ledger", 1)
     shard = Path(ledger.path) / "rounds/00000001/clients/000001.safetensors"
@@ -193,6 +204,20 @@ def test_export_onto_rounds_that_are_there_is_refused_and_writes_nothing(varied,
     assert contents(tmp_path / "out") == before
     (tmp_path / "out/round-1").mkdir()
     assert export_rounds(ledger, tmp_path / "out", rounds=1)
+
+
+def test_export_of_what_the_rounds_do_not_hold_is_refused_and_writes_nothing(varied, tmp_path):
+    ledger, _, _ = varied
+    for error, wrong in (
+        (LayerError, {"parameters": [NAMES[0], "nothing.weight"]}),
+        (UnknownClientError, {"clients": ["alice", "mallory"]}),
+    ):
+        with pytest.raises(error, match=r"nothing\.weight|mallory"):
+            export_rounds(ledger, tmp_path / "out", rounds="all", **wrong)
+    prune(ledger, 1)
+    with pytest.raises(LedgerError, match="round 1: expected its shards"):
+        export_rounds(ledger, tmp_path / "out", rounds=[1, 3])
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_exported_or_copied_into_the_ledger(tmp_path):

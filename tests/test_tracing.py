@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def same(a: protoken.Trace, b: protoken.Trace) -> None:
         close(torch.tensor(a.token_scores), torch.tensor(b.token_scores), torch.float32, factor=3)
     else:
         close(torch.tensor(a.totals), torch.tensor(b.totals), torch.float32, factor=3)
+
+
+def test_seed_is_that_of_the_sampled_coalitions(tmp_path: Path) -> None:
+    clients = tuple("abcdefghi")  # one more than are evaluated whole
+    federation = tiny_federation(tmp_path, clients=clients, weights=(1 / 9,) * 9)
+    totals = []
+    for seed in (None, 0, 1):
+        arguments = {"ledger": federation.path, "method": "shapley", "pairs": 2, "seed": seed}
+        with protoken.tracing(federation.model, **arguments) as tape:
+            federation.model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2, do_sample=False)
+        totals.append(tape.traces[0].totals)
+        assert (totals[-1] == protoken.trace(federation.model, PROMPTS[0], max_new_tokens=2, **arguments).totals).all()
+    assert (totals[0] == totals[1]).all()
+    assert abs(totals[1] - totals[2]).max() > 1e-6
+    with pytest.raises(errors.ArgumentError, match="seed"), protoken.tracing(federation.model, seed="x"):
+        pass
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -129,6 +129,38 @@ def test_shares_that_are_not_on_record_are_not_guessed(made: Federation, metadat
     assert scores(taken_out) == pytest.approx(owed(trace, reaggregate=False), rel=1e-6)
 
 
+def test_a_round_of_a_server_optimiser_may_record_the_weights_themselves(made: Federation) -> None:
+    base = made.now()
+    updates = [ClientUpdate(client, weight, delta=made.like(base, 0.05)) for client, weight in WEIGHTS.items()]
+    made.move({n: sum(u.weight * u.delta[n] for u in updates) for n in base})
+    made.ledger.commit_round(base, made.now(), updates, rule="fedavgm")
+    assert shares(made.ledger.round(1)) == pytest.approx(WEIGHTS)
+    assert scores(made.ask(method="leave_one_out")) == pytest.approx(owed(made.ask()), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["krum", "custom"])  # fedavg refuses weights whose sum is not 1
+def test_in_a_round_where_nobody_has_any_weight_nothing_is_gained(made: Federation, rule: str) -> None:
+    made.round({"a": 0.5, "b": 0.5})
+    expected = owed(made.ask())
+    base = made.now()
+    updates = [ClientUpdate(client, 0.0, delta=made.like(base, 0.05)) for client in "ab"]
+    made.ledger.commit_round(base, base, updates, rule=rule)
+    assert shares(made.ledger.round(2)) == {"a": 0.0, "b": 0.0}
+    assert owed(made.ask()) == {"a": 0.0, "b": 0.0}
+    both = made.ask(rounds="all", method="leave_one_out")
+    assert owed(both) == pytest.approx(expected, rel=1e-6)
+    assert scores(both) == pytest.approx(expected, rel=1e-6)
+    assert both.info.settings["reaggregate"] is True
+
+
+def test_who_is_absent_beside_a_quarantined_update_leaves_it_where_it_is(made: Federation) -> None:
+    """z has no weight anywhere, so leaving it out as well changes nothing: b's refused update keeps its share."""
+    made.round({"a": 0.5, "b": 0.5, "z": 0.0})
+    made.round({"a": 0.2, "b": 0.1, "c": 0.7, "z": 0.0}, bad=["b"])
+    trace = made.ask(rounds="all")
+    assert trace.counterfactual(["b", "z"]).total == pytest.approx(trace.counterfactual("b").total, rel=1e-9)
+
+
 @pytest.mark.parametrize("rounds", ["last", "all"])
 def test_leaving_one_out_is_its_counterfactual_beside_a_quarantined_update(made: Federation, rounds: Any) -> None:
     made.round()
@@ -156,17 +188,30 @@ def printed(found: protoken.Trace | History) -> str:
     return file.getvalue()
 
 
+def test_a_gap_of_another_federation_is_said_as_well(tmp_path: Path) -> None:
+    """Python shows a warning of the same words from the same place once."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default", ProtokenWarning)
+        for folder in ("one", "other"):
+            made = Federation(tmp_path / folder)
+            made.round()
+            made.move(made.like(made.now(), 0.1))
+            made.round(allow_gap=True)
+            made.ask().history()
+    assert [made.ledger.run[:8] in str(warning.message) for warning in said] == [False, True]
+
+
 def test_a_gap_is_said_aloud_wherever_rounds_are_walked_over(made: Federation) -> None:
     made.round()
     made.move(made.like(made.now(), 0.1))
     made.round(allow_gap=True)
     made.round(allow_gap=True)  # allowed, and not made use of
     trace = made.ask()
-    with pytest.warns(ProtokenWarning, match="round 2 of the ledger does not start"):
+    with pytest.warns(ProtokenWarning, match=r"round 2 of the ledger \(run \w{8}\) does not start"):
         history = trace.history()
     assert history.gaps == (2,)
     assert history.to_dict()["gaps"] == [2]
-    with pytest.warns(ProtokenWarning, match="round 2 of the ledger does not start"):
+    with pytest.warns(ProtokenWarning, match=r"round 2 of the ledger \(run \w{8}\) does not start"):
         lineage = trace.lineage(nodes=None)
     assert lineage.info.settings["gaps"] == [2]
     for found in (history, lineage):

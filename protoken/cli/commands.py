@@ -61,6 +61,11 @@ def trace(
     blocks: Annotated[
         int | None, typer.Option(help="Trace this many of the last blocks; the method's own choice if left out.")
     ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Trace these layers, by name or pattern (*); may be given again.")
+    ] = None,
+    way: Annotated[str, typer.Option(help="auto, local, forward or reverse.")] = "auto",
+    granularity: Annotated[str, typer.Option(help="auto, sequence, token, layer or position.")] = "auto",
     objective: Annotated[str | None, typer.Option(help="log_prob, log_odds or logit.")] = None,
     method: Annotated[
         str, typer.Option(help="protoken, paper, aumann_shapley, shapley, ... (docs/methods.md).")
@@ -70,6 +75,7 @@ def trace(
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="Sampled pairs of shapley and paired_shapley.")] = None,
     backend: Annotated[str, typer.Option(help="auto, cuda, triton, cpp or torch.")] = "auto",
+    memory_limit: Annotated[str | None, typer.Option(help='What tracing may take beyond the model: "2GB".')] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The response's length at most.", show_default="64")
     ] = None,
@@ -97,19 +103,26 @@ def trace(
 
     if response is not None and (sample or max_new_tokens is not None):
         raise typer.BadParameter("is attributed as it stands, nothing is generated", param_hint="--response")
-    if lineage and (rounds, objective, method, blocks, pairs) != ("last", None, "protoken", None, None):
-        raise typer.BadParameter("chooses rounds, objective, method, blocks and pairs itself", param_hint="--lineage")
+    chosen = (rounds, objective, method, blocks, pairs, layers or None, way, granularity)
+    if lineage and chosen != ("last", None, "protoken", None, None, None, "auto", "auto"):
+        raise typer.BadParameter(
+            "chooses rounds, objective, method, pairs, and what is traced and how, itself", param_hint="--lineage"
+        )
     generation: dict[str, Any] = {"do_sample": sample} if response is None else {}
     if max_new_tokens is not None:
         generation["max_new_tokens"] = max_new_tokens
     choices: dict[str, Any] = {
         "rounds": _rounds(rounds),
         "blocks": blocks,
+        "layers": layers or None,
+        "way": way,
+        "granularity": granularity,
         "objective": objective,
         "method": method,
         "backend": backend,
         "nodes": None if lineage else nodes,
         "pairs": pairs,
+        "memory_limit": memory_limit,
     }
     # What can be refused at once is refused before the model is loaded.
     Options(**choices)

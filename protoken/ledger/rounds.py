@@ -238,17 +238,18 @@ class Round:
     def usable_shard(self, client: str) -> ShardRef:
         """A participant's shard. UnknownClientError, NonFiniteError of a quarantined one, LedgerError when pruned."""
         ref = self._usable(client).shard
-        self._require_shards()
+        self.require_shards()
         return ref
 
-    def _require_shards(self) -> None:
+    def require_shards(self) -> None:
+        """LedgerError when the round was pruned."""
         if self.pruned:
             raise LedgerError(
                 f"round {self.number}", expected="its shards", got="a pruned round", remedy="Use a full copy."
             )
 
     def _index(self, ref: ShardRef, client: str | None) -> ShardIndex:
-        self._require_shards()
+        self.require_shards()
         index = self.cache.index(replace(ref, file=f"{folder(self.number)}/{ref.file}"))
         check_binding(index, self._manifest, self.base_hash, client)
         return index

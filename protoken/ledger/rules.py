@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 SECURE_AGGREGATION = "secure-aggregation"
 SERVER_OPTIMISERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
-"""Rules whose rounds record contributions of weight 1."""
+"""Rules whose rounds record contributions of weight 1; what the server averaged with is in metadata["server"], as
+{**rule.settings(), "weights": {client: rho_k}}, which Flower's strategies write by themselves."""
 Buffers = dict[str, dict[str, Tensor]]
 
 
@@ -50,14 +51,14 @@ class FedAvgM:
     rule: str = "fedavgm"
 
     def settings(self) -> dict[str, object]:
-        """What the rule was run with, for metadata["server"]."""
+        """What the rule was run with, for metadata["server"], beside "weights": the participants' rho_k by client."""
         return {"rule": self.rule, "momentum": self.momentum, "learning_rate": self.server_learning_rate}
 
     @classmethod
     def resume(cls, ledger: Ledger) -> FedAvgM:
         """The rule as the last round left it: m_k = c_k / eta, from what the ledger recorded.
 
-        The last round's metadata["server"] must be `settings()`. ArgumentError when it is not of this rule.
+        The last round's metadata["server"] must hold `settings()`. ArgumentError when it is not of this rule.
         """
         last = ledger.round("last")
         found = last.metadata.get("server")
@@ -100,7 +101,7 @@ class FedAdam:
     rule: str = "fedadam"
 
     def settings(self) -> dict[str, object]:
-        """What the rule was run with, for metadata["server"]."""
+        """What the rule was run with, for metadata["server"], beside "weights": the participants' rho_k by client."""
         rates = {"learning_rate": self.server_learning_rate, "beta_1": self.beta_1, "beta_2": self.beta_2}
         return {"rule": self.rule, **rates, "tau": self.tau, "initial": self.initial}
 
@@ -196,23 +197,26 @@ def group_update(
 def shares(record: Round) -> dict[str, float] | None:
     """Each client's share of what the server averaged in a round, quarantined updates included; they sum to 1.
 
-        weighted means      rho_k / sum_j rho_j
+        weighted means      rho_k / sum_j rho_j; all 0 where nobody has any weight
         server optimisers   the same of metadata["server"]["weights"]; 0 for clients whose momentum alone still acts
 
-    None where a server optimiser's round does not record them, or nobody has any weight.
+    None where a server optimiser's round does not say: no such weights beside contributions that all have weight 1,
+    or none that could be a mean's. None, too, where a weight is negative or the sum is not finite.
     """
     weights: dict[str, float] = {client.client: client.weight for client in record.clients}
-    if record.rule in SERVER_OPTIMISERS:
+    optimiser = record.rule in SERVER_OPTIMISERS
+    if optimiser:
         server = record.metadata.get("server")
         found = server.get("weights") if isinstance(server, dict) else None
         # Metadata is what the server wrote: anything that JSON can hold.
-        if not isinstance(found, dict) or not all(type(weight) in (int, float) for weight in found.values()):
+        if isinstance(found, dict) and all(type(weight) in (int, float) for weight in found.values()):
+            weights = {client: float(found.get(client, 0.0)) for client in weights}
+        elif found is not None or all(weight == 1 for weight in weights.values()):
             return None
-        weights = {client: float(found.get(client, 0.0)) for client in weights}
     total = sum(weights.values())
-    if not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
+    if any(weight < 0 for weight in weights.values()) or not total < math.inf or (optimiser and not total):
         return None
-    return {client: weight / total for client, weight in weights.items()}
+    return {client: weight / total if total else 0.0 for client, weight in weights.items()}
 
 
 def check_groups(rule: str, clients: Sequence[str], metadata: Mapping[str, object]) -> None:

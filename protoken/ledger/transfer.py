@@ -11,7 +11,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from protoken.arguments import is_whole, listed
-from protoken.errors import ArgumentError, DurabilityError, UnknownRoundError
+from protoken.errors import ArgumentError, DurabilityError, UnknownClientError, UnknownRoundError
 from protoken.ledger import strictjson
 from protoken.ledger.files import FileLayer, remedy_of
 from protoken.ledger.ledger import Ledger, RoundChoice, check_ledger
@@ -29,7 +29,12 @@ def copy_ledger(ledger: Ledger, path: str | os.PathLike[str], *, upto: int | Non
     """Copy a snapshot byte for byte, hashes checked on the way: the first ``upto`` rounds, or all. Signatures stay
     valid.
 
-    Safe while a writer goes on. ArgumentError when the target is not a new or empty folder, or lies in the ledger.
+    Safe while a writer goes on.
+
+    Raises:
+        ArgumentError: the target is not a new or empty folder, or lies in the ledger.
+        UnknownRoundError: ``upto`` is not a round, or is one before the head that was pruned: a ledger whose last
+            round has no tensors answers nothing. Nothing was written.
     """
     check_ledger(ledger)
     _refuse_inside(ledger, path_of("path", path))
@@ -37,6 +42,15 @@ def copy_ledger(ledger: Ledger, path: str | os.PathLike[str], *, upto: int | Non
     if not is_whole(last) or not 0 <= last <= ledger.head.round:
         raise UnknownRoundError("upto", expected=f"0 to {ledger.head.round}", got=last)
     last = int(last)
+    pruned = read_pruned(ledger.files)
+    if last < ledger.head.round and last in pruned:
+        full = [number for number in ledger.rounds[last:] if number not in pruned]
+        raise UnknownRoundError(
+            "upto",
+            expected="a round with its tensors",
+            got=f"round {last}, which was pruned",
+            remedy=f"The next that a copy can end with is {full[0]}" if full else "Copy from a full copy",
+        )
     target = FileLayer(path, sync=ledger.files.syncs)
     target.make_root()
     if target.names(""):
@@ -47,7 +61,7 @@ def copy_ledger(ledger: Ledger, path: str | os.PathLike[str], *, upto: int | Non
     for number in range(1, last + 1):
         _copy_round(ledger, ledger.round(number), target)
     if ledger.files.exists("PRUNED"):
-        target.write_file("PRUNED", pruned_bytes({n for n in read_pruned(ledger.files) if n <= last}))
+        target.write_file("PRUNED", pruned_bytes({n for n in pruned if n <= last}))
     target.sync_folder("rounds")
     target.replace_file("HEAD", Head(ledger.run, last, ledger.hash_of(last)).dump())
     target.sync_above()
@@ -68,7 +82,12 @@ def export_rounds(
     Quarantined and absent clients are left out; round.json names the former.
 
     Raises:
-        ArgumentError: PATH lies in the ledger, or holds one of the rounds already. Nothing was written.
+        ArgumentError: PATH lies in the ledger, or holds one of the rounds already.
+        UnknownRoundError: no such round.
+        UnknownClientError: a client took part in none of the rounds.
+        LayerError: a round does not record a parameter.
+        LedgerError: a round was pruned. After this and all above nothing was written.
+        LedgerFormatError: a shard does not hold what the manifest says.
         DurabilityError: the file system refused.
     """
     check_ledger(ledger)
@@ -76,6 +95,7 @@ def export_rounds(
     clients = None if clients is None else listed("clients", clients)
     parameters = None if parameters is None else listed("parameters", parameters)
     places = [(root / f"round-{current.number}", current) for current in ledger.select(rounds)]
+    _refuse_missing([current for _, current in places], clients, parameters)
     for place, _ in places:
         _refuse_inside(ledger, place)
         if os.path.lexists(place) and not (os.path.isdir(place) and not os.listdir(place)):
@@ -100,6 +120,23 @@ def export_rounds(
         notes.write_bytes(strictjson.dump(_notes(current)))
         written.append(notes)
     return written
+
+
+def _refuse_missing(chosen: Sequence[Round], clients: Sequence[str] | None, parameters: Sequence[str] | None) -> None:
+    """LedgerError, LayerError or UnknownClientError for what the rounds cannot give."""
+    for current in chosen:
+        current.require_shards()
+        for name in parameters or ():
+            current.spec(name)
+    known = {record.client for current in chosen for record in current.clients}
+    for client in clients or ():
+        if client not in known:
+            raise UnknownClientError(
+                "clients",
+                expected=f"clients of rounds {[current.number for current in chosen]}",
+                got=ascii(client)[:80],
+                remedy=f"The first are {', '.join(sorted(known)[:5])}",
+            )
 
 
 def prune(ledger: Ledger, rounds: RoundChoice) -> int:

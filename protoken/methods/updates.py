@@ -96,10 +96,11 @@ def warned_of_gaps(records: Sequence[Round], names: Sequence[str]) -> tuple[int,
     found = lineage_gaps(records, names)
     if found:
         rounds = ", ".join(map(str, found))
+        # Python shows a warning of the same words once: the run's name makes another federation's another.
         warnings.warn(
-            f"round {rounds} of the ledger does not start from the weights that the round before ended with: what "
-            "changed in between is in nobody's update. Scores and changes are those of the recorded rounds; the models "
-            "before it are taken without what changed in between",
+            f"round {rounds} of the ledger (run {records[0].manifest.run[:8]}) does not start from the weights that "
+            "the round before ended with: what changed in between is in nobody's update. Scores and changes are those "
+            "of the recorded rounds; the models before it are taken without what changed in between",
             ProtokenWarning,
             stacklevel=2,
         )

@@ -40,8 +40,9 @@ def shift_without(
         otherwise        - sum_r sum_{k absent} rho_k delta_k
 
     The first is FedAvg over the others, the second takes the contribution out and puts nothing in its place. The
-    server's residual stays, and so do the others' updates, which without the absent would have been others. A round
-    in which only the absent took part is left without any update. Of a server optimiser the others' recorded
+    server's residual stays, and so do the others' updates, which without the absent would have been others; an absent
+    client's update that is quarantined stays where it is, in the residual, with its share. A round in which only the
+    absent took part is left without any update. Of a server optimiser the others' recorded
     contributions grow alike (`protoken.ledger.rules.shares`): exact for momentum where everybody took part in every
     round with the same weight; FedAdam's v stays as it was.
 
@@ -75,9 +76,10 @@ def shift_without(
                     expected=f"False: round {record.number} ({record.rule}) does not record what share of the average "
                     "each client had",
                     got=True,
-                    remedy="With reaggregate=False the contribution is taken out and nothing put in its place",
+                    remedy="With reaggregate=False the contribution is taken out and nothing put in its place. Rounds "
+                    "to come can record it: metadata['server'] = {**rule.settings(), 'weights': {client: rho_k}}",
                 )
-            gained = gain(known_shares, absent)
+            gained = gain(known_shares, absent & weights.keys())
         alphas = {client: -weight if client in absent else weight * gained for client, weight in weights.items()}
         for client, own in deltas(record, [client for client, alpha in alphas.items() if alpha], names):
             for name, delta in own.items():
