@@ -16,7 +16,7 @@ from tolerances import close
 import protoken
 from protoken import errors
 from protoken.models.layers import input_device
-from protoken.models.quantised import is_quantised, quantised_linears
+from protoken.models.quantised import dequantised, is_quantised, quantised_linears, straight_through
 
 PROMPT = [5, 17, 42, 8, 60, 33, 21]
 WAYS = {
@@ -110,8 +110,9 @@ QUANTISED: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
 def quantised(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TinyFederation, dict[str, Any]]:
-    federation = tiny_federation(tmp_path_factory.mktemp("quantised"), "llama")
     pack, mode = QUANTISED[request.param]
+    family = "llama-64" if pack is bitsandbytes_4bit else "llama"
+    federation = tiny_federation(tmp_path_factory.mktemp("quantised"), family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pack(federation.model)
@@ -169,6 +170,54 @@ def test_published_method_takes_a_quantised_base(quantised: tuple[TinyFederation
     unweighted = fast.token_scores / fast.weights
     centred = torch.tensor(paper.token_scores - paper.token_scores.mean(1, keepdims=True))
     close(centred, torch.tensor(unweighted - unweighted.mean(1, keepdims=True)), torch.float32, factor=30)
+
+
+def four_bit_layer(*, nested: bool) -> Any:
+    """bitsandbytes' layer of 96 x 128 with a bias, in evaluation mode."""
+    nn = pytest.importorskip("bitsandbytes").nn
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear4bit(128, 96, True, torch.float32, quant_type="nf4")
+    weight = torch.randn(96, 128, generator=generator)
+    layer.weight = nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested)
+    layer.bias = torch.nn.Parameter(torch.randn(96, generator=generator), requires_grad=False)
+    return layer.to("cpu").eval()
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+def test_four_bits_laid_out_for_inference_are_the_same_numbers(nested: bool) -> None:
+    """The layout that bitsandbytes gives its weight on AVX512-BF16, made here on any processor; it rounds scales."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    layer = four_bit_layer(nested=nested)
+    expected = dequantised(layer, layer.weight)
+    state = layer.weight.quant_state
+    layer.weight.data, _ = functional._convert_weight_packed_for_cpu(layer.weight.data, state)
+    found = dequantised(layer, layer.weight)
+    assert state.packing_format_for_cpu
+    assert found.shape == expected.shape == (96, 128)
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    torch.testing.assert_close(found, expected, rtol=1.01 * rounding, atol=1e-7)
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+def test_gradient_passes_a_four_bit_layer_that_has_run(nested: bool) -> None:
+    """After a call without gradients, which is where a processor with AVX512-BF16 gives up the layer's derivative."""
+    layer = four_bit_layer(nested=nested)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = layer(x)
+    leaf = x.clone().requires_grad_()
+    with straight_through([layer]):
+        y = layer(leaf)
+    slope = torch.randn(5, 96, generator=torch.Generator().manual_seed(5))
+    (gradient,) = torch.autograd.grad((y * slope).sum(), leaf)
+    weight = dequantised(layer, layer.weight)
+    assert torch.equal(y.detach(), expected)
+    close(gradient, slope @ weight, torch.float32)
+    # The bias is part of the values and no part of the derivative.
+    error = (expected - x @ weight.T - layer.bias).norm() / expected.norm()
+    assert error < 2 * torch.finfo(torch.bfloat16).eps
+    assert "forward" not in vars(layer)
 
 
 def test_plain_weights_are_not_taken_for_quantised() -> None:

@@ -33,6 +33,11 @@ _FULL_HEADS = {**_COMMON, "num_key_value_heads": 4}
 _GEMMA = {**_COMMON, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12}
 _FALCON = {**{k: v for k, v in _COMMON.items() if k != "intermediate_size"}, "ffn_hidden_size": 80}
 
+# bitsandbytes' 4-bit kernels for AVX512-BF16 take rows in 32s and columns in 64s.
+IN_64S: dict[str, tuple[str, dict[str, object]]] = {
+    "llama-64": ("llama", {**_COMMON, "hidden_size": 64, "intermediate_size": 128}),
+}
+
 # The families most tests run on: plain, with biases, with alternating sliding windows and post-norms, tied and narrow.
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", _COMMON),
@@ -142,7 +147,7 @@ BY_STRUCTURE: dict[str, tuple[str, dict[str, object]]] = {
 
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of that family in evaluation mode; the caller's generator state is left alone."""
-    model_type, settings = {**CONFIGS, **OTHER_FAMILIES, **MIXTURES, **BY_STRUCTURE}[name]
+    model_type, settings = {**CONFIGS, **IN_64S, **OTHER_FAMILIES, **MIXTURES, **BY_STRUCTURE}[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **settings)

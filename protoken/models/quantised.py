@@ -7,6 +7,11 @@ integers or because its kernel has no derivative, it is that of its dequantised 
 
 so values are always the layer's own. Forward mode takes the second form everywhere: kernels that lack a tangent drop it
 without a word.
+
+bitsandbytes' 4-bit layers lay their weight out anew at their first call without gradients, where the processor has
+AVX512-BF16: rows interleaved, scales in bf16 (`_interleaved`). From then on they have neither a derivative nor, through
+`functional.dequantize_4bit`, the right numbers; with a bias they fail where an input asks for a gradient. Here they
+are called with inputs that do not ask.
 """
 
 from __future__ import annotations
@@ -15,11 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from protoken.models.layers import Layer
-from protoken.models.patching import after, hooks, replaced_method
+from protoken.models.patching import after, current_method, hooks, replaced_method
 
 
 def at_hand(module: nn.Module) -> AbstractContextManager[Any]:
@@ -59,13 +65,34 @@ def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
     layer: Any = module
     packed = layer.weight
     state = getattr(packed, "quant_state", None)
-    if state is not None:
+    if getattr(state, "packing_format_for_cpu", False):
+        plain = _interleaved(packed.data, state)
+    elif state is not None:
         plain = functional.dequantize_4bit(packed.data, state).float()
     else:
         # int8 rows, each scaled to its largest element.
         scales = packed.SCB if packed.SCB is not None else layer.state.SCB
         plain = packed.data.float() * (scales.float() / 127)[:, None]
     return plain
+
+
+def _interleaved(packed: Tensor, state: Any) -> Tensor:
+    """bitsandbytes' layout for AVX512-BF16, [O, I] in fp32.
+
+    32 rows lie side by side, two columns of each in turn: of the 64 codes of every 32 bytes the first half are the low
+    nibbles. `absmax` is [I / blocksize, O].
+    """
+    outputs, inputs = state.shape
+    pieces = packed.reshape(-1, 32)
+    codes = torch.cat([pieces & 15, pieces >> 4], 1).reshape(outputs // 32, inputs // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(outputs, inputs)
+    return state.code.float()[codes.long()] * state.absmax.float().T.repeat_interleave(state.blocksize, 1)
+
+
+def _only_infers(module: nn.Module) -> bool:
+    """Whether the module lays its weight out anew for inference (see above)."""
+    on_cpu = getattr(module, "weight", torch.empty(0)).device.type == "cpu"
+    return on_cpu and not module.training and bool(getattr(module, "support_avx512bf16_for_cpu", False))
 
 
 def quantised_linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -85,8 +112,23 @@ def straight_through(modules: Iterable[nn.Module]) -> Iterator[None]:
         weight = dequantised(module, module.weight.detach())
         return output + functional.linear(x - x.detach(), weight.to(x)).to(output.dtype)
 
-    with hooks(*(after(module, hook) for module in quantised_linears(modules))):
+    found = quantised_linears(modules)
+    with ExitStack() as stack:
+        for module in filter(_only_infers, found):
+            stack.enter_context(replaced_method(module, "forward", _without_gradient(module)))
+        stack.enter_context(hooks(*(after(module, hook) for module in found)))
         yield
+
+
+def _without_gradient(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    own = current_method(module, "forward")
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = own(x.detach())
+        return y
+
+    return forward
 
 
 @contextmanager
