@@ -86,7 +86,8 @@ def _interleaved(packed: Tensor, state: Any) -> Tensor:
     pieces = packed.reshape(-1, 32)
     codes = torch.cat([pieces & 15, pieces >> 4], 1).reshape(outputs // 32, inputs // 2, 32, 2)
     codes = codes.transpose(1, 2).reshape(outputs, inputs)
-    return state.code.float()[codes.long()] * state.absmax.float().T.repeat_interleave(state.blocksize, 1)
+    plain: Tensor = state.code.float()[codes.long()] * state.absmax.float().T.repeat_interleave(state.blocksize, 1)
+    return plain
 
 
 def _only_infers(module: nn.Module) -> bool:
