@@ -152,12 +152,14 @@ void dense_panel_tiles(const DenseChunk& c, float* partial, float* scratch_float
   Tiles::release();
 }
 
-// The AVX-512 kernels with this panel form for bf16.
+// Other kernels with this panel form for bf16.
 template <typename Tiles>
-Kernels make_amx_kernels(const char* name) {
-  Kernels kernels = *avx512_kernels();
+Kernels make_amx_kernels(const char* name, const Kernels& others) {
+  Kernels kernels = others;
   kernels.name = name;
   kernels.dense_panel[kBfloat16] = dense_panel_tiles<Tiles>;
+  kernels.dense_panel_pairs[kBfloat16] = nullptr;
+  kernels.pair_dot_tokens[kBfloat16] = 8;
   kernels.dot_tokens[kBfloat16] = 8;
   return kernels;
 }

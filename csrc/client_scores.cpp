@@ -51,11 +51,15 @@ Layer turn(const Kernels& kernels, const ScoresLayer& given, int64_t clients, in
   layer.row_stride = column_major ? stride_i : stride_o;
   layer.column_stride = column_major ? stride_o : stride_i;
   layer.chunks = (layer.rows + kChunkRows - 1) / kChunkRows;
-  const bool panels = tokens > kernels.dot_tokens[layer.gather ? kFloat32 : given.dtype];
   const float* x = column_major ? given.grad : given.x;
   const float* grad = column_major ? given.x : given.grad;
-  layer.x = std::make_unique<TokenVectors>(kernels, x, tokens, layer.columns, panels);
-  layer.grad = std::make_unique<TokenVectors>(kernels, grad, tokens, layer.rows, panels);
+  const int64_t dtype = layer.gather ? kFloat32 : given.dtype;
+  const bool pair_panels = tokens > kernels.pair_dot_tokens[dtype];
+  const bool pairs = (pair_panels ? kernels.dense_panel_pairs : kernels.dense_dot_pairs)[dtype] != nullptr &&
+                     tokens >= kernels.pair_tokens[dtype] && are_bf16(x, product(tokens, layer.columns));
+  const bool panels = pairs ? pair_panels : tokens > kernels.dot_tokens[dtype];
+  layer.x = std::make_unique<TokenVectors>(kernels, x, tokens, layer.columns, panels, pairs);
+  layer.grad = std::make_unique<TokenVectors>(kernels, grad, tokens, layer.rows, panels, false);
   return layer;
 }
 
@@ -96,7 +100,10 @@ void score_chunk(const Kernels& kernels, const Layer& layer, int64_t client, int
     c.rows = matrix + first * layer.row_stride;
     c.row_stride = layer.row_stride;
   }
-  (layer.x->panels ? kernels.dense_panel : kernels.dense_dot)[dtype](c, partial, scratch);
+  const bool pairs = layer.x->pairs;
+  const auto& dot = pairs ? kernels.dense_dot_pairs : kernels.dense_dot;
+  const auto& panel = pairs ? kernels.dense_panel_pairs : kernels.dense_panel;
+  (layer.x->panels ? panel : dot)[dtype](c, partial, scratch);
 }
 
 }  // namespace

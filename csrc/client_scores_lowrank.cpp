@@ -170,8 +170,8 @@ class Job {
     const int64_t block = kTokenBlock / kernels_.panel * kernels_.panel;
     for (int64_t token = 0; token < tokens_; token += block) {
       const int64_t count = std::min(block, tokens_ - token);
-      const float* x = layer_.x->data() + token * layer_.given->columns;
-      const float* grad = layer_.grad->data() + token * layer_.given->rows;
+      const float* x = layer_.x->data() + token * layer_.x->steps;
+      const float* grad = layer_.grad->data() + token * layer_.grad->steps;
       // Clients pass together so that a panel of tokens, once in cache, serves all of them.
       for (int64_t client = first; client < last;) {
         client = run_group(client, last, x, grad, count, scores + (client - first) * tokens_ + token);
@@ -190,10 +190,10 @@ class Job {
         const int64_t ranks = std::min(kRankMax, clients[first].rank - rank);
         bool copied = false;
         a[0] = a_part(clients[first], rank, ranks, &copied);
-        project(a, 1, copied, x, count, scratch_.left);
+        project(a, 1, copied, *layer_.x, x, count, scratch_.left);
         copied = false;
         b[0] = b_part(clients[first], rank, ranks, &copied);
-        project(b, 1, copied, grad, count, scratch_.right);
+        project(b, 1, copied, *layer_.grad, grad, count, scratch_.right);
         combine(scratch_.left, scratch_.right, ranks, padded, 1, count, scores);
       }
       return first + 1;
@@ -208,8 +208,8 @@ class Job {
     }
     if (factors > 0) {
       const int64_t size = item_size(layer_.given->dtype);
-      project(a, join(a, factors, size), false, x, count, scratch_.left);
-      project(b, join(b, factors, size), false, grad, count, scratch_.right);
+      project(a, join(a, factors, size), false, *layer_.x, x, count, scratch_.left);
+      project(b, join(b, factors, size), false, *layer_.grad, grad, count, scratch_.right);
     }
     int64_t row = 0;
     for (int64_t k = first; k < client; row += clients[k++].rank) {
@@ -219,10 +219,10 @@ class Job {
     return client;
   }
 
-  void project(const Factor* factors, int64_t count, bool copied, const float* panels, int64_t tokens,
-               float* out) const {
-    kernels_.project_panel[copied ? kFloat32 : layer_.given->dtype](factors, count, panels, tokens, out,
-                                                                    scratch_.tiles);
+  void project(const Factor* factors, int64_t count, bool copied, const TokenVectors& vectors, const float* panels,
+               int64_t tokens, float* out) const {
+    const auto& forms = vectors.pairs ? kernels_.project_panel_pairs : kernels_.project_panel;
+    forms[copied ? kFloat32 : layer_.given->dtype](factors, count, panels, tokens, out, scratch_.tiles);
   }
 
   const Kernels& kernels_;
@@ -258,8 +258,14 @@ Layer prepare(const Kernels& kernels, const LowRankLayer& given, int64_t clients
   layer.group = std::max<int64_t>(1, kTaskRanks / std::max<int64_t>(layer.max_rank, 1));
   layer.tasks = (clients + layer.group - 1) / layer.group;
   const bool panels = tokens > kFewTokens;
-  layer.x = std::make_unique<TokenVectors>(kernels, given.x, tokens, given.columns, panels);
-  layer.grad = std::make_unique<TokenVectors>(kernels, given.grad, tokens, given.rows, panels);
+  // Factors that are copied first are fp32.
+  const bool may_pair = panels && !layer.gather && kernels.project_panel_pairs[given.dtype] != nullptr;
+  const auto vectors = [&](const float* values, int64_t n) {
+    const bool pairs = may_pair && are_bf16(values, product(tokens, n));
+    return std::make_unique<TokenVectors>(kernels, values, tokens, n, panels, pairs);
+  };
+  layer.x = vectors(given.x, given.columns);
+  layer.grad = vectors(given.grad, given.rows);
   return layer;
 }
 

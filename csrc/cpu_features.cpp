@@ -38,7 +38,9 @@ std::vector<const Kernels*> runnable() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
-  if (avx512 && amx_allowed()) found.push_back(amx_kernels());
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (pairs && amx_allowed()) found.push_back(amx_kernels());
+  if (pairs) found.push_back(avx512_bf16_kernels());
   if (avx512) found.push_back(avx512_kernels());
   if (avx2) found.push_back(avx2_kernels());
 #endif

@@ -6,8 +6,10 @@
 //                 alone, as many as make the fastest streams: Simd::kStreams). The R rows are not neighbours but R
 //                 streams a step apart.
 //   dense_panel   more: lanes run along the tokens, tiles of 8 rows by 3 vectors (AVX-512) or 6 by 2 (AVX2), over
-//                 blocks of kBlock = 256 columns that are converted to fp32 once for all tokens. Where they are fp32,
-//                 AVX2 reads them where they lie.
+//                 blocks of kBlock = 256 steps that are converted once for all tokens. A step is a column as fp32
+//                 (Singles), or two neighbours as bf16 where the processor multiplies such pairs and the tokens'
+//                 vectors are bf16 (Pairs, pair_kernels.inc.h). Rows that are stored as steps may be read where they
+//                 lie.
 //   dot           client_totals: up to 4 clients against one read of m, each in 4 running sums.
 //
 // How far ahead rows are prefetched is the instruction set's matter (rows_ahead): where the hardware's own streams end
@@ -35,21 +37,51 @@ constexpr float load_factor() {  // what load_as leaves out
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// The last n < W elements of a row, the lanes beyond them zero.
-template <int Dtype>
+// The last n elements of a row, fewer than a vector of Steps holds, the lanes beyond them zero.
+template <int Dtype, typename Steps>
 inline V load_tail(const char* p, int64_t n) {
   alignas(64) char padded[W * 4] = {};
+  static_assert(W * Steps::kColumns * item_size(Dtype) <= sizeof(padded), "a whole vector");
   std::memcpy(padded, p, static_cast<size_t>(n * item_size(Dtype)));
-  return Simd::load_as<Dtype>(padded);
+  return Steps::template load<Dtype>(padded);
 }
 
-// acc[j][t] += row j * x[t], lane by lane, over n columns. A step takes one cache line of every row and fetches one
+// n contiguous elements as steps into dst, load_factor left out; a last step that is no whole one has zeros beyond.
+template <int Dtype, typename Steps>
+inline void convert_row(float* dst, const char* src, int64_t n) {
+  constexpr int64_t columns = Steps::kColumns, size = item_size(Dtype);
+  int64_t i = 0;
+  for (; i + W * columns <= n; i += W * columns)
+    Simd::store(dst + i / columns, Steps::template load<Dtype>(src + i * size));
+  if (i < n) {
+    alignas(64) float last[W];
+    Simd::store(last, load_tail<Dtype, Steps>(src + i * size, n - i));
+    std::memcpy(dst + i / columns, last, static_cast<size_t>((n - i + columns - 1) / columns) * sizeof(float));
+  }
+}
+
+// What is multiplied in one step: a column as fp32.
+struct Singles {
+  static constexpr int64_t kColumns = 1;
+  static constexpr int kDotBlock = W == 16 ? 6 : 4;  // tokens that one pass of the dot form takes
+  static constexpr bool kInPlace = Simd::kPanelInPlace;
+  template <int Dtype>
+  static constexpr bool stored = Dtype == kFloat32;  // a row in memory is a row of steps
+
+  template <int Dtype>
+  static V load(const char* p) {
+    return Simd::load_as<Dtype>(p);
+  }
+  static V add(V value, V x, V sum) { return Simd::fma(value, x, sum); }
+};
+
+// acc[j][t] += row j * x[t], lane by lane, over n columns. A turn takes one cache line of every row and fetches one
 // `ahead` bytes further, if that is not 0.
-template <int Dtype, int R, int TB>
+template <typename Steps, int Dtype, int R, int TB>
 inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], const char* rows, int64_t row_stride,
                                                            const float* x, int64_t x_stride, int64_t n, int64_t ahead,
                                                            Simd::NanFlag& nan) {
-  constexpr int64_t size = item_size(Dtype);
+  constexpr int64_t size = item_size(Dtype) * Steps::kColumns;
   constexpr int U = W * size >= 64 ? 1 : 64 / (W * size);
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
     // What is fewer of the two stays in registers: all R + TB would not fit beside the sums.
@@ -59,24 +91,25 @@ inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], cons
       for (int t = 0; t < TB; ++t) xs[t] = Simd::load(x + t * x_stride + i);
 #pragma GCC unroll 16
       for (int j = 0; j < R; ++j) {
-        const V values = Simd::load_as<Dtype>(rows + j * row_stride + i * size);
+        const V values = Steps::template load<Dtype>(rows + j * row_stride + i * size);
 #pragma GCC unroll 16
-        for (int t = 0; t < TB; ++t) acc[j][t] = Simd::fma(values, xs[t], acc[j][t]);
+        for (int t = 0; t < TB; ++t) acc[j][t] = Steps::add(values, xs[t], acc[j][t]);
       }
     } else {
       V values[R];
 #pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) values[j] = Simd::load_as<Dtype>(rows + j * row_stride + i * size);
+      for (int j = 0; j < R; ++j) values[j] = Steps::template load<Dtype>(rows + j * row_stride + i * size);
 #pragma GCC unroll 16
       for (int t = 0; t < TB; ++t) {
         const V xs = Simd::load(x + t * x_stride + i);
 #pragma GCC unroll 16
-        for (int j = 0; j < R; ++j) acc[j][t] = Simd::fma(values[j], xs, acc[j][t]);
+        for (int j = 0; j < R; ++j) acc[j][t] = Steps::add(values[j], xs, acc[j][t]);
       }
     }
   };
-  int64_t i = 0;
-  for (; i + U * W <= n; i += U * W) {
+  const int64_t whole = n / Steps::kColumns;
+  int64_t i = 0;  // steps
+  for (; i + U * W <= whole; i += U * W) {
 #pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
       if (ahead != 0) prefetch(rows + j * row_stride + i * size + ahead);
@@ -86,22 +119,22 @@ inline __attribute__((always_inline)) void accumulate_dots(V (&acc)[R][TB], cons
     for (int u = 0; u < U; ++u) add(i + u * W);
   }
   if constexpr (Dtype == kFloat8E4M3) {
-    for (int j = 0; j < R; ++j) nan.bytes(rows + j * row_stride + i * size, n - i);
+    for (int j = 0; j < R; ++j) nan.bytes(rows + j * row_stride + i * size, n - i * Steps::kColumns);
   }
-  for (; i + W <= n; i += W) add(i);
-  if (i < n) {
+  for (; i + W <= whole; i += W) add(i);
+  if (i * Steps::kColumns < n) {
 #pragma GCC unroll 16
     for (int j = 0; j < R; ++j) {
-      const V values = load_tail<Dtype>(rows + j * row_stride + i * size, n - i);
+      const V values = load_tail<Dtype, Steps>(rows + j * row_stride + i * size, n - i * Steps::kColumns);
 #pragma GCC unroll 16
-      for (int t = 0; t < TB; ++t) acc[j][t] = Simd::fma(values, Simd::load(x + t * x_stride + i), acc[j][t]);
+      for (int t = 0; t < TB; ++t) acc[j][t] = Steps::add(values, Simd::load(x + t * x_stride + i), acc[j][t]);
     }
   }
 }
 
 // Rows row, row + step, ... row + (R - 1) step: R streams that each run on where the next tile begins, so that short
 // rows are read as well as long ones.
-template <int Dtype, int R, int TB>
+template <typename Steps, int Dtype, int R, int TB>
 void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t step, int64_t column, int64_t n, int64_t token, V* sums,
                     Simd::NanFlag& nan) {
   V acc[R][TB];
@@ -110,8 +143,8 @@ void dense_dot_tile(const DenseChunk& c, int64_t row, int64_t step, int64_t colu
   }
   const char* rows = c.rows + row * c.row_stride + column * item_size(Dtype);
   constexpr int64_t ahead = Simd::rows_ahead(item_size(Dtype), R);
-  accumulate_dots<Dtype, R, TB>(acc, rows, step * c.row_stride, c.x + token * c.x_stride + column, c.x_stride, n, ahead,
-                                nan);
+  const float* x = c.x + token * c.x_stride + column / Steps::kColumns;
+  accumulate_dots<Steps, Dtype, R, TB>(acc, rows, step * c.row_stride, x, c.x_stride, n, ahead, nan);
   // A token's sum stays in a register while its rows join: this is a good part of the work where rows are short.
 #pragma GCC unroll 16
   for (int t = 0; t < TB; ++t) {
@@ -137,47 +170,50 @@ constexpr int dot_streams() {
   return TB > 1 ? 8 : Dtype == kFloat32 ? Simd::kStreams : Simd::kNarrowStreams;
 }
 
-template <int Dtype, int TB, int R = dot_rows<TB>(dot_streams<Dtype, TB>())>
+template <typename Steps, int Dtype, int TB, int R = dot_rows<TB>(dot_streams<Dtype, TB>())>
 void dense_dot_block(const DenseChunk& c, int64_t row, int64_t row_end, int64_t column, int64_t n, int64_t token,
                      V* sums, Simd::NanFlag& nan) {
   const int64_t step = (row_end - row) / R;
   const int64_t last = row + step * R;
   for (int64_t end = row + step; row < end; ++row) {
-    dense_dot_tile<Dtype, R, TB>(c, row, step, column, n, token, sums, nan);
+    dense_dot_tile<Steps, Dtype, R, TB>(c, row, step, column, n, token, sums, nan);
   }
   if constexpr (R > 1) {
-    if (last < row_end) dense_dot_block<Dtype, TB, (R > 8 ? 4 : 1)>(c, last, row_end, column, n, token, sums, nan);
+    if (last < row_end)
+      dense_dot_block<Steps, Dtype, TB, (R > 8 ? 4 : 1)>(c, last, row_end, column, n, token, sums, nan);
   }
 }
 
-constexpr int kDotBlock = W == 16 ? 6 : 4;  // tokens that one pass of the dot form takes
-constexpr int64_t kDotTokens = 16;
+constexpr int64_t kDotTokens = 16;   // that the dot form is given, at most
+constexpr int64_t kPairTokens = 32;  // the same of pairs
 
-template <int Dtype>
+// The next `count` tokens, at most TB, in one pass.
+template <int Dtype, typename Steps, int TB>
+void dense_dot_pass(const DenseChunk& c, int64_t row, int64_t row_end, int64_t column, int64_t n, int64_t token,
+                    int64_t count, V* sums, Simd::NanFlag& nan) {
+  if (count == TB) return dense_dot_block<Steps, Dtype, TB>(c, row, row_end, column, n, token, sums, nan);
+  if constexpr (TB > 1) {
+    dense_dot_pass<Dtype, Steps, TB - 1>(c, row, row_end, column, n, token, count, sums, nan);
+  }
+}
+
+template <int Dtype, typename Steps = Singles>
 void dense_dot(const DenseChunk& c, float* partial, float*) {
-  V sums[kDotTokens];
+  constexpr int64_t most = Steps::kDotBlock;
+  V sums[Steps::kColumns == 2 ? kPairTokens : kDotTokens];
   for (int64_t t = 0; t < c.tokens; ++t) sums[t] = Simd::zero();
   // Columns per block: the tokens' values stay in the first-level cache while all rows of the chunk pass.
-  const int64_t block = c.tokens == 1 ? c.columns : (4096 / c.tokens) / 64 * 64;
-  const int64_t group = c.tokens <= kDotBlock ? c.row_count : 24;  // rows that every pass over tokens finds in cache
+  const int64_t block = c.tokens == 1 ? c.columns : (4096 * Steps::kColumns / c.tokens) / 64 * 64;
+  const int64_t group = c.tokens <= most ? c.row_count : 24;  // rows that every pass over tokens finds in cache
   Simd::NanFlag nan;
   for (int64_t column = 0; column < c.columns; column += block) {
     const int64_t n = column + block < c.columns ? block : c.columns - column;
     for (int64_t row = 0; row < c.row_count; row += group) {
       const int64_t row_end = row + group < c.row_count ? row + group : c.row_count;
-      const int64_t passes = (c.tokens + kDotBlock - 1) / kDotBlock;
+      const int64_t passes = (c.tokens + most - 1) / most;
       for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
         const int64_t next = (pass + 1) * c.tokens / passes;
-        switch (next - token) {
-          case 1: dense_dot_block<Dtype, 1>(c, row, row_end, column, n, token, sums, nan); break;
-          case 2: dense_dot_block<Dtype, 2>(c, row, row_end, column, n, token, sums, nan); break;
-          case 3: dense_dot_block<Dtype, 3>(c, row, row_end, column, n, token, sums, nan); break;
-          case 4: dense_dot_block<Dtype, 4>(c, row, row_end, column, n, token, sums, nan); break;
-          case 5:
-            dense_dot_block<Dtype, (kDotBlock < 5 ? kDotBlock : 5)>(c, row, row_end, column, n, token, sums, nan);
-            break;
-          default: dense_dot_block<Dtype, kDotBlock>(c, row, row_end, column, n, token, sums, nan); break;
-        }
+        dense_dot_pass<Dtype, Steps, most>(c, row, row_end, column, n, token, next - token, sums, nan);
         token = next;
       }
     }
@@ -193,9 +229,9 @@ struct Ahead {
   int64_t stride;
 };
 
-// acc[j][v] += d(j, i) * panel[i] over n columns; d(j, i) = d[j * stride + i], or d[i * stride + j] when Adjacent.
-// Stride, where not 0, is the stride known to the compiler. One line of `ahead` is fetched per column, if it Fetches.
-template <int R, int NT, bool Adjacent, int64_t Stride = 0, bool Fetches = true>
+// acc[j][v] += d(j, i) * panel[i] over n steps; d(j, i) = d[j * stride + i], or d[i * stride + j] when Adjacent.
+// Stride, where not 0, is the stride known to the compiler. One line of `ahead` is fetched per step, if it Fetches.
+template <typename Steps, int R, int NT, bool Adjacent, int64_t Stride = 0, bool Fetches = true>
 inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], const float* d, int64_t given, int64_t n,
                                                             const float* panel, Ahead ahead) {
   const int64_t stride = Stride ? Stride : given;
@@ -207,7 +243,7 @@ inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], con
     for (int j = 0; j < R; ++j) {
       const V value = Simd::set1(Adjacent ? d[i * stride + j] : d[j * stride + i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NT; ++v) acc[j][v] = Simd::fma(value, xs[v], acc[j][v]);
+      for (int v = 0; v < NT; ++v) acc[j][v] = Steps::add(value, xs[v], acc[j][v]);
     }
   };
   int64_t i = 0;
@@ -223,7 +259,7 @@ inline __attribute__((always_inline)) void accumulate_panel(V (&acc)[R][NT], con
   for (; i < n; ++i) add(i);
 }
 
-template <int R, int NT, int64_t Stride>
+template <typename Steps, int R, int NT, int64_t Stride>
 void dense_panel_tile(const float* rows, int64_t stride, int64_t n, const float* x, const float* grad,
                       const float* scale, float* sums, Ahead ahead) {
   V acc[R][NT];
@@ -232,7 +268,7 @@ void dense_panel_tile(const float* rows, int64_t stride, int64_t n, const float*
 #pragma GCC unroll 4
     for (int v = 0; v < NT; ++v) acc[j][v] = Simd::zero();
   }
-  accumulate_panel<R, NT, false, Stride>(acc, rows, stride, n, x, ahead);
+  accumulate_panel<Steps, R, NT, false, Stride>(acc, rows, stride, n, x, ahead);
 #pragma GCC unroll 4
   for (int v = 0; v < NT; ++v) {
     V sum = Simd::load(sums + v * W);
@@ -267,7 +303,7 @@ struct Fetch {
   }
 };
 
-template <int NT, int64_t Stride = kTileStride>
+template <typename Steps, int NT, int64_t Stride = kTileStride>
 void dense_panel_rows(const DenseChunk& c, const float* rows, int64_t n, const float* x, const float* grad, float* sums,
                       const Fetch& fetch) {
   constexpr int R = panel_rows<NT, Stride>();
@@ -276,8 +312,9 @@ void dense_panel_rows(const DenseChunk& c, const float* rows, int64_t n, const f
   const auto step = [&](auto tile) {
     (void)tile;
     constexpr int count = decltype(tile)::value;
-    dense_panel_tile<count, NT, Stride>(rows + row * stride, stride, n, x, grad + row * (NT * W),
-                                        c.scale ? c.scale + row : nullptr, sums, fetch.tile(row, c.row_count, rows));
+    dense_panel_tile<Steps, count, NT, Stride>(rows + row * stride, stride, n, x, grad + row * (NT * W),
+                                               c.scale ? c.scale + row : nullptr, sums,
+                                               fetch.tile(row, c.row_count, rows));
     row += count;
   };
   while (row + R <= c.row_count) step(Count<R>{});
@@ -286,63 +323,55 @@ void dense_panel_rows(const DenseChunk& c, const float* rows, int64_t n, const f
   while (row < c.row_count) step(Count<1>{});
 }
 
-// n contiguous elements as fp32 into dst, load_factor left out.
-template <int Dtype>
-inline void convert_row(float* dst, const char* src, int64_t n) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) Simd::store(dst + i, Simd::load_as<Dtype>(src + i * item_size(Dtype)));
-  if (i < n) {
-    alignas(64) float last[W];
-    Simd::store(last, load_tail<Dtype>(src + i * item_size(Dtype), n - i));
-    std::memcpy(dst + i, last, static_cast<size_t>(n - i) * sizeof(float));
-  }
-}
-
-template <int Dtype>
+template <int Dtype, typename Steps = Singles>
 void dense_panel(const DenseChunk& c, float* partial, float* scratch) {
-  constexpr int64_t size = item_size(Dtype);
+  constexpr int64_t size = item_size(Dtype) * Steps::kColumns;
+  const int64_t steps = (c.columns + Steps::kColumns - 1) / Steps::kColumns;
   const int64_t padded = (c.tokens + W - 1) / W * W;
   for (int64_t t = 0; t < padded; ++t) partial[t] = 0.0f;
   Simd::NanFlag nan;
-  // Rows of fp32 are read where they lie, unless several panels would find them in a few sets of the cache, since they
-  // are whole pages apart.
-  constexpr bool may_stay = Dtype == kFloat32 && Simd::kPanelInPlace;
-  const bool in_place = may_stay && (padded == kPanelWidth || c.row_stride % 4096 != 0);
-  for (int64_t column = 0; column < c.columns; column += kBlock) {
-    const int64_t n = column + kBlock < c.columns ? kBlock : c.columns - column;
+  // Rows are read where they lie, unless several panels would find them in a few sets of the cache, since they are
+  // whole pages apart, or they are no whole number of steps.
+  constexpr bool may_stay = Steps::kInPlace && Steps::template stored<Dtype>;
+  const bool whole = c.columns % Steps::kColumns == 0 && c.row_stride % static_cast<int64_t>(sizeof(float)) == 0;
+  const bool in_place = may_stay && whole && (padded == kPanelWidth || c.row_stride % 4096 != 0);
+  for (int64_t column = 0; column < steps; column += kBlock) {
+    const int64_t n = column + kBlock < steps ? kBlock : steps - column;
     const char* source = c.rows + column * size;
+    const int64_t left = c.columns - column * Steps::kColumns;
+    const int64_t elements = n * Steps::kColumns < left ? n * Steps::kColumns : left;
     for (int64_t o = 0; o < c.row_count && !in_place; ++o) {
       if constexpr (Dtype == kFloat8E4M3) {
-        nan.bytes(source + o * c.row_stride, n);
+        nan.bytes(source + o * c.row_stride, elements);
       }
-      convert_row<Dtype>(scratch + o * kTileStride, source + o * c.row_stride, n);
+      convert_row<Dtype, Steps>(scratch + o * kTileStride, source + o * c.row_stride, elements);
     }
     for (int64_t token = 0; token < padded; token += kPanelWidth) {
       const int64_t width = padded - token < kPanelWidth ? padded - token : kPanelWidth;
-      const float* x = c.x_panels + token * c.columns + column * width;
+      const float* x = c.x_panels + token * steps + column * width;
       const float* grad = c.grad_panels + token * c.all_rows + c.first_row * width;
       Fetch fetch{nullptr, c.row_stride, nullptr, 0};
-      if (!in_place && token == 0 && column + n < c.columns) {
+      if (!in_place && token == 0 && column + n < steps) {
         fetch.rows = source + n * size;
       } else if (token + width < padded) {
-        fetch.panel = x + width * c.columns;
+        fetch.panel = x + width * steps;
         fetch.panel_bytes = n * width * static_cast<int64_t>(sizeof(float));
       }
       if constexpr (may_stay) {
         const float* rows = reinterpret_cast<const float*>(source);
         if (in_place && width == kPanelWidth) {
-          dense_panel_rows<Simd::kPanelVectors, 0>(c, rows, n, x, grad, partial + token, fetch);
+          dense_panel_rows<Steps, Simd::kPanelVectors, 0>(c, rows, n, x, grad, partial + token, fetch);
           continue;
         }
-        if (in_place) {
-          dense_panel_rows<1, 0>(c, rows, n, x, grad, partial + token, fetch);
+        if (in_place && width == W) {
+          dense_panel_rows<Steps, 1, 0>(c, rows, n, x, grad, partial + token, fetch);
           continue;
         }
       }
       switch (width / W) {
-        case 1: dense_panel_rows<1>(c, scratch, n, x, grad, partial + token, fetch); break;
-        case 2: dense_panel_rows<2>(c, scratch, n, x, grad, partial + token, fetch); break;
-        default: dense_panel_rows<Simd::kPanelVectors>(c, scratch, n, x, grad, partial + token, fetch); break;
+        case 1: dense_panel_rows<Steps, 1>(c, scratch, n, x, grad, partial + token, fetch); break;
+        case 2: dense_panel_rows<Steps, 2>(c, scratch, n, x, grad, partial + token, fetch); break;
+        default: dense_panel_rows<Steps, Simd::kPanelVectors>(c, scratch, n, x, grad, partial + token, fetch); break;
       }
     }
   }
@@ -418,7 +447,7 @@ inline __attribute__((always_inline)) void dot_row(V (&acc)[R][U], Simd::NanFlag
     const V values = Simd::load(last);
 #pragma GCC unroll 4
     for (int c = 0; c < R; ++c) {
-      acc[c][0] = Simd::fma(load_tail<Dtype>(d[c] + i * size, n - i), values, acc[c][0]);
+      acc[c][0] = Simd::fma(load_tail<Dtype, Singles>(d[c] + i * size, n - i), values, acc[c][0]);
     }
   }
   if constexpr (Dtype == kFloat8E4M3) {

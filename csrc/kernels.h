@@ -20,11 +20,11 @@ struct DenseChunk {
   int64_t columns;     // I
   const float* scale;  // [row_count], or null
   int64_t tokens;      // T
-  const float* x;      // dot form: [T, x_stride], zero beyond I
+  const float* x;      // dot form: [T, x_stride], zero beyond I; pairs: (I + 1) / 2 steps
   int64_t x_stride;
   const float* grad;  // dot form: [T, grad_stride], at the chunk's first row
   int64_t grad_stride;
-  const float* x_panels;     // panel form: per block of tokens [I, width]
+  const float* x_panels;     // panel form: per block of tokens [I, width]; pairs: [(I + 1) / 2, width]
   const float* grad_panels;  // panel form: per block of tokens [all rows, width]
   int64_t first_row;         // of the chunk within grad_panels
   int64_t all_rows;
@@ -72,6 +72,16 @@ struct Kernels {
 
   // out[c] = sum over the tile's rows o of scale[c, o] < row o of d[c], row o of m >.
   void (*dot[kDtypes])(const DotTile& tile, double* out);
+
+  // The same for tokens' vectors that bf16 holds exactly, on a processor that multiplies bf16 by bf16: two neighbouring
+  // columns are one 32-bit step, the odd one the upper half. From pair_tokens tokens on, up to pair_dot_tokens in the
+  // dot form; null where there is none.
+  int64_t pair_tokens[kDtypes];
+  int64_t pair_dot_tokens[kDtypes];
+  void (*dense_dot_pairs[kDtypes])(const DenseChunk& chunk, float* partial, float* scratch);
+  void (*dense_panel_pairs[kDtypes])(const DenseChunk& chunk, float* partial, float* scratch);
+  void (*project_panel_pairs[kDtypes])(const Factor* factors, int64_t count, const float* panels, int64_t tokens,
+                                       float* out, float* scratch);
 };
 
 // Tokens rounded up to whole lanes, and the width of the block of tokens that starts at `token`.
@@ -82,6 +92,7 @@ inline int64_t padded_tokens(const Kernels& kernels, int64_t tokens) {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();          // null where the compiler's target is not x86-64
 const Kernels* avx512_kernels();        // likewise
+const Kernels* avx512_bf16_kernels();   // likewise
 const Kernels* amx_kernels();           // likewise
 const Kernels* amx_emulated_kernels();  // AMX's layout on AVX-512 alone, for tests
 

@@ -1,4 +1,4 @@
-// The AVX-512 kernels with bf16 panels on the processor's tiles (AMX).
+// The kernels for AVX512-BF16 with bf16 panels on the processor's tiles (AMX).
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -77,7 +77,7 @@ struct Amx {
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static const Kernels kernels = make_amx_kernels<Amx>("amx");
+  static const Kernels kernels = make_amx_kernels<Amx>("amx", *avx512_bf16_kernels());
   return &kernels;
 }
 

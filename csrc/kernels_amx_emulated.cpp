@@ -51,7 +51,7 @@ alignas(64) thread_local uint32_t Emulated::tiles[8][kTile][kTile];
 }  // namespace
 
 const Kernels* amx_emulated_kernels() {
-  static const Kernels kernels = make_amx_kernels<Emulated>("amx-emulated");
+  static const Kernels kernels = make_amx_kernels<Emulated>("amx-emulated", *avx512_kernels());
   return &kernels;
 }
 

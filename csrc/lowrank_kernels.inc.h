@@ -24,7 +24,7 @@ void project_rows_tile(const Factor& f, int64_t row, int64_t column, int64_t n, 
   const char* rows = f.base + row * f.rank_stride + column * item_size(Dtype);
   // Short factors: the same columns of the next client's rows, which mostly lie there.
   const int64_t ahead = n * item_size(Dtype) <= 8192 ? R * f.rank_stride : 1024;
-  accumulate_dots<Dtype, R, TB>(acc, rows, f.rank_stride, values + column, stride, n, ahead, nan);
+  accumulate_dots<Singles, Dtype, R, TB>(acc, rows, f.rank_stride, values + column, stride, n, ahead, nan);
   for (int j = 0; j < R; ++j) {
     for (int t = 0; t < TB; ++t) out[t * f.rank + row + j] += Simd::sum(acc[j][t]);
   }
@@ -205,19 +205,19 @@ void project_dot(const Factor& f, const float* values, int64_t stride, int64_t t
 
 // --- many tokens: lanes along the tokens -----------------------------------------------------------------------------
 
-template <int R, int NT, bool Adjacent>
+template <typename Steps, int R, int NT, bool Adjacent>
 void project_panel_tile(const float* d, int64_t stride, int64_t n, const float* panel, float* out, int64_t padded) {
   V acc[R][NT];
   for (int j = 0; j < R; ++j) {
     for (int v = 0; v < NT; ++v) acc[j][v] = Simd::load(out + j * padded + v * W);
   }
-  accumulate_panel<R, NT, Adjacent, 0, false>(acc, d, stride, n, panel, {});
+  accumulate_panel<Steps, R, NT, Adjacent, 0, false>(acc, d, stride, n, panel, {});
   for (int j = 0; j < R; ++j) {
     for (int v = 0; v < NT; ++v) Simd::store(out + j * padded + v * W, acc[j][v]);
   }
 }
 
-template <int NT, bool Adjacent>
+template <typename Steps, int NT, bool Adjacent>
 void project_panel_ranks(const float* d, int64_t stride, int64_t rank, int64_t n, const float* panel, float* out,
                          int64_t padded) {
   constexpr int R = Simd::kPanelRows;
@@ -229,7 +229,7 @@ void project_panel_ranks(const float* d, int64_t stride, int64_t rank, int64_t n
     const float* rows = d + (Adjacent ? j : j * stride);
     const auto step = [&](auto count) {
       constexpr int most = decltype(count)::value;
-      project_panel_tile<(most < R ? most : R), NT, Adjacent>(rows, stride, n, panel, out + j * padded, padded);
+      project_panel_tile<Steps, (most < R ? most : R), NT, Adjacent>(rows, stride, n, panel, out + j * padded, padded);
     };
     switch (end - j) {
       case 1: step(Count<1>{}); break;
@@ -251,23 +251,34 @@ struct Tile {
   bool adjacent;
 };
 
-// Columns [column, column + n) of a factor as fp32: where it lies when it is fp32, converted into scratch otherwise.
-template <int Dtype>
+// Steps [column, column + n) of a factor: where it lies when that is how it is stored, put into scratch otherwise.
+template <int Dtype, typename Steps>
 Tile factor_tile(const Factor& f, int64_t column, int64_t n, float* scratch) {
-  constexpr int64_t size = item_size(Dtype);
-  const char* source = f.base + column * f.stride;
+  constexpr int64_t size = item_size(Dtype), step = size * Steps::kColumns;
   const bool adjacent = f.stride != size;
-  if (Dtype == kFloat32) {
-    return {reinterpret_cast<const float*>(source), (adjacent ? f.stride : f.rank_stride) / size, adjacent};
+  const char* source = f.base + column * Steps::kColumns * f.stride;
+  const int64_t left = f.n - column * Steps::kColumns;
+  const int64_t elements = n * Steps::kColumns < left ? n * Steps::kColumns : left;
+  if constexpr (Steps::template stored<Dtype>) {
+    const bool rows =
+        elements == n * Steps::kColumns && (reinterpret_cast<uintptr_t>(source) | f.rank_stride) % step == 0;
+    if (!adjacent && rows) return {reinterpret_cast<const float*>(source), f.rank_stride / step, false};
+  }
+  if constexpr (Dtype == kFloat32) {
+    return {reinterpret_cast<const float*>(source), f.stride / size, true};
   }
   if (!adjacent) {
-    for (int64_t j = 0; j < f.rank; ++j) convert_row<Dtype>(scratch + j * kTileStride, source + j * f.rank_stride, n);
+    for (int64_t j = 0; j < f.rank; ++j) {
+      convert_row<Dtype, Steps>(scratch + j * kTileStride, source + j * f.rank_stride, elements);
+    }
     return {scratch, kTileStride, false};
   }
-  if (f.stride == f.rank * size) {
-    convert_row<Dtype>(scratch, source, n * f.rank);
+  if constexpr (Steps::kColumns == 2) {
+    Steps::interleave(scratch, source, f.stride, elements, f.rank);
+  } else if (f.stride == f.rank * size) {
+    convert_row<Dtype, Steps>(scratch, source, n * f.rank);
   } else {
-    for (int64_t i = 0; i < n; ++i) convert_row<Dtype>(scratch + i * f.rank, source + i * f.stride, f.rank);
+    for (int64_t i = 0; i < n; ++i) convert_row<Dtype, Steps>(scratch + i * f.rank, source + i * f.stride, f.rank);
   }
   return {scratch, f.rank, true};
 }
@@ -278,14 +289,14 @@ constexpr int64_t kGatherTokens = 128;
 // Whether the ranks of a factor by itself make too few sums to hide the latency of an addition.
 inline bool narrow(const Factor& f) { return f.rank * Simd::kPanelVectors < 8; }
 
-// Columns [column, column + n) of the narrow factors that come first, as rows of one tile; returns how many these are.
-template <int Dtype>
+// Steps [column, column + n) of the narrow factors that come first, as rows of one tile; returns how many these are.
+template <int Dtype, typename Steps>
 int64_t gather_narrow(const Factor* factors, int64_t count, int64_t column, int64_t n, float* rows) {
   static_assert(Simd::kPanelVectors >= 2, "a narrow factor has at most 3 ranks");
   alignas(64) float own[3 * kTileStride];
   int64_t f = 0;
   for (; f < count && narrow(factors[f]); ++f) {
-    const Tile tile = factor_tile<Dtype>(factors[f], column, n, own);
+    const Tile tile = factor_tile<Dtype, Steps>(factors[f], column, n, own);
     for (int64_t j = 0; j < factors[f].rank; ++j, rows += kTileStride) {
       const float* from = tile.data + (tile.adjacent ? j : j * tile.stride);
       const int64_t step = tile.adjacent ? tile.stride : 1;
@@ -295,41 +306,41 @@ int64_t gather_narrow(const Factor* factors, int64_t count, int64_t column, int6
   return f;
 }
 
-template <int NT>
+template <typename Steps, int NT>
 void project_tile(const Tile& tile, int64_t rank, int64_t n, const float* panel, float* out, int64_t padded) {
   if (tile.adjacent) {
-    project_panel_ranks<NT, true>(tile.data, tile.stride, rank, n, panel, out, padded);
+    project_panel_ranks<Steps, NT, true>(tile.data, tile.stride, rank, n, panel, out, padded);
   } else {
-    project_panel_ranks<NT, false>(tile.data, tile.stride, rank, n, panel, out, padded);
+    project_panel_ranks<Steps, NT, false>(tile.data, tile.stride, rank, n, panel, out, padded);
   }
 }
 
-template <int Dtype>
+template <int Dtype, typename Steps = Singles>
 void project_panel(const Factor* factors, int64_t count, const float* panels, int64_t tokens, float* out,
                    float* scratch) {
   const int64_t padded = (tokens + W - 1) / W * W;
-  const int64_t columns = factors[0].n;
+  const int64_t steps = (factors[0].n + Steps::kColumns - 1) / Steps::kColumns;
   int64_t ranks = 0;
   for (int64_t f = 0; f < count; ++f) ranks += factors[f].rank;
   for (int64_t e = 0; e < ranks * padded; ++e) out[e] = 0.0f;
-  for (int64_t column = 0; column < columns; column += kBlock) {
-    const int64_t n = column + kBlock < columns ? kBlock : columns - column;
+  for (int64_t column = 0; column < steps; column += kBlock) {
+    const int64_t n = column + kBlock < steps ? kBlock : steps - column;
     int64_t row = 0;
     for (int64_t f = 0; f < count;) {
       const bool gathered = padded >= kGatherTokens && narrow(factors[f]);
-      const int64_t end = f + (gathered ? gather_narrow<Dtype>(factors + f, count - f, column, n, scratch) : 1);
+      const int64_t end = f + (gathered ? gather_narrow<Dtype, Steps>(factors + f, count - f, column, n, scratch) : 1);
       const Tile tile =
-          gathered ? Tile{scratch, kTileStride, false} : factor_tile<Dtype>(factors[f], column, n, scratch);
+          gathered ? Tile{scratch, kTileStride, false} : factor_tile<Dtype, Steps>(factors[f], column, n, scratch);
       int64_t rank = 0;
       for (; f < end; ++f) rank += factors[f].rank;
       for (int64_t token = 0; token < padded; token += kPanelWidth) {
         const int64_t width = padded - token < kPanelWidth ? padded - token : kPanelWidth;
-        const float* panel = panels + token * columns + column * width;
+        const float* panel = panels + token * steps + column * width;
         float* o = out + row * padded + token;
         switch (width / W) {
-          case 1: project_tile<1>(tile, rank, n, panel, o, padded); break;
-          case 2: project_tile<2>(tile, rank, n, panel, o, padded); break;
-          default: project_tile<Simd::kPanelVectors>(tile, rank, n, panel, o, padded); break;
+          case 1: project_tile<Steps, 1>(tile, rank, n, panel, o, padded); break;
+          case 2: project_tile<Steps, 2>(tile, rank, n, panel, o, padded); break;
+          default: project_tile<Steps, Simd::kPanelVectors>(tile, rank, n, panel, o, padded); break;
         }
       }
       row += rank;
@@ -348,6 +359,11 @@ constexpr Kernels make_kernels() {
       {project_dot<0>, project_dot<1>, project_dot<2>, nullptr, nullptr},
       {project_panel<0>, project_panel<1>, project_panel<2>, nullptr, nullptr},
       {dot<0>, dot<1>, dot<2>, dot<3>, dot<4>},
+      {},
+      {},
+      {},
+      {},
+      {},
   };
 }
 

@@ -84,7 +84,7 @@ void relevance_head(const HeadArguments& head, float scale, float softcap, float
   const Kernels& kernels = active_kernels();
   const int64_t size = item_size(head.dtype), width = head.width, tokens = head.tokens;
   product(product(head.vocabulary, head.row_stride), size);
-  const TokenVectors vectors(kernels, head.normed, tokens, width, false);
+  const TokenVectors vectors(kernels, head.normed, tokens, width, false, false);
   for (int64_t task = 0; task < vectors.tasks; ++task) vectors.fill(task);
 
   const int64_t piece = std::max<int64_t>(16, kPieceBytes / (width * size));

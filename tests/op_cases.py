@@ -15,6 +15,8 @@ FORMATS = {
     "fp8": torch.float8_e4m3fn,
 }
 FACTOR_FORMATS = ("fp32", "bf16", "fp16")
+# Of the tokens' vectors: those that are bf16 are multiplied in pairs where the processor can.
+INPUTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # (clients, tokens, rows, columns): one of everything, primes, powers of two, more rows than a task takes
 SHAPES = [

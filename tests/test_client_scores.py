@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from op_cases import FORMATS, SHAPES, bank_of, cpu_ways, layouts_of, normal, tokens_of, use
+from op_cases import FORMATS, INPUTS, SHAPES, bank_of, cpu_ways, layouts_of, normal, tokens_of, use
 from tolerances import close
 
 from protoken import _C
@@ -18,10 +18,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty", "instruction_sets")
 
 @pytest.mark.parametrize("way", cpu_ways())
 @pytest.mark.parametrize("name", FORMATS)
-def test_scores_equal_the_reference(way: str, name: str) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_scores_equal_the_reference(way: str, name: str, inputs: str) -> None:
     backend = use(way)
     for clients, tokens, rows, columns in SHAPES:
-        x, grad = tokens_of(tokens, rows, columns)
+        x, grad = tokens_of(tokens, rows, columns, INPUTS[inputs])
         bank, scale = bank_of(name, clients, rows, columns)
         got = client_scores(x, grad, bank, scale=scale, backend=backend)
         assert got.dtype == torch.float32
@@ -30,22 +31,24 @@ def test_scores_equal_the_reference(way: str, name: str) -> None:
 
 @pytest.mark.parametrize("way", [way for way in cpu_ways() if way != "torch"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_few_tokens_are_split_evenly_and_none_is_lost(way: str, name: str) -> None:
-    """Up to 16 tokens pass in even parts, beyond them in panels: every number of them around both borders."""
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_few_tokens_are_split_evenly_and_none_is_lost(way: str, name: str, inputs: str) -> None:
+    """Up to 16 tokens (in pairs: 32) pass in even parts, beyond them in panels: every number around these borders."""
     backend = use(way)
     bank, scale = bank_of(name, 2, 101, 530)
-    for tokens in range(1, 19):
-        x, grad = tokens_of(tokens, 101, 530)
+    for tokens in [*range(1, 19), 23, 25, 31, 32, 33]:
+        x, grad = tokens_of(tokens, 101, 530, INPUTS[inputs])
         got = client_scores(x, grad, bank, scale=scale, backend=backend)
         close(got, client_scores_reference(x, grad, bank, scale=scale), torch.float32)
 
 
 @pytest.mark.parametrize("way", cpu_ways())
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "fp8"])
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_strides_do_not_matter(way: str, name: str, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 7, 20, 40])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_strides_do_not_matter(way: str, name: str, tokens: int, inputs: str) -> None:
     backend = use(way)
-    x, grad = tokens_of(tokens, 50, 45)
+    x, grad = tokens_of(tokens, 50, 45, INPUTS[inputs])
     bank, scale = bank_of(name, 3, 50, 45)
     expected = client_scores_reference(x, grad, bank, scale=scale)
     for layout, view in layouts_of(bank).items():
@@ -78,6 +81,26 @@ def test_inputs_of_other_dtypes(dtype: torch.dtype) -> None:
     close(client_scores(x, grad, bank), client_scores_reference(x, grad, bank), torch.float32)
 
 
+@pytest.mark.parametrize("way", cpu_ways()[1:])
+@pytest.mark.parametrize("tokens", [8, 20, 50])
+@pytest.mark.parametrize("name", ["bf16", "int8", "fp8"])
+def test_a_vector_that_is_not_bf16_is_not_rounded(way: str, name: str, tokens: int) -> None:
+    """One number of one token is enough; infinity and NaN are bf16, and reach their token alone."""
+    backend = use(way)
+    x, grad = (part.float() for part in tokens_of(tokens, 100, 71, torch.bfloat16))
+    bank, scale = bank_of(name, 2, 100, 71)
+    bank[:, :, 70] = 1
+    x[tokens - 1, 70] = 1 + 2**-9
+    x[tokens - 1, :70] = 0
+    got = client_scores(x, grad, bank, scale=scale, backend=backend)
+    close(got, client_scores_reference(x, grad, bank, scale=scale), torch.float32)
+    for special in (math.inf, math.nan):
+        x[tokens - 1, 70] = special
+        found = client_scores(x, grad, bank, scale=scale, backend=backend)
+        assert not found[:, -1].isfinite().any()
+        close(found[:, :-1], client_scores_reference(x, grad, bank, scale=scale)[:, :-1], torch.float32)
+
+
 @pytest.mark.parametrize("way", cpu_ways())
 def test_layers_in_one_call_equal_layers_one_by_one(way: str) -> None:
     backend = use(way)
@@ -92,9 +115,10 @@ def test_layers_in_one_call_equal_layers_one_by_one(way: str) -> None:
 
 @pytest.mark.parametrize("way", cpu_ways()[1:])
 @pytest.mark.parametrize("tokens", [1, 12, 50])
-def test_bits_do_not_depend_on_runs_order_company_or_threads(way: str, tokens: int) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_bits_do_not_depend_on_runs_order_company_or_threads(way: str, tokens: int, inputs: str) -> None:
     backend = use(way)
-    x, grad = tokens_of(tokens, 250, 333)
+    x, grad = tokens_of(tokens, 250, 333, INPUTS[inputs])
     bank, _ = bank_of("bf16", 7, 250, 333)
     first = client_scores(x, grad, bank, backend=backend)
     order = torch.tensor([3, 6, 0, 5, 1, 4, 2])
@@ -121,9 +145,10 @@ def test_null_client_scores_exactly_zero(way: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("way", cpu_ways())
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "fp8"])
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_nan_of_one_client_stays_with_that_client(way: str, name: str, tokens: int) -> None:
-    x, grad = tokens_of(tokens, 100, 70)
+@pytest.mark.parametrize("tokens", [1, 7, 20, 40])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_nan_of_one_client_stays_with_that_client(way: str, name: str, tokens: int, inputs: str) -> None:
+    x, grad = tokens_of(tokens, 100, 70, INPUTS[inputs])
     bank, scale = bank_of(name, 3, 100, 70)
     bank[1, 97, 69] = math.nan
     got = client_scores(x, grad, bank, scale=scale, backend=use(way))
@@ -138,7 +163,7 @@ def test_every_float8_and_every_half_is_decoded(way: str) -> None:
         values = torch.arange(count, dtype=torch.int32).to(bits).view(dtype)
         values = torch.where(values.float().isfinite(), values.float(), 0.0).to(dtype)
         scale = torch.ones(count, 1) if dtype == torch.float8_e4m3fn else None
-        for tokens in (1, 20):
+        for tokens in (1, 7, 20, 40):
             x = torch.ones(tokens, 1)
             got = client_scores(x, x, values[:, None, None], scale=scale, backend=backend)
             assert torch.equal(got, values.float()[:, None].expand(-1, tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import FACTOR_FORMATS, FORMATS, SHAPES, cpu_ways, factors_of, layouts_of, normal, tokens_of, use
+from op_cases import FACTOR_FORMATS, FORMATS, INPUTS, SHAPES, cpu_ways, factors_of, layouts_of, normal, tokens_of, use
 from tolerances import close
 from torch import Tensor
 
@@ -23,10 +23,11 @@ RANKS = (1, 2, 3, 4, 8, 17, 64, 70)
 
 @pytest.mark.parametrize("way", cpu_ways())
 @pytest.mark.parametrize("name", FACTOR_FORMATS)
-def test_scores_equal_the_reference(way: str, name: str) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_scores_equal_the_reference(way: str, name: str, inputs: str) -> None:
     backend = use(way)
     for clients, tokens, rows, columns in SHAPES[1:]:
-        x, grad = tokens_of(tokens, rows, columns)
+        x, grad = tokens_of(tokens, rows, columns, INPUTS[inputs])
         for rank in RANKS:
             a, b, scale = factors_of(name, clients, rows, columns, rank)
             got = client_scores_lowrank(x, grad, a, b, scale, backend=backend)
@@ -35,9 +36,10 @@ def test_scores_equal_the_reference(way: str, name: str) -> None:
 
 @pytest.mark.parametrize("way", cpu_ways())
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_strides_do_not_matter(way: str, tokens: int) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_strides_do_not_matter(way: str, tokens: int, inputs: str) -> None:
     backend = use(way)
-    x, grad = tokens_of(tokens, 50, 45)
+    x, grad = tokens_of(tokens, 50, 45, INPUTS[inputs])
     a, b, scale = factors_of("bf16", 3, 50, 45, 5)
     expected = client_scores_lowrank_reference(x, grad, a, b, scale)
     for left, right in zip(layouts_of(a).values(), layouts_of(b).values(), strict=True):
@@ -46,9 +48,10 @@ def test_strides_do_not_matter(way: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("way", cpu_ways())
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_ranks_may_differ(way: str, tokens: int) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_ranks_may_differ(way: str, tokens: int, inputs: str) -> None:
     backend = use(way)
-    x, grad = tokens_of(tokens, 33, 47)
+    x, grad = tokens_of(tokens, 33, 47, INPUTS[inputs])
     ranks = [4, 0, 1, 64, 7, 65, 16]
     a = [normal(rank, 47, seed=rank) for rank in ranks]
     b = [normal(33, rank, seed=rank + 1) for rank in ranks]
@@ -69,9 +72,10 @@ def test_the_product_is_scored_never_its_factors(way: str) -> None:
 
 @pytest.mark.parametrize("way", cpu_ways()[1:])
 @pytest.mark.parametrize("tokens", [1, 12, 50])
-def test_bits_do_not_depend_on_runs_order_company_or_threads(way: str, tokens: int) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_bits_do_not_depend_on_runs_order_company_or_threads(way: str, tokens: int, inputs: str) -> None:
     backend = use(way)
-    x, grad = tokens_of(tokens, 130, 257)
+    x, grad = tokens_of(tokens, 130, 257, INPUTS[inputs])
     a, b, scale = factors_of("fp32", 40, 130, 257, 8)
     first = client_scores_lowrank(x, grad, a, b, scale, backend=backend)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -96,7 +100,8 @@ def rows_of(memory: Tensor, starts: list[int], ranks: list[int], step: int = 47)
 @pytest.mark.parametrize("way", cpu_ways()[1:])
 @pytest.mark.parametrize("name", FACTOR_FORMATS)
 @pytest.mark.parametrize("tokens", [1, 9, 50])
-def test_neighbours_in_memory_change_no_bit(way: str, name: str, tokens: int) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_neighbours_in_memory_change_no_bit(way: str, name: str, tokens: int, inputs: str) -> None:
     """Rows of several clients that follow one another may be read as one matrix, but only those."""
     backend = use(way)
     memory = normal(7000, seed=1, dtype=FORMATS[name])
@@ -110,7 +115,7 @@ def test_neighbours_in_memory_change_no_bit(way: str, name: str, tokens: int) ->
         "overlapping": ([0, 20, 40, 60, 107], [1, 2, 1, 2, 1], 47),
         "rank 1, then wider": ([0, 47, 47 + 94 * 2], [1, 2, 3], 94),
     }
-    x, grad = tokens_of(tokens, 47, 47)
+    x, grad = tokens_of(tokens, 47, 47, INPUTS[inputs])
     for starts, ranks, step in lying.values():
         a = rows_of(memory, starts, ranks, step)
         b = [part.T for part in rows_of(memory.flip(0), starts, ranks, step)]
@@ -123,10 +128,11 @@ def test_neighbours_in_memory_change_no_bit(way: str, name: str, tokens: int) ->
 
 @pytest.mark.parametrize("way", cpu_ways()[1:])
 @pytest.mark.parametrize("name", FACTOR_FORMATS)
-def test_clients_of_few_ranks_and_their_neighbours(way: str, name: str) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_clients_of_few_ranks_and_their_neighbours(way: str, name: str, inputs: str) -> None:
     """With many tokens factors of few ranks share one tile of registers; nobody's bits depend on with whom."""
     backend = use(way)
-    x, grad = tokens_of(140, 290, 519)
+    x, grad = tokens_of(140, 290, 519, INPUTS[inputs])
     ranks = [2, 3, 1, 0, 2, 8, 3, 3, 70, 1, 2]
     a = [normal(rank, 519, seed=rank + n, dtype=FORMATS[name]) for n, rank in enumerate(ranks)]
     b = [normal(290, rank, seed=rank - n, dtype=FORMATS[name]) for n, rank in enumerate(ranks)]

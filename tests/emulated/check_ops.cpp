@@ -67,6 +67,10 @@ void write_element(char* to, int64_t dtype) {
   }
 }
 
+void cut_to_bf16(std::vector<float>& values) {
+  for (float& value : values) std::memset(&value, 0, 2);
+}
+
 // What one instruction set was asked and got wrong.
 struct Record {
   std::string set;
@@ -156,10 +160,10 @@ void check_dense(Record& record, const Shape& shape, int64_t dtype, int layout) 
   const auto [clients, tokens, rows, columns] = shape;
   const Bank bank = make_bank(dtype, shape, layout);
   std::vector<float> x = normals(tokens * columns);
-  const std::vector<float> grad = normals(tokens * rows), m = normals(rows * columns);
-  if (layout == kRows && dtype == kBfloat16) {  // AMX leaves terms out where x was bf16
-    for (float& value : x) std::memset(&value, 0, 2);
-  }
+  std::vector<float> grad = normals(tokens * rows);
+  const std::vector<float> m = normals(rows * columns);
+  // Where a processor multiplies pairs of bf16, or AMX may leave terms out. A turned matrix is multiplied by grad.
+  if (dtype != kFloat32 && layout != kEveryOther) cut_to_bf16(layout == kColumns ? grad : x);
   std::vector<double> scores(static_cast<size_t>(clients * tokens)), totals(static_cast<size_t>(clients));
   double squares = 0;  // of the terms of the totals
   for (int64_t k = 0; k < clients; ++k) {
@@ -211,7 +215,10 @@ void check_lowrank(Record& record, const Shape& shape, int64_t dtype, int layout
   std::vector<char> a(static_cast<size_t>(all_ranks * columns * size)), b(static_cast<size_t>(all_ranks * rows * size));
   for (int64_t i = 0; i < all_ranks * columns; ++i) write_element(a.data() + i * size, dtype);
   for (int64_t i = 0; i < all_ranks * rows; ++i) write_element(b.data() + i * size, dtype);
-  const std::vector<float> x = normals(tokens * columns), grad = normals(tokens * rows), scale = normals(clients);
+  std::vector<float> x = normals(tokens * columns), grad = normals(tokens * rows);
+  const std::vector<float> scale = normals(clients);
+  if (dtype == kBfloat16 && layout != kMixedRanks) cut_to_bf16(x);
+  if (dtype == kBfloat16 && layout != kRankTwo) cut_to_bf16(grad);
   std::vector<LowRankClient> bank;
   std::vector<double> scores(static_cast<size_t>(clients * tokens));
   int64_t first = 0;  // rank of the client: its factors lie behind those of the client before

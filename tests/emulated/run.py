@@ -32,7 +32,7 @@ SKIPPED = 77
 OPS = ("scores and totals", "low rank", "head")
 # What each processor has to choose from: the newest of all, and one from before AVX.
 MODELS = {
-    "sapphire_rapids": {"portable", "avx2", "avx512", "amx", "amx-emulated"},
+    "sapphire_rapids": {"portable", "avx2", "avx512", "avx512-bf16", "amx", "amx-emulated"},
     "corei5_lynnfield_750": {"portable"},
 }
 RESULT = re.compile(r"^(?P<set>[\w-]+), (?P<what>[\w ]+): .* (?P<wrong>\d+) wrong, .* bits (?P<bits>[0-9a-f]+)$", re.M)
