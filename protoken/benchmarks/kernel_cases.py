@@ -52,6 +52,11 @@ class Case:
     format: str
 
     @property
+    def inputs(self) -> torch.dtype:
+        """Of the tokens' vectors, for every way: bf16 beside a narrower bank, as a model in bf16 hands them over."""
+        return torch.float32 if self.format == "fp32" else torch.bfloat16
+
+    @property
     def bank_bytes(self) -> int:
         size = torch.empty(0, dtype=FORMATS[self.format]).element_size()
         if self.op == "client_scores_lowrank":
@@ -64,7 +69,8 @@ class Case:
         """What must move at least: the bank once, the inputs once, the result once."""
         if self.tokens is None:
             return self.bank_bytes + 4 * self.rows * self.columns + 4 * self.clients
-        return self.bank_bytes + 4 * self.tokens * (self.rows + self.columns + self.clients)
+        inputs = self.inputs.itemsize * self.tokens * (self.rows + self.columns)
+        return self.bank_bytes + inputs + 4 * self.tokens * self.clients
 
     @property
     def flops(self) -> int:
@@ -126,8 +132,8 @@ def prepare(case: Case, device: torch.device) -> Work:
         m = _numbers((case.rows, case.columns), torch.float32, device, 8)
         reference = client_totals_reference(m.cpu(), first, scale=first_scale)
         return Work(lambda b: client_totals(m, wrapped, backend=b), _totals_ways(m, bank, scale), reference)
-    x = _numbers((case.tokens, case.columns), torch.float32, device, 1)
-    grad = _numbers((case.tokens, case.rows), torch.float32, device, 2)
+    x = _numbers((case.tokens, case.columns), case.inputs, device, 1)
+    grad = _numbers((case.tokens, case.rows), case.inputs, device, 2)
     few = slice(0, min(case.tokens, 16))
     reference = client_scores_reference(x[few].cpu(), grad[few].cpu(), first, scale=first_scale)
     return Work(lambda b: client_scores(x, grad, wrapped, backend=b), _dense_ways(x, grad, bank, scale), reference)
@@ -136,6 +142,7 @@ def prepare(case: Case, device: torch.device) -> Work:
 def _dense_ways(x: Tensor, grad: Tensor, bank: Tensor, scale: Tensor | None) -> dict[str, Call]:
     """einsum, bmm then multiply-and-sum, and one matmul per client, each in the bank's own dtype where torch can
     multiply in it, and converted to fp32."""
+    wide_x, wide_grad = x.float(), grad.float()
 
     def dense(part: Tensor, rows: slice | int) -> Tensor:
         return part.float() if scale is None else part.float() * scale[rows].unsqueeze(-1)
@@ -153,12 +160,11 @@ def _dense_ways(x: Tensor, grad: Tensor, bank: Tensor, scale: Tensor | None) -> 
             "bmm": lambda: (torch.matmul(x, bank.transpose(1, 2)) * grad).sum(-1),
             "matmul per client": lambda: per_client(x, grad, False),
         }
-    ways: dict[str, Call] = {"converted, matmul per client": lambda: per_client(x, grad, True)}
+    ways: dict[str, Call] = {"converted, matmul per client": lambda: per_client(wide_x, wide_grad, True)}
     if scale is None:
-        low_x, low_grad = x.to(bank.dtype), grad.to(bank.dtype)
-        ways["einsum"] = lambda: torch.einsum("to,koi,ti->kt", low_grad, bank, low_x)
-        ways["bmm"] = lambda: (torch.matmul(low_x, bank.transpose(1, 2)) * low_grad).sum(-1)
-        ways["matmul per client"] = lambda: per_client(low_x, low_grad, False)
+        ways["einsum"] = lambda: torch.einsum("to,koi,ti->kt", grad, bank, x)
+        ways["bmm"] = lambda: (torch.matmul(x, bank.transpose(1, 2)) * grad).sum(-1)
+        ways["matmul per client"] = lambda: per_client(x, grad, False)
     return ways
 
 
@@ -184,23 +190,22 @@ def _lowrank(case: Case, dtype: torch.dtype, device: torch.device) -> Work:
     assert case.tokens is not None
     a = _numbers((case.clients, RANK, case.columns), dtype, device, 5)
     b = _numbers((case.clients, case.rows, RANK), dtype, device, 6)
-    x = _numbers((case.tokens, case.columns), torch.float32, device, 1)
-    grad = _numbers((case.tokens, case.rows), torch.float32, device, 2)
-    low_x, low_grad = x.to(dtype), grad.to(dtype)
+    x = _numbers((case.tokens, case.columns), case.inputs, device, 1)
+    grad = _numbers((case.tokens, case.rows), case.inputs, device, 2)
     wrapped = LowRankBank.of(a, b)
 
     def einsum() -> Tensor:
-        return (torch.einsum("kri,ti->ktr", a, low_x) * torch.einsum("kor,to->ktr", b, low_grad)).sum(-1)
+        return (torch.einsum("kri,ti->ktr", a, x) * torch.einsum("kor,to->ktr", b, grad)).sum(-1)
 
     def bmm() -> Tensor:
-        return (torch.matmul(low_x, a.transpose(1, 2)) * torch.matmul(low_grad, b)).sum(-1)
+        return (torch.matmul(x, a.transpose(1, 2)) * torch.matmul(grad, b)).sum(-1)
 
     def flat() -> Tensor:
-        left = (low_x @ a.view(-1, a.shape[2]).T).view(x.shape[0], -1, RANK)
-        return (left.transpose(0, 1) * torch.matmul(low_grad, b)).sum(-1)
+        left = (x @ a.view(-1, a.shape[2]).T).view(x.shape[0], -1, RANK)
+        return (left.transpose(0, 1) * torch.matmul(grad, b)).sum(-1)
 
     def per_client() -> Tensor:
-        return torch.stack([((low_x @ a[k].T) * (low_grad @ b[k])).sum(1) for k in range(a.shape[0])])
+        return torch.stack([((x @ a[k].T) * (grad @ b[k])).sum(1) for k in range(a.shape[0])])
 
     few = slice(0, min(case.tokens, 16))
     reference = client_scores_lowrank_reference(x[few].cpu(), grad[few].cpu(), a[:2].cpu(), b[:2].cpu())

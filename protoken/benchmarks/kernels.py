@@ -121,6 +121,7 @@ def _labels(case: Case) -> dict[str, Any]:
     return {
         "op": case.op,
         "format": case.format,
+        "inputs": None if case.tokens is None else str(case.inputs).removeprefix("torch."),
         "shape": [case.rows, case.columns],
         "T": case.tokens,
         "K": case.clients,
