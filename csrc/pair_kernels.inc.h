@@ -78,7 +78,7 @@ inline Kernels make_pair_kernels(const char* name, const Kernels& others) {
   use_pairs<kBfloat16>(kernels, 2, kPairTokens);
   // Narrower rows are converted once per pass of the dot form, which takes longer than a whole panel from here on.
   use_pairs<kInt8>(kernels, 4, 12);
-  use_pairs<kFloat8E4M3>(kernels, 4, 10);
+  use_pairs<kFloat8E4M3>(kernels, 4, 12);
   kernels.project_panel_pairs[kBfloat16] = project_panel<kBfloat16, Pairs>;
   return kernels;
 }
